@@ -1,0 +1,1 @@
+//! Benchmarks of Tidegate; each file of `benches/` answers the question in its first line.

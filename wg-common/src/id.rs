@@ -1,0 +1,90 @@
+//! Names that are numbers. Each has a type of its own, so that one never lands in another's place.
+
+/// One WireGuard instance of this process: a key, a port, peers.
+#[derive(Clone, Copy, Debug, Default, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub struct DeviceId(pub u16);
+
+/// A peer's slot in its device; reused after the peer is removed.
+#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub struct PeerId(pub u32);
+
+/// A worker: one pinned thread of the data path. Counts from 0.
+#[derive(Clone, Copy, Debug, Default, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub struct WorkerId(pub u16);
+
+/// One of [`ShardId::COUNT`] virtual homes; a table maps shards to workers.
+#[derive(Clone, Copy, Debug, Default, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub struct ShardId(u8);
+
+impl ShardId {
+    /// Number of shards.
+    pub const COUNT: usize = 64;
+
+    /// The shard with this number, modulo [`ShardId::COUNT`].
+    pub const fn new(number: usize) -> Self {
+        Self((number % Self::COUNT) as u8)
+    }
+
+    /// Counts from 0, below [`ShardId::COUNT`].
+    pub const fn index(self) -> usize {
+        self.0 as usize
+    }
+}
+
+/// Index by which the receiver of a message finds its handshake or keypair (whitepaper §5.4).
+///
+/// Chosen by the receiver; host byte order. Its low [`ReceiverIndex::SLOT_BITS`] bits are the slot
+/// of the table in which the receiver keeps the keypair; the rest tells successive users of the
+/// slot apart.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+pub struct ReceiverIndex(u32);
+
+impl ReceiverIndex {
+    /// Bits of the slot number.
+    pub const SLOT_BITS: u32 = 20;
+    /// Number of slots.
+    pub const SLOT_COUNT: usize = 1 << Self::SLOT_BITS;
+
+    /// The index of `slot` (taken modulo [`ReceiverIndex::SLOT_COUNT`]) in `epoch` (its low 12 bits).
+    pub const fn new(slot: usize, epoch: u32) -> Self {
+        Self((epoch << Self::SLOT_BITS) | (slot as u32 & (Self::SLOT_COUNT as u32 - 1)))
+    }
+
+    /// Reads the four bytes of a message (little-endian).
+    pub const fn from_wire(bytes: [u8; 4]) -> Self {
+        Self(u32::from_le_bytes(bytes))
+    }
+
+    /// The four bytes of a message (little-endian).
+    pub const fn to_wire(self) -> [u8; 4] {
+        self.0.to_le_bytes()
+    }
+
+    /// The whole index in host byte order.
+    pub const fn value(self) -> u32 {
+        self.0
+    }
+
+    /// The slot, below [`ReceiverIndex::SLOT_COUNT`].
+    pub const fn slot(self) -> usize {
+        (self.0 & (Self::SLOT_COUNT as u32 - 1)) as usize
+    }
+}
+
+impl core::fmt::Display for ReceiverIndex {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        write!(f, "{:08x}", self.0)
+    }
+}
+
+impl core::fmt::Display for PeerId {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl core::fmt::Display for WorkerId {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        self.0.fmt(f)
+    }
+}

@@ -1,0 +1,130 @@
+//! The BPF maps: names, keys, values. This is the ABI between the kernel side and the user side.
+//!
+//! Arrays that the user side writes often are mapped into its memory; their values are `u64`, since
+//! the kernel spaces the values of an array by multiples of eight bytes.
+
+use crate::id::{DeviceId, ReceiverIndex, WorkerId};
+
+/// Array, mapped, indexed by UDP port in host byte order: a [`port_entry`], or 0 if the port is not ours.
+pub const LISTEN_PORTS: &str = "LISTEN_PORTS";
+/// Entries of [`LISTEN_PORTS`].
+pub const LISTEN_PORTS_LEN: u32 = 1 << 16;
+
+/// Hash: [`AddressKey`] → 1 for each address of this host. Full: the address's datagrams pass.
+pub const LOCAL_ADDRESSES: &str = "LOCAL_ADDRESSES";
+/// Greatest number of entries of [`LOCAL_ADDRESSES`].
+pub const LOCAL_ADDRESSES_LEN: u32 = 4096;
+
+/// Array, mapped, indexed by slot of a receiver index: an [`index_entry`], or 0 if nothing lives there.
+/// An index whose slot lies beyond the array passes.
+pub const LIVE_INDEXES: &str = "LIVE_INDEXES";
+/// Entries of [`LIVE_INDEXES`] (the loader may choose fewer or more).
+pub const LIVE_INDEXES_LEN: u32 = 1 << 18;
+
+/// Hash: [`QueueKey`] → [`QueueEntry`] for each NIC queue with an XSK.
+pub const QUEUES: &str = "QUEUES";
+/// XSK map, indexed by [`QueueEntry::xsk`].
+pub const XSKS: &str = "XSKS";
+/// Greatest number of queues, and of XSKs.
+pub const QUEUES_LEN: u32 = 512;
+
+/// Array, mapped, indexed by worker: boot time in nanoseconds at which the worker last said it moves.
+pub const HEARTBEATS: &str = "HEARTBEATS";
+/// Entries of [`HEARTBEATS`].
+pub const HEARTBEATS_LEN: u32 = 256;
+/// Age of a heartbeat from which a worker counts as stuck and its queues' datagrams pass.
+pub const HEARTBEAT_STALE_NS: u64 = 250_000_000;
+
+/// Per-CPU array of `u64`: drop reasons, then steer events (see [`crate::outcome`]).
+pub const STEER_COUNTERS: &str = "STEER_COUNTERS";
+
+/// Name of the steer program in the object.
+pub const STEER_PROGRAM: &str = "tidegate_steer";
+/// Name of the global that switches the steer program's log lines on (`u8`, 0 or 1).
+pub const LOG_GLOBAL: &str = "LOG";
+
+/// The entry of [`LISTEN_PORTS`] for a port of `device`; never 0.
+pub const fn port_entry(device: DeviceId) -> u64 {
+    device.0 as u64 + 1
+}
+
+/// The entry of [`LIVE_INDEXES`] for a live `index`; never 0.
+pub const fn index_entry(index: ReceiverIndex) -> u64 {
+    1 << 32 | index.value() as u64
+}
+
+/// An address of this host: IPv6 in network byte order, IPv4 as `::ffff:a.b.c.d`.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+#[repr(C)]
+pub struct AddressKey(pub [u32; 4]);
+
+impl AddressKey {
+    /// From an IPv4 address as its four bytes stand in the packet.
+    pub const fn v4(octets: [u8; 4]) -> Self {
+        Self([0, 0, 0xffff_u32.to_be(), u32::from_ne_bytes(octets)])
+    }
+
+    /// From an IPv6 address as its sixteen bytes stand in the packet.
+    pub const fn v6(o: [u8; 16]) -> Self {
+        Self([
+            u32::from_ne_bytes([o[0], o[1], o[2], o[3]]),
+            u32::from_ne_bytes([o[4], o[5], o[6], o[7]]),
+            u32::from_ne_bytes([o[8], o[9], o[10], o[11]]),
+            u32::from_ne_bytes([o[12], o[13], o[14], o[15]]),
+        ])
+    }
+}
+
+impl From<core::net::IpAddr> for AddressKey {
+    fn from(addr: core::net::IpAddr) -> Self {
+        match addr {
+            core::net::IpAddr::V4(a) => Self::v4(a.octets()),
+            core::net::IpAddr::V6(a) => Self::v6(a.octets()),
+        }
+    }
+}
+
+/// A receive queue of a NIC.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+#[repr(C)]
+pub struct QueueKey {
+    /// Interface index.
+    pub ifindex: u32,
+    /// Receive queue, from 0.
+    pub queue: u32,
+}
+
+/// Who serves a receive queue.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[repr(C)]
+pub struct QueueEntry {
+    /// Index in [`XSKS`].
+    pub xsk: u32,
+    /// Index in [`HEARTBEATS`].
+    pub worker: u32,
+}
+
+impl QueueEntry {
+    /// Queue served by `worker` through entry `xsk` of [`XSKS`].
+    pub const fn new(xsk: u32, worker: WorkerId) -> Self {
+        Self { xsk, worker: worker.0 as u32 }
+    }
+}
+
+const _: () = {
+    assert!(size_of::<AddressKey>() == 16);
+    assert!(size_of::<QueueKey>() == 8);
+    assert!(size_of::<QueueEntry>() == 8);
+    assert!(LIVE_INDEXES_LEN as usize <= ReceiverIndex::SLOT_COUNT);
+};
+
+#[cfg(feature = "user")]
+#[expect(unsafe_code, reason = "`Pod` says that a map value may be copied as bytes")]
+mod pod {
+    // SAFETY: `repr(C)` structs of `u32` fields only, without padding (sizes asserted above).
+    unsafe impl aya::Pod for super::AddressKey {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::QueueKey {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::QueueEntry {}
+}

@@ -1,0 +1,111 @@
+//! What becomes of a packet: why it is dropped, and where the kernel side counted it.
+
+macro_rules! reasons {
+    ($($(#[$doc:meta])* $name:ident = $text:literal,)*) => {
+        /// Why a packet was dropped. A reason's value is its index in every table of counters.
+        #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+        #[repr(u8)]
+        pub enum DropReason { $($(#[$doc])* $name,)* }
+
+        impl DropReason {
+            /// All reasons, in the order of their values.
+            pub const ALL: &[DropReason] = &[$(DropReason::$name,)*];
+            /// Number of reasons.
+            pub const COUNT: usize = Self::ALL.len();
+
+            /// The reason's name in `tidegate show`, reports and metrics.
+            pub const fn name(self) -> &'static str {
+                match self { $(DropReason::$name => $text,)* }
+            }
+        }
+    };
+}
+
+reasons! {
+    /// The datagram has no length that a message of its type can have.
+    BadLength = "bad_length",
+    /// The first byte names no message.
+    BadType = "bad_type",
+    /// The three reserved bytes are not zero.
+    BadReserved = "bad_reserved",
+    /// No handshake or keypair has this receiver index.
+    UnknownIndex = "unknown_index",
+    /// mac1 does not fit our public key.
+    BadMac1 = "bad_mac1",
+    /// The tag does not verify.
+    BadTag = "bad_tag",
+    /// The counter was seen before, or is older than the replay window.
+    Replay = "replay",
+    /// The keypair is older than Reject-After-Time, or its counter passed Reject-After-Messages.
+    KeyExpired = "key_expired",
+    /// The opened packet is neither IPv4 nor IPv6.
+    BadInnerVersion = "bad_inner_version",
+    /// The opened packet's header or length does not hold together.
+    BadInnerLength = "bad_inner_length",
+    /// The sender does not own the inner source address.
+    SourceNotAllowed = "source_not_allowed",
+    /// No peer owns the inner destination address.
+    NoPeer = "no_peer",
+    /// The peer has no endpoint yet.
+    NoEndpoint = "no_endpoint",
+    /// Too many packets wait for the peer's keypair already.
+    StagedFull = "staged_full",
+    /// The handshake that a staged packet waited for was given up.
+    HandshakeFailed = "handshake_failed",
+    /// A bounded queue between threads was full.
+    QueueFull = "queue_full",
+    /// The worker at which the peer is at home does not move.
+    HomeStuck = "home_stuck",
+    /// No buffer was free.
+    NoBuffer = "no_buffer",
+    /// The packet is larger than a buffer or the MTU.
+    TooLarge = "too_large",
+    /// The TUN device did not take the packet.
+    TunWrite = "tun_write",
+    /// The socket did not take the datagram.
+    SocketSend = "socket_send",
+    /// A handshake message did not decrypt, or came from nobody we know.
+    BadHandshake = "bad_handshake",
+    /// A handshake initiation repeated an old timestamp.
+    OldTimestamp = "old_timestamp",
+    /// A peer sent initiations faster than it may.
+    InitiationFlood = "initiation_flood",
+    /// The device has no private key.
+    NoPrivateKey = "no_private_key",
+}
+
+macro_rules! steer_events {
+    ($($(#[$doc:meta])* $name:ident = $text:literal,)*) => {
+        /// What the steer program counts beside drops. A value is an index in its counter map,
+        /// after the drop reasons.
+        #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+        #[repr(u8)]
+        pub enum SteerEvent { $($(#[$doc])* $name,)* }
+
+        impl SteerEvent {
+            /// All events, in the order of their values.
+            pub const ALL: &[SteerEvent] = &[$(SteerEvent::$name,)*];
+            /// Number of events.
+            pub const COUNT: usize = Self::ALL.len();
+
+            /// The event's name in `tidegate show`, reports and metrics.
+            pub const fn name(self) -> &'static str {
+                match self { $(SteerEvent::$name => $text,)* }
+            }
+        }
+    };
+}
+
+steer_events! {
+    /// Went to this queue's XSK.
+    Steered = "steered",
+    /// Not for us: another protocol, port or address, or a form we leave to the kernel.
+    PassedForeign = "passed_foreign",
+    /// For us, but this queue has no XSK.
+    PassedNoXsk = "passed_no_xsk",
+    /// For us, but this queue's worker has not moved for a while.
+    PassedStale = "passed_stale",
+}
+
+/// Entries of the steer program's counter map: drop reasons, then steer events.
+pub const STEER_COUNTER_COUNT: usize = DropReason::COUNT + SteerEvent::COUNT;

@@ -1,0 +1,45 @@
+//! Moments in boot time.
+
+use core::ops::{Add, Sub};
+use core::time::Duration;
+
+/// A moment in boot time: nanoseconds since the host started, suspend included (`CLOCK_BOOTTIME`).
+///
+/// Keys age while a host sleeps, so every timer of the protocol uses this clock. Pure code takes a
+/// `Now` as its last argument; only `sys` reads the clock.
+#[derive(Clone, Copy, Debug, Default, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub struct Now(u64);
+
+impl Now {
+    /// The moment `ns` nanoseconds after boot.
+    pub const fn from_boot_ns(ns: u64) -> Self {
+        Self(ns)
+    }
+
+    /// Nanoseconds since boot.
+    pub const fn boot_ns(self) -> u64 {
+        self.0
+    }
+
+    /// Time since `earlier`; zero if `earlier` is later.
+    pub const fn since(self, earlier: Now) -> Duration {
+        Duration::from_nanos(self.0.saturating_sub(earlier.0))
+    }
+}
+
+impl Add<Duration> for Now {
+    type Output = Now;
+
+    fn add(self, by: Duration) -> Now {
+        Now(self.0.saturating_add(u64::try_from(by.as_nanos()).unwrap_or(u64::MAX)))
+    }
+}
+
+impl Sub<Now> for Now {
+    type Output = Duration;
+
+    /// Saturates at zero, as [`Now::since`].
+    fn sub(self, earlier: Now) -> Duration {
+        self.since(earlier)
+    }
+}

@@ -1,0 +1,3 @@
+//! Tidegate's programs in the kernel.
+#![no_std]
+#![no_main]

@@ -1,0 +1,1 @@
+//! Seals and opens batches of packets.

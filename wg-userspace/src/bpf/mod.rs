@@ -1,0 +1,1 @@
+//! Loads, attaches and detaches the kernel side; one typed handle per map.

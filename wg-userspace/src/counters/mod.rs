@@ -1,0 +1,1 @@
+//! What workers count: one writer each, summed for whoever asks.

@@ -1,0 +1,1 @@
+//! Start, signals, stop; carries changes of the device to every other room.

@@ -1,0 +1,1 @@
+//! The workers: pinned threads that move batches of packets.

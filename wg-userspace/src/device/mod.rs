@@ -1,0 +1,1 @@
+//! What the device is: its key and peers.

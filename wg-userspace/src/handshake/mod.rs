@@ -1,0 +1,1 @@
+//! The pool beside the workers, and what drives sessions.

@@ -1,0 +1,1 @@
+//! Addresses, routes and links of the host, by netlink.

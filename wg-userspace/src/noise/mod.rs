@@ -1,0 +1,1 @@
+//! The handshake (whitepaper, section 5.4).

@@ -1,0 +1,1 @@
+//! Allowed IPs: which peer owns an address.

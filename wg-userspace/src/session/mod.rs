@@ -1,0 +1,1 @@
+//! A peer's keypairs, counters, replay window and timers.

@@ -1,0 +1,1 @@
+//! Clock, randomness, affinity, memory mappings: the only room that calls libc.

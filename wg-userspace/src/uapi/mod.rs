@@ -1,0 +1,1 @@
+//! The socket protocol of wg(8).

@@ -1,0 +1,1 @@
+//! Ordinary UDP sockets on the listen port.

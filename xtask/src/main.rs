@@ -1,0 +1,3 @@
+//! Tidegate's tasks.
+
+fn main() {}
