@@ -71,6 +71,10 @@ impl ReceiverIndex {
     }
 }
 
+/// The number of a transport data message under its keypair (whitepaper §5.4.6).
+#[derive(Clone, Copy, Debug, Default, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub struct Counter(pub u64);
+
 impl core::fmt::Display for ReceiverIndex {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
         write!(f, "{:08x}", self.0)
@@ -86,5 +90,37 @@ impl core::fmt::Display for PeerId {
 impl core::fmt::Display for WorkerId {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
         self.0.fmt(f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn receiver_index_survives_the_wire(bytes in any::<[u8; 4]>()) {
+            let index = ReceiverIndex::from_wire(bytes);
+            prop_assert_eq!(index.to_wire(), bytes);
+            prop_assert_eq!(index.value(), u32::from_le_bytes(bytes));
+            let epoch = index.value() >> ReceiverIndex::SLOT_BITS;
+            prop_assert_eq!(ReceiverIndex::new(index.slot(), epoch), index);
+        }
+
+        #[test]
+        fn receiver_index_keeps_slot_and_epoch_apart(
+            slot in 0..ReceiverIndex::SLOT_COUNT, epoch in 0u32..1 << 12, other in 0u32..1 << 12,
+        ) {
+            let index = ReceiverIndex::new(slot, epoch);
+            prop_assert_eq!(index.slot(), slot);
+            prop_assert_eq!(ReceiverIndex::new(slot, other) == index, epoch == other);
+        }
+
+        #[test]
+        fn shard_stays_below_their_number(number in any::<usize>()) {
+            prop_assert_eq!(ShardId::new(number).index(), number % ShardId::COUNT);
+        }
     }
 }

@@ -73,6 +73,11 @@ impl AddressKey {
             u32::from_ne_bytes([o[12], o[13], o[14], o[15]]),
         ])
     }
+
+    /// Whether this is the key of an IPv4 address.
+    pub const fn is_v4(&self) -> bool {
+        self.0[0] == 0 && self.0[1] == 0 && self.0[2] == 0xffff_u32.to_be()
+    }
 }
 
 impl From<core::net::IpAddr> for AddressKey {
@@ -127,4 +132,42 @@ mod pod {
     unsafe impl aya::Pod for super::QueueKey {}
     // SAFETY: as above.
     unsafe impl aya::Pod for super::QueueEntry {}
+}
+
+#[cfg(test)]
+mod tests {
+    use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn entries_are_never_empty(device in any::<u16>(), index in any::<[u8; 4]>()) {
+            prop_assert_ne!(port_entry(DeviceId(device)), 0);
+            prop_assert_ne!(index_entry(ReceiverIndex::from_wire(index)), 0);
+        }
+
+        #[test]
+        fn entries_tell_indexes_apart(a in any::<[u8; 4]>(), b in any::<[u8; 4]>()) {
+            let entry = |bytes| index_entry(ReceiverIndex::from_wire(bytes));
+            prop_assert_eq!(entry(a) == entry(b), a == b);
+        }
+
+        #[test]
+        fn an_ipv4_address_has_the_key_of_its_mapped_form(octets in any::<[u8; 4]>()) {
+            let mapped = Ipv4Addr::from(octets).to_ipv6_mapped();
+            prop_assert_eq!(AddressKey::v4(octets), AddressKey::v6(mapped.octets()));
+            prop_assert!(AddressKey::from(IpAddr::from(octets)).is_v4());
+        }
+
+        #[test]
+        fn a_key_holds_the_bytes_of_the_packet(octets in any::<[u8; 16]>()) {
+            let key = AddressKey::from(IpAddr::from(octets));
+            let bytes: Vec<u8> = key.0.iter().flat_map(|word| word.to_ne_bytes()).collect();
+            prop_assert_eq!(&bytes[..], &octets[..]);
+            prop_assert_eq!(key.is_v4(), Ipv6Addr::from(octets).to_ipv4_mapped().is_some());
+        }
+    }
 }

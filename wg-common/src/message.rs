@@ -70,3 +70,92 @@ pub fn classify(datagram: &[u8]) -> Result<Message, DropReason> {
         datagram.get(8..12).and_then(|b| b.first_chunk().copied()).unwrap_or_default();
     classify_head(*head, response_receiver, datagram.len())
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// A datagram of this type and length with zeroed reserved bytes and `0xa5` behind them.
+    fn datagram(kind: u8, len: usize) -> Vec<u8> {
+        let mut datagram = vec![0xa5; len];
+        for (to, byte) in datagram.iter_mut().zip([kind, 0, 0, 0]) {
+            *to = byte;
+        }
+        datagram
+    }
+
+    /// The rules once more, as §5.4 has them: one message after the other.
+    fn plain(datagram: &[u8]) -> Result<Message, DropReason> {
+        let index = |at: usize| {
+            let mut bytes = [0; 4];
+            bytes.copy_from_slice(&datagram[at..at + 4]);
+            ReceiverIndex::from_wire(bytes)
+        };
+        if datagram.len() < HEAD_LEN {
+            return Err(DropReason::BadLength);
+        }
+        if !(1..=4).contains(&datagram[0]) {
+            return Err(DropReason::BadType);
+        }
+        if datagram[1..4] != [0, 0, 0] {
+            return Err(DropReason::BadReserved);
+        }
+        match (datagram[0], datagram.len()) {
+            (1, 148) => Ok(Message::Initiation),
+            (2, 92) => Ok(Message::Response(index(8))),
+            (3, 64) => Ok(Message::CookieReply(index(4))),
+            (4, 32..) => Ok(Message::Transport(index(4))),
+            _ => Err(DropReason::BadLength),
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn every_datagram_is_classified(datagram in prop::collection::vec(any::<u8>(), 0..200)) {
+            prop_assert_eq!(classify(&datagram), plain(&datagram));
+        }
+
+        #[test]
+        fn every_type_and_length_is_classified(
+            kind in 0u8..8,
+            len in prop_oneof![0usize..200, Just(32), Just(64), Just(92), Just(148), Just(65_507)],
+            reserved in prop_oneof![4 => Just([0; 3]), 1 => any::<[u8; 3]>()],
+        ) {
+            let mut datagram = datagram(kind, len);
+            if let Some(bytes) = datagram.get_mut(1..4) {
+                bytes.copy_from_slice(&reserved);
+            }
+            prop_assert_eq!(classify(&datagram), plain(&datagram));
+        }
+
+        #[test]
+        fn the_index_is_the_receivers(sender in any::<u32>(), receiver in any::<u32>()) {
+            let index = ReceiverIndex::from_wire(receiver.to_le_bytes());
+            let mut response = datagram(TYPE_RESPONSE, RESPONSE_LEN);
+            response[4..8].copy_from_slice(&sender.to_le_bytes());
+            response[8..12].copy_from_slice(&index.to_wire());
+            prop_assert_eq!(classify(&response), Ok(Message::Response(index)));
+            for (kind, len) in [(TYPE_COOKIE_REPLY, COOKIE_REPLY_LEN), (TYPE_TRANSPORT, 96)] {
+                let mut datagram = datagram(kind, len);
+                datagram[4..8].copy_from_slice(&index.to_wire());
+                let expected = match kind {
+                    TYPE_TRANSPORT => Message::Transport(index),
+                    _ => Message::CookieReply(index),
+                };
+                prop_assert_eq!(classify(&datagram), Ok(expected));
+            }
+        }
+    }
+
+    #[test]
+    fn transport_data_needs_no_alignment() {
+        for len in [32, 33, 47, 48, 1452, 1500] {
+            assert!(matches!(classify(&datagram(4, len)), Ok(Message::Transport(_))), "{len}");
+        }
+        for len in 0..32 {
+            assert_eq!(classify(&datagram(4, len)), Err(DropReason::BadLength), "{len}");
+        }
+    }
+}

@@ -72,6 +72,8 @@ reasons! {
     InitiationFlood = "initiation_flood",
     /// The device has no private key.
     NoPrivateKey = "no_private_key",
+    /// All receiver indexes are in use or at rest.
+    NoIndex = "no_index",
 }
 
 macro_rules! steer_events {
@@ -109,3 +111,21 @@ steer_events! {
 
 /// Entries of the steer program's counter map: drop reasons, then steer events.
 pub const STEER_COUNTER_COUNT: usize = DropReason::COUNT + SteerEvent::COUNT;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_count_from_zero_and_names_differ() {
+        let reasons = DropReason::ALL.iter().map(|reason| (*reason as usize, reason.name()));
+        let events =
+            SteerEvent::ALL.iter().map(|event| (DropReason::COUNT + *event as usize, event.name()));
+        let mut names = std::collections::BTreeSet::new();
+        for (expected, (value, name)) in reasons.chain(events).enumerate() {
+            assert_eq!(value, expected, "{name}");
+            assert!(names.insert(name), "{name} twice");
+        }
+        assert_eq!(names.len(), STEER_COUNTER_COUNT);
+    }
+}

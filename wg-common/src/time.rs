@@ -43,3 +43,25 @@ impl Sub<Now> for Now {
         self.since(earlier)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn differences_undo_sums(at in 0u64..1 << 62, by in 0u64..1 << 62) {
+            let (at, by) = (Now::from_boot_ns(at), Duration::from_nanos(by));
+            prop_assert_eq!((at + by) - at, by);
+            prop_assert_eq!(at - (at + by), Duration::ZERO);
+        }
+
+        #[test]
+        fn sums_saturate(at in any::<u64>()) {
+            let end = Now::from_boot_ns(u64::MAX);
+            prop_assert_eq!(Now::from_boot_ns(at) + Duration::MAX, end);
+        }
+    }
+}

@@ -1,1 +1,0 @@
-//! Loads, attaches and detaches the kernel side; one typed handle per map.

@@ -1,1 +1,0 @@
-//! Arguments in, exit code and readable errors out.

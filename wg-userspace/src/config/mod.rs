@@ -1,1 +1,0 @@
-//! Text of wg0.conf to Config; errors name file, line and column.

@@ -1,1 +1,0 @@
-//! What workers count: one writer each, summed for whoever asks.

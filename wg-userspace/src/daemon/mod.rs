@@ -1,1 +1,0 @@
-//! Start, signals, stop; carries changes of the device to every other room.

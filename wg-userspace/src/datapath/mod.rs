@@ -1,1 +1,0 @@
-//! The workers: pinned threads that move batches of packets.

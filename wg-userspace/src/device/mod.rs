@@ -1,1 +1,0 @@
-//! What the device is: its key and peers.

@@ -1,1 +1,0 @@
-//! The pool beside the workers, and what drives sessions.

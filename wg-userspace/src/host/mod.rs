@@ -1,1 +1,0 @@
-//! Addresses, routes and links of the host, by netlink.

@@ -1,1 +1,0 @@
-//! Keys and their text forms.

@@ -1,1 +1,0 @@
-//! The handshake (whitepaper, section 5.4).

@@ -1,1 +1,0 @@
-//! Allowed IPs: which peer owns an address.

@@ -1,1 +1,0 @@
-//! A peer's keypairs, counters, replay window and timers.

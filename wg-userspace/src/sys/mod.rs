@@ -1,1 +1,0 @@
-//! Clock, randomness, affinity, memory mappings: the only room that calls libc.

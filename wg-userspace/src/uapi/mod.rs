@@ -1,1 +1,0 @@
-//! The socket protocol of wg(8).

@@ -1,1 +1,0 @@
-//! Ordinary UDP sockets on the listen port.
