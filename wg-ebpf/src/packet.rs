@@ -1,0 +1,41 @@
+//! Bounds-checked access to packet memory: the only `unsafe` on packet bytes.
+#![expect(unsafe_code, reason = "packet memory is reached through two addresses")]
+
+use core::marker::PhantomData;
+
+use aya_ebpf::programs::XdpContext;
+use wg_common::headers::Bytes;
+
+/// The bytes of the packet at an XDP hook, from its Ethernet header on.
+pub struct Packet<'a> {
+    start: usize,
+    end: usize,
+    context: PhantomData<&'a XdpContext>,
+}
+
+impl<'a> Packet<'a> {
+    /// The packet for which the program was called.
+    #[inline(always)]
+    pub fn of(context: &'a XdpContext) -> Self {
+        Self { start: context.data(), end: context.data_end(), context: PhantomData }
+    }
+}
+
+impl Bytes for Packet<'_> {
+    #[inline(always)]
+    fn len(&self) -> usize {
+        self.end - self.start
+    }
+
+    #[inline(always)]
+    fn read<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
+        let first = self.start + offset;
+        if first + N > self.end {
+            return None;
+        }
+        // SAFETY: the N bytes lie between the addresses that the kernel gave for this packet, as
+        // was just checked, and the packet outlives the context that `self` borrows. Bytes have no
+        // alignment, and the verifier refuses the program if the check does not cover the access.
+        Some(unsafe { *(first as *const [u8; N]) })
+    }
+}

@@ -1,0 +1,4 @@
+//! Tidegate's tasks.
+
+pub mod build_ebpf;
+pub mod workspace;
