@@ -1,0 +1,441 @@
+//! What the device *is*: its key, its port, its mark, its peers and their allowed IPs.
+//!
+//! A change comes as a [`SetRequest`], which `uapi` makes of what wg(8) writes, or
+//! [`SetRequest::replacing`] of a configuration file. [`Device::apply`] changes the device, which
+//! cannot fail, and says what changed as [`Effect`]s; `daemon` carries them to the workers, the
+//! sockets and the sessions. What can fail, such as opening another port, is done before.
+//!
+//! This room knows nothing of sessions, sockets or where a peer really is: an endpoint here is what
+//! was configured last.
+//!
+//! It follows the kernel's `wg_set_device` and `set_peer` (drivers/net/wireguard/netlink.c) but for
+//! one thing: what is set to the value that it has is not a change, so that a configuration that is
+//! applied again disturbs nobody.
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, HashMap};
+use std::mem;
+use std::net::SocketAddr;
+
+use ipnet::IpNet;
+use wg_common::id::PeerId;
+
+use crate::config::{Config, Endpoint};
+use crate::key::{PresharedKey, PrivateKey, PublicKey};
+use crate::routing::AllowedIps;
+
+/// One WireGuard device. New, it has no key, no port and no peers.
+#[derive(Debug, Default)]
+pub struct Device {
+    private_key: Option<PrivateKey>,
+    public_key: Option<PublicKey>,
+    listen_port: u16,
+    fwmark: u32,
+    peers: Peers,
+    allowed_ips: AllowedIps,
+}
+
+/// A peer of a device.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Peer {
+    /// Its name in the protocol; no other peer of the device has it.
+    pub public_key: PublicKey,
+    /// Zero means none.
+    pub preshared_key: PresharedKey,
+    /// As it was configured last; the peer may be elsewhere by now.
+    pub endpoint: Option<SocketAddr>,
+    /// In seconds; 0: off.
+    pub persistent_keepalive: u16,
+}
+
+/// What is to change on a device. What is `None` stays.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct SetRequest {
+    /// The new private key; `Some(None)` removes the key.
+    pub private_key: Option<Option<PrivateKey>>,
+    /// The new port; 0: any.
+    pub listen_port: Option<u16>,
+    /// The new mark; 0: none.
+    pub fwmark: Option<u32>,
+    /// Removes all peers before anything is done to peers.
+    pub replace_peers: bool,
+    /// In this order; a peer may come more than once.
+    pub peers: Vec<PeerChange>,
+}
+
+/// What is to change on a peer. What is `None` stays.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct PeerChange {
+    /// The peer. If the device has none of this key, it gets one.
+    pub public_key: PublicKey,
+    /// Removes the peer; nothing else is looked at then.
+    pub remove: bool,
+    /// Changes nothing if the device has no such peer.
+    pub update_only: bool,
+    /// Zero removes it.
+    pub preshared_key: Option<PresharedKey>,
+    /// Where the peer is now.
+    pub endpoint: Option<SocketAddr>,
+    /// In seconds; 0: off.
+    pub persistent_keepalive: Option<u16>,
+    /// Takes all allowed IPs away before `allowed_ips`.
+    pub replace_allowed_ips: bool,
+    /// In this order.
+    pub allowed_ips: Vec<AllowedIpChange>,
+}
+
+/// One prefix more or less for a peer. Host bits are ignored.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum AllowedIpChange {
+    /// The peer owns it from now on, and whoever did does not.
+    Add(IpNet),
+    /// The peer does not own it any more; no change if it does not own that very prefix.
+    Remove(IpNet),
+}
+
+/// What changed, to be carried out in the order given.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Effect {
+    /// The private key; all sessions and all that was computed from the former key are void.
+    PrivateKey(Option<PrivateKey>),
+    /// The port to listen on; 0: any.
+    ListenPort(u16),
+    /// The mark of outer datagrams; 0: none.
+    FwMark(u32),
+    /// A new peer: without preshared key, endpoint and keepalives, until other effects tell.
+    PeerAdded {
+        /// Its slot. It is free, and was not freed by an effect of the same request.
+        id: PeerId,
+        /// Its public key.
+        public_key: PublicKey,
+    },
+    /// The peer is gone with all that belonged to it.
+    PeerRemoved {
+        /// Its former slot.
+        id: PeerId,
+        /// Its public key.
+        public_key: PublicKey,
+    },
+    /// Where the peer is now. Said even if the device knew, since the peer may have moved since.
+    Endpoint {
+        /// The peer.
+        id: PeerId,
+        /// Its outer address and port.
+        addr: SocketAddr,
+    },
+    /// The preshared key for the next handshake; sessions stay.
+    Preshared {
+        /// The peer.
+        id: PeerId,
+        /// Zero means none.
+        key: PresharedKey,
+    },
+    /// The interval of persistent keepalives. Who switches them on sends one at once.
+    PersistentKeepalive {
+        /// The peer.
+        id: PeerId,
+        /// 0: off.
+        seconds: u16,
+    },
+    /// The allowed IPs of some peers; comes once, and last.
+    RoutingChanged,
+}
+
+impl SetRequest {
+    /// The request that makes a device what `config` says, whatever it was before (as `wg setconf`).
+    ///
+    /// `resolved` is asked for the address of every endpoint; for `None` the peer gets none.
+    pub fn replacing(config: &Config, resolved: impl Fn(&Endpoint) -> Option<SocketAddr>) -> Self {
+        let interface = &config.interface;
+        let peers = config.peers.iter().map(|peer| PeerChange {
+            preshared_key: Some(peer.preshared_key.as_deref().cloned().unwrap_or_default()),
+            endpoint: peer.endpoint.as_deref().and_then(&resolved),
+            persistent_keepalive: Some(peer.persistent_keepalive.as_deref().copied().unwrap_or(0)),
+            replace_allowed_ips: true,
+            allowed_ips: peer.allowed_ips.iter().map(|net| AllowedIpChange::Add(**net)).collect(),
+            ..PeerChange::new(*peer.public_key)
+        });
+        Self {
+            private_key: Some(Some(interface.private_key.value.clone())),
+            listen_port: Some(interface.listen_port.as_deref().copied().unwrap_or(0)),
+            fwmark: Some(interface.fwmark.as_deref().copied().unwrap_or(0)),
+            replace_peers: true,
+            peers: peers.collect(),
+        }
+    }
+}
+
+impl PeerChange {
+    /// A change of nothing but that the device has the peer.
+    pub const fn new(public_key: PublicKey) -> Self {
+        Self {
+            public_key,
+            remove: false,
+            update_only: false,
+            preshared_key: None,
+            endpoint: None,
+            persistent_keepalive: None,
+            replace_allowed_ips: false,
+            allowed_ips: Vec::new(),
+        }
+    }
+}
+
+impl AllowedIpChange {
+    /// The prefix, without host bits.
+    pub fn net(self) -> IpNet {
+        match self {
+            Self::Add(net) | Self::Remove(net) => net.trunc(),
+        }
+    }
+}
+
+impl Device {
+    /// The private key, if there is one.
+    pub const fn private_key(&self) -> Option<&PrivateKey> {
+        self.private_key.as_ref()
+    }
+
+    /// The public key, if there is a private one.
+    pub const fn public_key(&self) -> Option<PublicKey> {
+        self.public_key
+    }
+
+    /// The port as it was configured; 0: any.
+    pub const fn listen_port(&self) -> u16 {
+        self.listen_port
+    }
+
+    /// The mark of outer datagrams; 0: none.
+    pub const fn fwmark(&self) -> u32 {
+        self.fwmark
+    }
+
+    /// The peer in a slot.
+    pub fn peer(&self, id: PeerId) -> Option<&Peer> {
+        self.peers.slots.get(id.0 as usize)?.as_ref().map(|slot| &slot.peer)
+    }
+
+    /// The slot of the peer with this key.
+    pub fn find(&self, public_key: &PublicKey) -> Option<PeerId> {
+        self.peers.by_key.get(public_key).copied()
+    }
+
+    /// The peers in the order in which they were added.
+    pub fn peers(&self) -> impl Iterator<Item = (PeerId, &Peer)> {
+        self.peers.by_age.values().map(|&id| (id, &self.peers.slot(id).peer))
+    }
+
+    /// Number of peers.
+    pub fn peer_count(&self) -> usize {
+        self.peers.by_key.len()
+    }
+
+    /// Which peer owns which prefix.
+    pub const fn allowed_ips(&self) -> &AllowedIps {
+        &self.allowed_ips
+    }
+
+    /// Changes the device, and says what changed.
+    pub fn apply(&mut self, request: SetRequest) -> Vec<Effect> {
+        let mut change = Change { device: self, effects: Vec::new(), routing_changed: false };
+        if let Some(fwmark) = request.fwmark {
+            change.set_fwmark(fwmark);
+        }
+        if let Some(port) = request.listen_port {
+            change.set_listen_port(port);
+        }
+        // As in the kernel: replacing comes before the key, however the request is ordered.
+        if request.replace_peers {
+            let all: Vec<_> = change.device.peers.by_age.values().copied().collect();
+            for id in all {
+                change.remove(id);
+            }
+        }
+        if let Some(private_key) = request.private_key {
+            change.set_private_key(private_key);
+        }
+        for peer in request.peers {
+            change.change_peer(peer);
+        }
+        let Change { mut effects, routing_changed, .. } = change;
+        if routing_changed {
+            effects.push(Effect::RoutingChanged);
+        }
+        self.peers.release_slots();
+        effects
+    }
+}
+
+/// A request while it is applied.
+struct Change<'a> {
+    device: &'a mut Device,
+    effects: Vec<Effect>,
+    routing_changed: bool,
+}
+
+impl Change<'_> {
+    fn set_fwmark(&mut self, fwmark: u32) {
+        if mem::replace(&mut self.device.fwmark, fwmark) != fwmark {
+            self.effects.push(Effect::FwMark(fwmark));
+        }
+    }
+
+    fn set_listen_port(&mut self, port: u16) {
+        if mem::replace(&mut self.device.listen_port, port) != port {
+            self.effects.push(Effect::ListenPort(port));
+        }
+    }
+
+    fn set_private_key(&mut self, private_key: Option<PrivateKey>) {
+        if self.device.private_key == private_key {
+            return;
+        }
+        let public_key = private_key.as_ref().map(PrivateKey::public_key);
+        // Nobody is a peer of himself. The peer goes before it could meet its own key.
+        if let Some(id) = public_key.and_then(|key| self.device.find(&key)) {
+            self.remove(id);
+        }
+        self.device.private_key.clone_from(&private_key);
+        self.device.public_key = public_key;
+        self.effects.push(Effect::PrivateKey(private_key));
+    }
+
+    fn change_peer(&mut self, change: PeerChange) {
+        // Silently, so that one list of peers can be given to all of them.
+        if self.device.public_key == Some(change.public_key) {
+            return;
+        }
+        let (id, is_new) = match self.device.find(&change.public_key) {
+            Some(id) if change.remove => return self.remove(id),
+            Some(id) => (id, false),
+            None if change.remove || change.update_only => return,
+            None => (self.add(change.public_key), true),
+        };
+        let peer = self.device.peers.get_mut(id);
+        if let Some(key) = change.preshared_key
+            && peer.preshared_key != key
+        {
+            peer.preshared_key = key.clone();
+            self.effects.push(Effect::Preshared { id, key });
+        }
+        if let Some(addr) = change.endpoint {
+            peer.endpoint = Some(addr);
+            self.effects.push(Effect::Endpoint { id, addr });
+        }
+        if let Some(seconds) = change.persistent_keepalive
+            && mem::replace(&mut peer.persistent_keepalive, seconds) != seconds
+        {
+            self.effects.push(Effect::PersistentKeepalive { id, seconds });
+        }
+        let replaces = change.replace_allowed_ips && !is_new;
+        self.change_allowed_ips(id, replaces, &change.allowed_ips);
+    }
+
+    fn change_allowed_ips(&mut self, id: PeerId, replaces: bool, changes: &[AllowedIpChange]) {
+        let allowed_ips = &mut self.device.allowed_ips;
+        if replaces {
+            let only_adds = changes.iter().all(|change| matches!(change, AllowedIpChange::Add(_)));
+            let nets = changes.iter().map(|change| change.net());
+            if only_adds && allowed_ips.of_peer(id).eq(nets) {
+                return;
+            }
+            self.routing_changed |= allowed_ips.of_peer(id).next().is_some();
+            allowed_ips.remove_peer(id);
+        }
+        for &change in changes {
+            self.routing_changed |= match change {
+                AllowedIpChange::Add(net) => allowed_ips.insert(net, id) != Some(id),
+                AllowedIpChange::Remove(net) => allowed_ips.remove(net, id),
+            };
+        }
+    }
+
+    fn add(&mut self, public_key: PublicKey) -> PeerId {
+        let id = self.device.peers.insert(public_key);
+        self.effects.push(Effect::PeerAdded { id, public_key });
+        id
+    }
+
+    fn remove(&mut self, id: PeerId) {
+        self.routing_changed |= self.device.allowed_ips.of_peer(id).next().is_some();
+        self.device.allowed_ips.remove_peer(id);
+        let public_key = self.device.peers.remove(id);
+        self.effects.push(Effect::PeerRemoved { id, public_key });
+    }
+}
+
+/// The peers in their slots.
+///
+/// A slot that becomes free is not used again in the same request: until its effects are carried
+/// out, workers route by a snapshot in which the slot is still the former peer's, and would seal
+/// that peer's packets for the new one.
+#[derive(Debug, Default)]
+struct Peers {
+    slots: Vec<Option<Slot>>,
+    by_key: HashMap<PublicKey, PeerId>,
+    /// By the number of peers that were added before.
+    by_age: BTreeMap<u64, PeerId>,
+    added_count: u64,
+    free: Vec<PeerId>,
+    /// Free from the next request on.
+    resting: Vec<PeerId>,
+}
+
+#[derive(Debug)]
+struct Slot {
+    age: u64,
+    peer: Peer,
+}
+
+impl Peers {
+    fn insert(&mut self, public_key: PublicKey) -> PeerId {
+        let peer = Peer {
+            public_key,
+            preshared_key: PresharedKey::default(),
+            endpoint: None,
+            persistent_keepalive: 0,
+        };
+        let age = self.added_count;
+        self.added_count += 1;
+        let slot = Some(Slot { age, peer });
+        let id = match self.free.pop() {
+            Some(id) => {
+                self.slots[id.0 as usize] = slot;
+                id
+            }
+            None => {
+                let id = u32::try_from(self.slots.len()).expect("memory ends before the numbers");
+                self.slots.push(slot);
+                PeerId(id)
+            }
+        };
+        self.by_key.insert(public_key, id);
+        self.by_age.insert(age, id);
+        id
+    }
+
+    fn remove(&mut self, id: PeerId) -> PublicKey {
+        let Slot { age, peer } =
+            self.slots[id.0 as usize].take().expect("only ids of peers are removed");
+        self.by_key.remove(&peer.public_key);
+        self.by_age.remove(&age);
+        self.resting.push(id);
+        peer.public_key
+    }
+
+    fn release_slots(&mut self) {
+        self.free.append(&mut self.resting);
+    }
+
+    fn slot(&self, id: PeerId) -> &Slot {
+        self.slots[id.0 as usize].as_ref().expect("the indexes name slots in use")
+    }
+
+    fn get_mut(&mut self, id: PeerId) -> &mut Peer {
+        let slot = self.slots[id.0 as usize].as_mut();
+        &mut slot.expect("ids come from the index, which names slots in use").peer
+    }
+}

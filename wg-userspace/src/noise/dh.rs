@@ -1,0 +1,107 @@
+//! Diffie–Hellman on Curve25519 (X25519, RFC 7748), behind a trait of two functions.
+
+use subtle::ConstantTimeEq;
+use wg_common::protocol::KEY_LEN;
+use zeroize::Zeroizing;
+
+use super::{Curve, HandshakeError};
+use crate::key::{PrivateKey, PublicKey};
+
+/// What two private keys share; wiped on drop.
+pub type SharedSecret = Zeroizing<[u8; KEY_LEN]>;
+
+/// An implementation of X25519. Both functions take the same time for every private key.
+pub trait X25519 {
+    /// The public key of `private_key`.
+    fn public_key(private_key: &PrivateKey) -> PublicKey;
+
+    /// The secret that `private_key` shares with the holder of `public_key`: all zero if
+    /// `public_key` has low order.
+    fn shared_secret(private_key: &PrivateKey, public_key: &PublicKey) -> SharedSecret;
+}
+
+/// X25519 by `x25519-dalek`.
+#[derive(Clone, Copy, Debug)]
+pub struct Dalek;
+
+impl X25519 for Dalek {
+    fn public_key(private_key: &PrivateKey) -> PublicKey {
+        private_key.public_key()
+    }
+
+    fn shared_secret(private_key: &PrivateKey, public_key: &PublicKey) -> SharedSecret {
+        let secret = x25519_dalek::StaticSecret::from(*private_key.expose());
+        let public = x25519_dalek::PublicKey::from(*public_key.as_bytes());
+        Zeroizing::new(secret.diffie_hellman(&public).to_bytes())
+    }
+}
+
+/// The shared secret of a Diffie–Hellman step: all steps of a handshake come through here.
+///
+/// # Errors
+/// [`HandshakeError::LowOrderPoint`] if it is zero. The whitepaper leaves that out; the kernel
+/// refuses it too. Who sends such a point would make the step's secret known to everybody.
+pub(super) fn agree(
+    private_key: &PrivateKey,
+    public_key: &PublicKey,
+) -> Result<SharedSecret, HandshakeError> {
+    let secret = Curve::shared_secret(private_key, public_key);
+    if secret.ct_eq(&[0; KEY_LEN]).into() {
+        return Err(HandshakeError::LowOrderPoint);
+    }
+    Ok(secret)
+}
+
+/// All 32 bytes that name a point of low order: the five of them, with the two that are not
+/// reduced modulo 2^255 − 19, each with and without the bit that X25519 ignores.
+#[cfg(test)]
+pub(super) fn low_order_points() -> impl Iterator<Item = PublicKey> {
+    let reduced = [
+        "0000000000000000000000000000000000000000000000000000000000000000",
+        "0100000000000000000000000000000000000000000000000000000000000000",
+        "e0eb7a7c3b41b8ae1656e3faf19fc46ada098deb9c32b1fd866205165f49b800",
+        "5f9c95bca3508c24b1d0b1559c83ef5b04445cc4581c8e86d8224eddd09f1157",
+        "ecffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
+        "edffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
+        "eeffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
+    ];
+    reduced.into_iter().flat_map(|hex| {
+        let mut bytes = *PublicKey::from_hex(hex).unwrap().as_bytes();
+        let point = PublicKey::from_bytes(bytes);
+        bytes[KEY_LEN - 1] |= 0x80;
+        [point, PublicKey::from_bytes(bytes)]
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// RFC 7748, section 6.1.
+    #[test]
+    fn shared_secret_is_that_of_the_rfc() {
+        let bob = PrivateKey::from_hex(
+            "5dab087e624a8a4b79e17f8b83800ee66f3bb1292618b6fd1c2f8b27ff88e0eb",
+        )
+        .unwrap();
+        let bob_public = "de9edb7d7b7dc1b4d35b61c2ece435373f8343c85b78674dadfc7e146f882b4f";
+        let alice_public =
+            PublicKey::from_hex("8520f0098930a754748b7ddcb43ef75a0dbf3a0d26381af4eba4a98eaa9b4e6a")
+                .unwrap();
+        let shared = "4a5d9d5ba4ce2de1728e3bf480350f25e07e21c947d19e3376f09b3c1e161742";
+        assert_eq!(Curve::public_key(&bob).to_hex(), bob_public);
+        let secret = agree(&bob, &alice_public).unwrap();
+        assert_eq!(PublicKey::from_bytes(*secret).to_hex(), shared);
+    }
+
+    #[test]
+    fn points_of_low_order_are_refused() {
+        for point in low_order_points() {
+            for byte in [0, 1, 0x42, 0xff] {
+                let private_key = PrivateKey::from_bytes([byte; KEY_LEN]);
+                assert_eq!(*Curve::shared_secret(&private_key, &point), [0; KEY_LEN], "{point}");
+                assert_eq!(agree(&private_key, &point), Err(HandshakeError::LowOrderPoint));
+            }
+        }
+    }
+}

@@ -1,0 +1,496 @@
+//! The half of a peer that control keeps: its handshakes, and the timers of its keypairs.
+
+use std::fmt;
+use std::ops::Deref;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
+
+use arrayvec::ArrayVec;
+use rand_core::CryptoRng;
+use wg_common::endpoint::Endpoint;
+use wg_common::id::{ReceiverIndex, ShardId};
+use wg_common::outcome::DropReason;
+use wg_common::protocol::{INITIATION_INTERVAL_MIN, INITIATION_LEN, RESPONSE_LEN};
+use wg_common::time::Now;
+
+use super::timers::{Due, Timers};
+use super::{HotPeer, Keypair, Keypairs};
+use crate::key::PresharedKey;
+use crate::noise::{
+    AuthenticInitiation, Established, HandshakeError, Identity, Initiator, RemoteStatic, Timestamp,
+    initiate,
+};
+
+/// Where receiver indexes come from.
+pub trait Indexes {
+    /// Lends an index that is live when this returns: a message that carries it may be sent.
+    fn allocate(&mut self) -> Option<ReceiverIndex>;
+
+    /// Takes back an index under which no keypair was ever published.
+    fn release(&mut self, index: ReceiverIndex);
+}
+
+/// What a session needs for its part of a handshake.
+#[derive(Debug)]
+pub struct Context<'a, R, I> {
+    /// Who we are; the one for which the session's [`RemoteStatic`] was made.
+    pub identity: &'a Identity,
+    /// Receiver indexes.
+    pub indexes: &'a mut I,
+    /// Randomness.
+    pub rng: &'a mut R,
+    /// The wall clock: goes into initiations, and is remembered as the time of the last handshake.
+    pub timestamp: Timestamp,
+    /// Where a keypair that is made now is at home.
+    pub home: ShardId,
+}
+
+/// What a session wants done. To be done in order.
+#[derive(Debug)]
+pub enum Action {
+    /// Let workers find the keypair by its local index.
+    Publish(Arc<Keypair>),
+    /// Let them find it no longer, and let its index rest.
+    Retire(Arc<Keypair>),
+    /// Send a handshake message.
+    Send {
+        /// The bytes.
+        message: HandshakeMessage,
+        /// Where to.
+        to: Endpoint,
+    },
+    /// Seal an empty packet with the current keypair and send it to the peer's endpoint; then call
+    /// [`keepalive_sent`](super::Activity::keepalive_sent).
+    SendKeepalive,
+    /// Tell the workers that there is a keypair: staged packets may go.
+    Flush,
+    /// Tell the workers that there will be none: staged packets are to be dropped.
+    DropStaged,
+}
+
+/// A handshake message; dereferences to its bytes.
+#[derive(Clone, Eq, PartialEq)]
+pub struct HandshakeMessage(ArrayVec<u8, INITIATION_LEN>);
+
+impl HandshakeMessage {
+    fn new(bytes: &[u8]) -> Self {
+        Self(bytes.try_into().expect("no handshake message is longer than an initiation"))
+    }
+}
+
+impl Deref for HandshakeMessage {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl fmt::Debug for HandshakeMessage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "HandshakeMessage(type {}, {} bytes)", self[0], self.len())
+    }
+}
+
+/// A peer as control sees it. Everything that happens to it is a call; what is to be done about it
+/// comes back as [`Action`]s.
+///
+/// A peer that rests costs no time, and some four hundred bytes of memory.
+#[derive(Debug)]
+pub struct Session {
+    peer: Arc<HotPeer>,
+    /// Kept beside `remote`, which is there only while we have an identity.
+    preshared_key: PresharedKey,
+    remote: Option<RemoteStatic>,
+    /// The handshake that waits for its response.
+    pending: Option<Box<Initiator>>,
+    /// Keypairs that workers can find: those in the peer's [`Keypairs`], and those that were taken
+    /// out since we last looked.
+    published: Vec<Arc<Keypair>>,
+    /// The keypair that we made as responder and that waits for its first packet.
+    awaited: Option<ReceiverIndex>,
+    timers: Timers,
+    /// The greatest timestamp of an initiation that was answered.
+    greatest_timestamp: Timestamp,
+    /// When an initiation was last answered.
+    answered: Option<Now>,
+    last_handshake: Option<Timestamp>,
+}
+
+impl Session {
+    /// The session of `peer`: nothing is under way. Without `remote`, there are no handshakes.
+    pub fn new(peer: Arc<HotPeer>, remote: Option<RemoteStatic>) -> Self {
+        Self {
+            preshared_key: remote.as_ref().map(|r| r.preshared_key().clone()).unwrap_or_default(),
+            peer,
+            remote,
+            pending: None,
+            published: Vec::new(),
+            awaited: None,
+            timers: Timers::default(),
+            greatest_timestamp: Timestamp::default(),
+            answered: None,
+            last_handshake: None,
+        }
+    }
+
+    /// The half that workers read.
+    pub fn peer(&self) -> &Arc<HotPeer> {
+        &self.peer
+    }
+
+    /// Who the peer is to our identity, if we have one.
+    pub fn remote(&self) -> Option<&RemoteStatic> {
+        self.remote.as_ref()
+    }
+
+    /// The key shared with the peer, zero if there is none.
+    pub fn preshared_key(&self) -> &PresharedKey {
+        &self.preshared_key
+    }
+
+    /// The index by which a response finds this session, while one is awaited.
+    pub fn pending_index(&self) -> Option<ReceiverIndex> {
+        self.pending.as_ref().map(|pending| pending.local_index())
+    }
+
+    /// When the last handshake was completed, by the wall clock: when its response came, or the first
+    /// packet after we responded.
+    pub fn last_handshake(&self) -> Option<Timestamp> {
+        self.last_handshake
+    }
+
+    /// Whether there is a timer that runs. An idle peer has none, and needs no calls.
+    pub fn is_awake(&self) -> bool {
+        self.poll_timeout().is_some()
+    }
+
+    /// The moment at which [`handle_timeout`](Self::handle_timeout) wants to be called, if any; the
+    /// beginning of time if at once.
+    ///
+    /// Workers arm timers without a word, but none that runs out in less than
+    /// [`KEEPALIVE_TIMEOUT`](wg_common::protocol::KEEPALIVE_TIMEOUT): who asks again when that has
+    /// passed misses nothing. When a worker has confirmed a keypair, it is worth asking at once.
+    pub fn poll_timeout(&self) -> Option<Now> {
+        if self.is_unsettled(&self.peer.keypairs.load()) {
+            return Some(Now::default());
+        }
+        let expiry = self.published.iter().map(|keypair| keypair.expires()).min();
+        [self.timers.poll(&self.peer.activity), expiry].into_iter().flatten().min()
+    }
+
+    /// Begins a handshake: there are packets and no keypair, or a keypair that wants to be replaced.
+    ///
+    /// Does nothing without an endpoint. While one is in flight, only lets it be tried for the whole
+    /// Rekey-Attempt-Time from `now` on (§6.4); if Rekey-Timeout has not passed since the last
+    /// handshake message, waits for that.
+    pub fn initiate<R: CryptoRng, I: Indexes>(
+        &mut self,
+        ctx: &mut Context<'_, R, I>,
+        now: Now,
+    ) -> Vec<Action> {
+        let mut actions = Vec::new();
+        self.begin(ctx, &mut actions, now);
+        actions
+    }
+
+    /// Answers an initiation, to where it came `from`. Neither endpoint nor current keypair change:
+    /// they do when the first packet proves that this was no replay.
+    ///
+    /// # Errors
+    /// [`DropReason::OldTimestamp`] for a replay, [`DropReason::InitiationFlood`] if the last one was
+    /// answered just now, [`DropReason::NoIndex`] if no index is free, and what [`HandshakeError`]s
+    /// count as. Nothing has changed then.
+    pub fn handle_initiation<R: CryptoRng, I: Indexes>(
+        &mut self,
+        initiation: AuthenticInitiation,
+        from: Endpoint,
+        ctx: &mut Context<'_, R, I>,
+        now: Now,
+    ) -> Result<Vec<Action>, DropReason> {
+        let remote = self.remote.as_ref().ok_or(DropReason::NoPrivateKey)?;
+        let timestamp = initiation.timestamp();
+        if timestamp <= self.greatest_timestamp {
+            return Err(DropReason::OldTimestamp);
+        }
+        if self.answered.is_some_and(|at| now.since(at) < INITIATION_INTERVAL_MIN) {
+            return Err(DropReason::InitiationFlood);
+        }
+        let index = ctx.indexes.allocate().ok_or(DropReason::NoIndex)?;
+        let (established, message) = match initiation.respond(remote, index, None, ctx.rng) {
+            Ok(answer) => answer,
+            Err(error) => {
+                ctx.indexes.release(index);
+                return Err(error.drop_reason());
+            }
+        };
+        (self.greatest_timestamp, self.answered) = (timestamp, Some(now));
+        self.timers.response_sent(ctx.rng, now);
+        self.peer.activity.authenticated_received(now);
+        self.peer.activity.authenticated_sent(now);
+
+        let mut actions = Vec::new();
+        let install = Keypairs::installed_by_responder;
+        self.install(&established, install, ctx, &mut actions, now);
+        self.awaited = Some(index);
+        actions.push(Action::Send { message: HandshakeMessage::new(&message), to: from });
+        self.retire(&mut actions);
+        Ok(actions)
+    }
+
+    /// Finishes our handshake with its response.
+    ///
+    /// # Errors
+    /// [`DropReason::UnknownIndex`] if it answers nothing that we wait for, and what
+    /// [`HandshakeError`]s count as. Nothing has changed then: the right one may still come.
+    pub fn handle_response<R: CryptoRng, I: Indexes>(
+        &mut self,
+        message: &[u8; RESPONSE_LEN],
+        ctx: &mut Context<'_, R, I>,
+        now: Now,
+    ) -> Result<Vec<Action>, DropReason> {
+        let (pending, remote) =
+            self.pending.as_ref().zip(self.remote.as_ref()).ok_or(DropReason::UnknownIndex)?;
+        let established =
+            pending.finish(ctx.identity, remote, message).map_err(HandshakeError::drop_reason)?;
+        // Its index is the keypair's from now on.
+        self.pending = None;
+        self.peer.activity.authenticated_received(now);
+
+        let mut actions = Vec::new();
+        let install = Keypairs::installed_by_initiator;
+        self.install(&established, install, ctx, &mut actions, now);
+        self.awaited = None;
+        self.complete(ctx);
+        actions.push(Action::Flush);
+        // The responder must not send before it has received something.
+        if self.peer.staged.load(Relaxed) == 0 {
+            actions.push(Action::SendKeepalive);
+        }
+        self.retire(&mut actions);
+        Ok(actions)
+    }
+
+    /// Does what is due at `now`; calling it too early does nothing.
+    pub fn handle_timeout<R: CryptoRng, I: Indexes>(
+        &mut self,
+        ctx: &mut Context<'_, R, I>,
+        now: Now,
+    ) -> Vec<Action> {
+        let mut actions = Vec::new();
+        // Wiped as soon as they are dead, so that nothing is left of a peer that went silent when the
+        // kernel, after three times Reject-After-Time, wipes everything.
+        if self.published.iter().any(|keypair| keypair.is_expired(now)) {
+            self.peer.keypairs.update(|keypairs| keypairs.without_expired(now));
+        }
+        let keypairs = self.peer.keypairs.load();
+        if self.notice_confirmation(&keypairs, ctx) {
+            actions.push(Action::Flush);
+        }
+        drop(keypairs);
+        while let Some(due) = self.timers.take_due(&self.peer.activity, now) {
+            match due {
+                Due::Retransmit => {
+                    self.peer.handshake_wanted.store(false, Relaxed);
+                    self.peer.forget_local_source();
+                    self.send_initiation(ctx, &mut actions, now);
+                }
+                Due::GiveUp => {
+                    self.abandon(ctx.indexes);
+                    actions.push(Action::DropStaged);
+                }
+                Due::Deferred => self.begin(ctx, &mut actions, now),
+                Due::NewHandshake => {
+                    self.peer.forget_local_source();
+                    self.begin(ctx, &mut actions, now);
+                }
+                Due::Keepalive | Due::PersistentKeepalive => {
+                    self.keepalive(ctx, &mut actions, now);
+                }
+            }
+        }
+        self.retire(&mut actions);
+        actions
+    }
+
+    /// Sends a keepalive whenever there was no traffic for `interval` (`None` or zero: never); the
+    /// first one at `now`, if that is new.
+    pub fn set_persistent_keepalive(&mut self, interval: Option<Duration>, now: Now) {
+        self.timers.set_persistent_keepalive(interval.filter(|i| !i.is_zero()), now);
+    }
+
+    /// Replaces the preshared key. Keypairs stay; the next handshake message uses it.
+    pub fn set_preshared_key(&mut self, preshared_key: PresharedKey) {
+        if let Some(remote) = &mut self.remote {
+            remote.set_preshared_key(preshared_key.clone());
+        }
+        self.preshared_key = preshared_key;
+    }
+
+    /// Replaces who the peer is to us, since our own identity has changed or gone. Ends what the old
+    /// one has begun, as [`clear`](Self::clear) does.
+    pub fn set_remote(
+        &mut self,
+        remote: Option<RemoteStatic>,
+        indexes: &mut impl Indexes,
+    ) -> Vec<Action> {
+        let actions = self.clear(indexes);
+        if let Some(remote) = &remote {
+            self.preshared_key = remote.preshared_key().clone();
+        }
+        self.remote = remote;
+        actions
+    }
+
+    /// Ends every keypair and handshake.
+    ///
+    /// The greatest timestamp stays: old initiations are replays as before.
+    pub fn clear(&mut self, indexes: &mut impl Indexes) -> Vec<Action> {
+        self.peer.keypairs.update(Keypairs::cleared);
+        self.awaited = None;
+        self.abandon(indexes);
+        self.timers.cleared();
+        let mut actions = Vec::new();
+        self.retire(&mut actions);
+        actions
+    }
+
+    /// Begins a handshake, if there is none and it is time.
+    fn begin<R: CryptoRng, I: Indexes>(
+        &mut self,
+        ctx: &mut Context<'_, R, I>,
+        actions: &mut Vec<Action>,
+        now: Now,
+    ) {
+        if self.remote.is_none() || self.peer.endpoint.load().is_none() {
+            self.peer.handshake_wanted.store(false, Relaxed);
+        } else if self.timers.is_trying() {
+            // Whoever wants it yet may say so once more after the next retransmission.
+            self.timers.begin_or_renew(now);
+        } else if self.timers.may_initiate(now) {
+            self.timers.begin_or_renew(now);
+            self.send_initiation(ctx, actions, now);
+        } else {
+            self.timers.defer();
+        }
+    }
+
+    /// Sends an initiation. If that is not possible now, a retransmission will try again.
+    fn send_initiation<R: CryptoRng, I: Indexes>(
+        &mut self,
+        ctx: &mut Context<'_, R, I>,
+        actions: &mut Vec<Action>,
+        now: Now,
+    ) {
+        self.timers.initiation_sent(ctx.rng, now);
+        let Some(remote) = &self.remote else { return };
+        let Some(to) = self.peer.endpoint.load().as_deref().copied() else { return };
+        // A repeated initiation keeps its index: a freed one rests for minutes, and peers that never
+        // answer would let all of them rest.
+        let index = match self.pending.take() {
+            Some(pending) => pending.local_index(),
+            None => match ctx.indexes.allocate() {
+                Some(index) => index,
+                None => return,
+            },
+        };
+        match initiate(ctx.identity, remote, index, ctx.timestamp, None, ctx.rng) {
+            Ok((pending, message)) => {
+                self.pending = Some(Box::new(pending));
+                self.peer.activity.authenticated_sent(now);
+                actions.push(Action::Send { message: HandshakeMessage::new(&message), to });
+            }
+            Err(_) => ctx.indexes.release(index),
+        }
+    }
+
+    /// Has a keepalive sent; begins a handshake if there is nothing to seal it with, or nothing soon.
+    fn keepalive<R: CryptoRng, I: Indexes>(
+        &mut self,
+        ctx: &mut Context<'_, R, I>,
+        actions: &mut Vec<Action>,
+        now: Now,
+    ) {
+        let (seals, wants_rekey) = match self.peer.keypairs.load().seals_with(now) {
+            Some(keypair) => (true, keypair.wants_rekey_to_send(now)),
+            None => (false, false),
+        };
+        if seals {
+            actions.push(Action::SendKeepalive);
+        }
+        if !seals || wants_rekey {
+            self.begin(ctx, actions, now);
+        }
+    }
+
+    /// Makes a keypair, has it published, and puts it among the peer's.
+    fn install<R, I: Indexes>(
+        &mut self,
+        established: &Established,
+        transition: impl Fn(&Keypairs, Arc<Keypair>) -> Keypairs,
+        ctx: &mut Context<'_, R, I>,
+        actions: &mut Vec<Action>,
+        now: Now,
+    ) {
+        let peer = Arc::downgrade(&self.peer);
+        let keypair = Arc::new(Keypair::new(established, peer, ctx.home, now));
+        self.published.push(Arc::clone(&keypair));
+        actions.push(Action::Publish(Arc::clone(&keypair)));
+        let before = self.peer.keypairs.update(|k| transition(k, Arc::clone(&keypair)));
+        // `before` is what the transition saw: a confirmation cannot slip in between.
+        if self.notice_confirmation(&before, ctx) {
+            actions.push(Action::Flush);
+        }
+    }
+
+    /// Whether a worker has changed something that we have not taken note of.
+    fn is_unsettled(&self, keypairs: &Keypairs) -> bool {
+        let next = keypairs.next.as_ref().map(|next| next.local_index());
+        self.awaited.is_some() && self.awaited != next
+            || self.published.iter().any(|keypair| !keypairs.contains(keypair))
+    }
+
+    /// Takes note of it, and says so, if the keypair we wait for has had its first packet.
+    fn notice_confirmation<R, I: Indexes>(
+        &mut self,
+        keypairs: &Keypairs,
+        ctx: &mut Context<'_, R, I>,
+    ) -> bool {
+        let is_awaited = |keypair: &Arc<Keypair>| Some(keypair.local_index()) == self.awaited;
+        if self.awaited.is_none() || keypairs.next.as_ref().is_some_and(is_awaited) {
+            return false;
+        }
+        let confirmed = keypairs.iter().any(is_awaited);
+        self.awaited = None;
+        if confirmed {
+            self.complete(ctx);
+        }
+        confirmed
+    }
+
+    /// A handshake is completed: one of ours that is still in flight is not needed.
+    fn complete<R, I: Indexes>(&mut self, ctx: &mut Context<'_, R, I>) {
+        self.last_handshake = Some(ctx.timestamp);
+        self.timers.completed();
+        self.abandon(ctx.indexes);
+    }
+
+    /// Forgets the handshake in flight, if there is one. Who still wants one must ask again.
+    fn abandon(&mut self, indexes: &mut impl Indexes) {
+        if let Some(pending) = self.pending.take() {
+            indexes.release(pending.local_index());
+        }
+        self.peer.handshake_wanted.store(false, Relaxed);
+    }
+
+    /// Retires keypairs that are no longer among the peer's, whoever took them out.
+    fn retire(&mut self, actions: &mut Vec<Action>) {
+        let keypairs = self.peer.keypairs.load();
+        let gone = self.published.extract_if(.., |keypair| !keypairs.contains(keypair));
+        actions.extend(gone.map(Action::Retire));
+        if self.published.is_empty() {
+            self.published = Vec::new();
+        }
+    }
+}

@@ -1,0 +1,192 @@
+//! Which of a peer's keypairs seals, and which still open.
+
+use std::sync::Arc;
+
+use wg_common::id::ReceiverIndex;
+use wg_common::time::Now;
+
+use super::Keypair;
+
+/// A peer's keypairs, as a value: every change makes a new one.
+#[derive(Clone, Debug, Default)]
+pub struct Keypairs {
+    /// Seals; opens.
+    pub current: Option<Arc<Keypair>>,
+    /// Opens what was on its way when `current` came.
+    pub previous: Option<Arc<Keypair>>,
+    /// Made as responder and not confirmed: opens, and becomes `current` when it first has.
+    pub next: Option<Arc<Keypair>>,
+}
+
+impl Keypairs {
+    /// What seals now, if anything does: never `next`, whose initiator may not know it yet.
+    pub fn seals_with(&self, now: Now) -> Option<&Arc<Keypair>> {
+        self.current.as_ref().filter(|keypair| keypair.can_seal(now))
+    }
+
+    /// After our initiation was answered: `new` seals at once.
+    ///
+    /// An unconfirmed `next` is kept as `previous`, for its initiator may use it yet: so each side of
+    /// two handshakes that crossed opens what the other seals. The kernel does the same.
+    #[must_use]
+    pub fn installed_by_initiator(&self, new: Arc<Keypair>) -> Self {
+        let previous = self.next.as_ref().or(self.current.as_ref());
+        Self { current: Some(new), previous: previous.cloned(), next: None }
+    }
+
+    /// After we answered an initiation: `new` waits for its first packet.
+    ///
+    /// Replaces an older `next`, whose response was lost. The kernel drops `previous` here; we keep
+    /// it until `new` is confirmed, since an initiation alone, which may be a replay after a restart,
+    /// must not take a keypair in use away.
+    #[must_use]
+    pub fn installed_by_responder(&self, new: Arc<Keypair>) -> Self {
+        Self { next: Some(new), ..self.clone() }
+    }
+
+    /// After the keypair with this local index has opened a packet: if it is `next`, it seals from
+    /// now on. Otherwise nothing changes.
+    #[must_use]
+    pub fn confirmed(&self, index: ReceiverIndex) -> Self {
+        match &self.next {
+            Some(next) if next.local_index() == index => {
+                Self { current: Some(Arc::clone(next)), previous: self.current.clone(), next: None }
+            }
+            _ => self.clone(),
+        }
+    }
+
+    /// Without those that are dead at `now`.
+    #[must_use]
+    pub fn without_expired(&self, now: Now) -> Self {
+        let living = |keypair: &Option<Arc<Keypair>>| {
+            keypair.as_ref().filter(|keypair| !keypair.is_expired(now)).cloned()
+        };
+        Self {
+            current: living(&self.current),
+            previous: living(&self.previous),
+            next: living(&self.next),
+        }
+    }
+
+    /// Without any.
+    #[must_use]
+    pub fn cleared(&self) -> Self {
+        Self::default()
+    }
+
+    /// All there are.
+    pub fn iter(&self) -> impl Iterator<Item = &Arc<Keypair>> {
+        [&self.current, &self.previous, &self.next].into_iter().flatten()
+    }
+
+    /// Whether this very keypair is among them.
+    pub fn contains(&self, keypair: &Arc<Keypair>) -> bool {
+        self.iter().any(|own| Arc::ptr_eq(own, keypair))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use wg_common::protocol::REJECT_AFTER_TIME;
+
+    use super::*;
+    use crate::noise::Role;
+    use crate::session::keypair::tests::{START, keypair};
+
+    /// Slots of current, previous and next; 0 for none.
+    type Slots = [usize; 3];
+
+    fn of(slots: Slots) -> Keypairs {
+        let [current, previous, next] =
+            slots.map(|slot| (slot != 0).then(|| Arc::new(keypair(slot, Role::Responder, START))));
+        Keypairs { current, previous, next }
+    }
+
+    fn slots(keypairs: &Keypairs) -> Slots {
+        [&keypairs.current, &keypairs.previous, &keypairs.next]
+            .map(|keypair| keypair.as_ref().map_or(0, |keypair| keypair.local_index().slot()))
+    }
+
+    #[track_caller]
+    fn check(table: &[(Slots, Slots)], transition: impl Fn(&Keypairs) -> Keypairs) {
+        for (before, after) in table {
+            assert_eq!(slots(&transition(&of(*before))), *after, "from {before:?}");
+        }
+    }
+
+    fn new() -> Arc<Keypair> {
+        Arc::new(keypair(9, Role::Initiator, START))
+    }
+
+    #[test]
+    fn what_the_initiator_installs_seals_at_once() {
+        let table = [
+            ([0, 0, 0], [9, 0, 0]),
+            ([1, 0, 0], [9, 1, 0]),
+            ([1, 2, 0], [9, 1, 0]),
+            ([0, 0, 3], [9, 3, 0]),
+            ([1, 0, 3], [9, 3, 0]),
+            ([1, 2, 3], [9, 3, 0]),
+            ([0, 2, 0], [9, 0, 0]),
+        ];
+        check(&table, |keypairs| keypairs.installed_by_initiator(new()));
+    }
+
+    #[test]
+    fn what_the_responder_installs_takes_nothing_away_but_an_older_next() {
+        let table = [
+            ([0, 0, 0], [0, 0, 9]),
+            ([1, 0, 0], [1, 0, 9]),
+            ([1, 2, 0], [1, 2, 9]),
+            ([1, 2, 3], [1, 2, 9]),
+            ([0, 0, 3], [0, 0, 9]),
+        ];
+        check(&table, |keypairs| keypairs.installed_by_responder(new()));
+    }
+
+    #[test]
+    fn the_first_packet_makes_next_current() {
+        let table = [
+            ([0, 0, 3], [3, 0, 0]),
+            ([1, 0, 3], [3, 1, 0]),
+            ([1, 2, 3], [3, 1, 0]),
+            ([0, 2, 3], [3, 0, 0]),
+        ];
+        check(&table, |keypairs| keypairs.confirmed(ReceiverIndex::new(3, 0)));
+    }
+
+    #[test]
+    fn packets_of_other_keypairs_change_nothing() {
+        let table = [([0, 0, 0], [0, 0, 0]), ([1, 2, 3], [1, 2, 3]), ([1, 2, 0], [1, 2, 0])];
+        check(&table, |keypairs| keypairs.confirmed(ReceiverIndex::new(1, 0)));
+        check(&table, |keypairs| keypairs.confirmed(ReceiverIndex::new(2, 0)));
+        check(&table, |keypairs| keypairs.confirmed(ReceiverIndex::new(3, 1)));
+    }
+
+    #[test]
+    fn only_current_seals() {
+        for (before, seals) in [([1, 2, 3], 1), ([0, 2, 3], 0), ([0, 0, 3], 0)] {
+            let keypairs = of(before);
+            let slot = keypairs.seals_with(START).map_or(0, |k| k.local_index().slot());
+            assert_eq!(slot, seals);
+        }
+        assert!(of([1, 2, 3]).seals_with(START + REJECT_AFTER_TIME).is_none());
+    }
+
+    #[test]
+    fn the_dead_are_taken_out_and_only_they() {
+        let old = |slot| Some(Arc::new(keypair(slot, Role::Initiator, START)));
+        let keypairs = Keypairs {
+            current: Some(Arc::new(keypair(1, Role::Initiator, START + Duration::from_secs(60)))),
+            previous: old(2),
+            next: old(3),
+        };
+        let almost = START + (REJECT_AFTER_TIME - Duration::from_nanos(1));
+        assert_eq!(slots(&keypairs.without_expired(almost)), [1, 2, 3]);
+        assert_eq!(slots(&keypairs.without_expired(START + REJECT_AFTER_TIME)), [1, 0, 0]);
+        assert_eq!(slots(&keypairs.cleared()), [0, 0, 0]);
+    }
+}

@@ -1,0 +1,189 @@
+//! The half of a peer that workers read.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, Ordering::Relaxed};
+
+use arc_swap::{ArcSwap, ArcSwapOption, Guard};
+use wg_common::endpoint::Endpoint;
+use wg_common::id::{DeviceId, PeerId};
+
+use super::{Activity, Keypair, Keypairs};
+use crate::key::PublicKey;
+
+/// What workers know of a peer. Read and moved by atomics; nobody ever waits for anybody.
+#[derive(Debug)]
+pub struct HotPeer {
+    /// The peer's slot in its device.
+    pub id: PeerId,
+    /// The device it belongs to.
+    pub device: DeviceId,
+    /// Who the peer is.
+    pub public_key: PublicKey,
+    /// What seals and opens.
+    pub keypairs: SharedKeypairs,
+    /// Where its datagrams go. Configured by control; moved by the home worker of a keypair, to where
+    /// authentic transport data came from.
+    pub endpoint: ArcSwapOption<Endpoint>,
+    /// What timers run on.
+    pub activity: Activity,
+    /// Bytes of `wg show`.
+    pub transfer: Transfer,
+    /// Packets that wait for a keypair, at all workers.
+    pub staged: AtomicU32,
+    /// Set by a worker that asks control for a handshake; cleared by control when it wants to be
+    /// asked again.
+    pub handshake_wanted: AtomicBool,
+    /// Number of the worker at which the last authentic packet arrived; [`HotPeer::NO_WORKER`] before
+    /// the first.
+    pub last_worker: AtomicU16,
+}
+
+impl HotPeer {
+    /// No worker has this number.
+    pub const NO_WORKER: u16 = u16::MAX;
+
+    /// A peer without keypairs and endpoint.
+    pub fn new(id: PeerId, device: DeviceId, public_key: PublicKey) -> Self {
+        Self {
+            id,
+            device,
+            public_key,
+            keypairs: SharedKeypairs::default(),
+            endpoint: ArcSwapOption::empty(),
+            activity: Activity::default(),
+            transfer: Transfer::default(),
+            staged: AtomicU32::new(0),
+            handshake_wanted: AtomicBool::new(false),
+            last_worker: AtomicU16::new(Self::NO_WORKER),
+        }
+    }
+
+    /// To be called by the home worker after `keypair` has opened a packet: the first one makes it
+    /// the current keypair. Says whether it was that one; then staged packets can go.
+    pub fn confirm(&self, keypair: &Arc<Keypair>) -> bool {
+        let is_next = |keypairs: &Keypairs| {
+            keypairs.next.as_ref().is_some_and(|next| Arc::ptr_eq(next, keypair))
+        };
+        if !is_next(&self.keypairs.load()) {
+            return false;
+        }
+        let before = self.keypairs.update(|keypairs| keypairs.confirmed(keypair.local_index()));
+        is_next(&before)
+    }
+
+    /// Lets the routing table choose anew which address of ours the next datagram leaves from.
+    pub fn forget_local_source(&self) {
+        self.endpoint.rcu(|endpoint| match endpoint {
+            Some(known) if known.local.is_some() => {
+                Some(Arc::new(Endpoint::configured(known.remote)))
+            }
+            _ => endpoint.clone(),
+        });
+    }
+}
+
+/// A peer's [`Keypairs`], shared between workers and control.
+///
+/// Whoever changes them makes the new value from the newest old one, so that no change is lost.
+#[derive(Debug, Default)]
+pub struct SharedKeypairs(ArcSwap<Keypairs>);
+
+impl SharedKeypairs {
+    /// What they are now.
+    pub fn load(&self) -> Guard<Arc<Keypairs>> {
+        self.0.load()
+    }
+
+    /// Replaces them by what `change` makes of them; calls it again if another thread was faster.
+    /// Gives back what was replaced.
+    pub(crate) fn update(&self, change: impl Fn(&Keypairs) -> Keypairs) -> Arc<Keypairs> {
+        self.0.rcu(|keypairs| change(keypairs))
+    }
+}
+
+/// Bytes of whole messages, handshakes included, as the kernel counts them.
+#[derive(Debug, Default)]
+pub struct Transfer {
+    rx_bytes: AtomicU64,
+    tx_bytes: AtomicU64,
+}
+
+impl Transfer {
+    /// Counts received bytes.
+    pub fn received(&self, bytes: u64) {
+        self.rx_bytes.fetch_add(bytes, Relaxed);
+    }
+
+    /// Counts sent bytes.
+    pub fn sent(&self, bytes: u64) {
+        self.tx_bytes.fetch_add(bytes, Relaxed);
+    }
+
+    /// Bytes received.
+    pub fn rx_bytes(&self) -> u64 {
+        self.rx_bytes.load(Relaxed)
+    }
+
+    /// Bytes sent.
+    pub fn tx_bytes(&self) -> u64 {
+        self.tx_bytes.load(Relaxed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::SocketAddr;
+
+    use wg_common::endpoint::LocalSource;
+
+    use super::*;
+    use crate::noise::Role;
+    use crate::session::keypair::tests::{START, keypair};
+
+    fn peer() -> HotPeer {
+        HotPeer::new(PeerId(0), DeviceId(0), PublicKey::from_bytes([0; 32]))
+    }
+
+    #[test]
+    fn a_keypair_is_confirmed_once() {
+        let peer = peer();
+        let [new, other] = [1, 2].map(|slot| Arc::new(keypair(slot, Role::Responder, START)));
+        peer.keypairs.update(|keypairs| keypairs.installed_by_responder(Arc::clone(&new)));
+        assert!(!peer.confirm(&other));
+        assert!(peer.keypairs.load().current.is_none());
+        assert!(peer.confirm(&new));
+        assert!(!peer.confirm(&new));
+        assert!(Arc::ptr_eq(peer.keypairs.load().current.as_ref().unwrap(), &new));
+    }
+
+    #[test]
+    fn installing_and_confirming_at_once_lose_no_keypair() {
+        for round in 0..200 {
+            let peer = peer();
+            let [first, second] =
+                [1, 2].map(|slot| Arc::new(keypair(slot, Role::Responder, START)));
+            peer.keypairs.update(|keypairs| keypairs.installed_by_responder(Arc::clone(&first)));
+            let confirmed = std::thread::scope(|scope| {
+                let worker = scope.spawn(|| peer.confirm(&first));
+                peer.keypairs.update(|k| k.installed_by_responder(Arc::clone(&second)));
+                worker.join().unwrap()
+            });
+            let keypairs = peer.keypairs.load();
+            assert!(Arc::ptr_eq(keypairs.next.as_ref().unwrap(), &second), "round {round}");
+            assert_eq!(keypairs.current.is_some(), confirmed);
+            assert_eq!(keypairs.contains(&first), confirmed);
+        }
+    }
+
+    #[test]
+    fn forgetting_the_local_source_keeps_the_remote_address() {
+        let peer = peer();
+        peer.forget_local_source();
+        assert!(peer.endpoint.load().is_none());
+        let remote: SocketAddr = "192.0.2.1:51820".parse().unwrap();
+        let local = Some(LocalSource { addr: "192.0.2.2".parse().unwrap(), ifindex: 3 });
+        peer.endpoint.store(Some(Arc::new(Endpoint { remote, local })));
+        peer.forget_local_source();
+        assert_eq!(**peer.endpoint.load().as_ref().unwrap(), Endpoint::configured(remote));
+    }
+}
