@@ -1,10 +1,18 @@
 //! Tidegate's daemon and command line. `ARCHITECTURE.md` has the map of the rooms.
 
 pub mod aead;
+pub mod bpf;
 pub mod config;
 pub mod counters;
 pub mod device;
+pub mod host;
 pub mod key;
 pub mod noise;
 pub mod routing;
 pub mod session;
+#[expect(unsafe_code, reason = "system calls, and memory shared with the kernel")]
+pub mod sys;
+pub mod tun;
+pub mod udp;
+#[expect(unsafe_code, reason = "the UMEM and its rings are shared with the kernel")]
+pub mod xsk;

@@ -1,0 +1,117 @@
+//! Against the kernel, in a network namespace that lives as long as the test's thread.
+
+use std::{process::Command, time::Duration};
+
+use super::*;
+use crate::{require_root, sys::netns};
+
+/// Runs `test` on a runtime of its own in a network namespace of its own.
+fn in_new_netns<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send) {
+    netns::in_new_netns(|| {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        runtime.unwrap().block_on(test());
+    });
+}
+
+fn ip(arguments: &str) -> String {
+    let output = Command::new("ip").args(arguments.split(' ')).output().unwrap();
+    assert!(output.status.success(), "ip {arguments}: {output:?}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn net(text: &str) -> IpNet {
+    text.parse().unwrap()
+}
+
+#[test]
+fn a_link_gets_mtu_addresses_and_routes_and_goes() {
+    require_root!();
+    in_new_netns(|| async {
+        ip("link add dev link0 type veth peer name link1");
+        let host = Host::new().unwrap();
+        let index = host.link_index("link0").await.unwrap();
+
+        host.set_mtu(index, 1412).await.unwrap();
+        host.add_address(index, net("10.9.0.1/24")).await.unwrap();
+        host.add_address(index, net("fd09::1/64")).await.unwrap();
+        host.set_up(index).await.unwrap();
+        let again = host.add_address(index, net("10.9.0.1/24")).await.unwrap_err();
+        assert!(matches!(again, HostError::Exists { .. }), "{again:?}");
+        assert_eq!(again.to_string(), "adding address 10.9.0.1/24: it exists already");
+
+        let link = host.link("link0").await.unwrap().unwrap();
+        assert_eq!((link.index, link.name.as_str(), link.mtu), (index, "link0", 1412));
+        let addresses = host.addresses().await.unwrap();
+        for wanted in ["10.9.0.1/24", "fd09::1/64"] {
+            assert!(addresses.contains(&HostAddress { link_index: index, net: net(wanted) }));
+        }
+        assert!(!ip("-4 address show dev link0").contains("brd 10.9.0.255"));
+
+        let present = host.routes(index).await.unwrap();
+        assert!(present.contains(&net("10.9.0.0/24")), "{present:?}");
+        assert!(present.contains(&net("fd09::/64")), "{present:?}");
+        let allowed = ["10.9.0.2/32", "192.168.7.0/24", "fd09::2/128", "fd07::/48"].map(net);
+        for route in missing_routes(allowed, present) {
+            host.add_route(index, route).await.unwrap();
+        }
+        assert!(ip("-4 route show dev link0").contains("192.168.7.0/24 scope link"));
+        assert!(ip("-6 route show dev link0").contains("fd07::/48"));
+        assert!(!ip("-4 route show dev link0").contains("10.9.0.2"));
+        let again = host.add_route(index, net("192.168.7.0/24")).await.unwrap_err();
+        assert!(matches!(again, HostError::Exists { .. }), "{again:?}");
+
+        host.delete_link(index).await.unwrap();
+        assert_eq!(host.link("link0").await.unwrap(), None);
+        let missing = host.link_index("link0").await.unwrap_err();
+        assert_eq!(missing.to_string(), "there is no network interface link0");
+    });
+}
+
+#[test]
+fn the_way_to_an_endpoint_has_an_mtu() {
+    require_root!();
+    in_new_netns(|| async {
+        ip("link add dev link0 mtu 1492 type veth peer name link1");
+        ip("link set dev link1 up");
+        ip("link set dev link0 up");
+        ip("address add 10.0.0.1/24 dev link0");
+        ip("-6 address add fd00::1/64 dev link0 nodad");
+        ip("route add 10.7.0.0/16 via 10.0.0.2 mtu 1300");
+        let host = Host::new().unwrap();
+        let mtu = async |ip: &str| host.path_mtu(ip.parse().unwrap()).await.unwrap();
+        assert_eq!(mtu("10.0.0.9").await, Some(1492));
+        assert_eq!(mtu("fd00::9").await, Some(1492));
+        assert_eq!(mtu("10.7.1.1").await, Some(1300));
+        assert_eq!(mtu("192.0.2.1").await, None);
+        assert_eq!(mtu("2001:db8::1").await, None);
+        assert_eq!(host.default_route_mtu().await.unwrap(), None);
+        ip("route add default via 10.0.0.2");
+        assert_eq!(host.default_route_mtu().await.unwrap(), Some(1492));
+        assert_eq!(mtu("192.0.2.1").await, Some(1492));
+    });
+}
+
+#[test]
+fn the_watch_tells_what_is_and_what_changes() {
+    require_root!();
+    in_new_netns(|| async {
+        ip("link add dev link0 type veth peer name link1");
+        ip("address add 10.0.0.1/24 dev link0");
+        let mut watch = AddressWatch::new(Host::new().unwrap()).unwrap();
+        // The loopback's addresses are told as well, in any order.
+        let mut wait_for = async |wanted: AddressChange| {
+            let found = async { while watch.next().await.unwrap() != wanted {} };
+            let found = tokio::time::timeout(Duration::from_secs(10), found).await;
+            found.unwrap_or_else(|_| panic!("{wanted:?} is told in time"));
+        };
+        let first: IpAddr = "10.0.0.1".parse().unwrap();
+        let second: IpAddr = "10.0.0.2".parse().unwrap();
+        wait_for(AddressChange::Added(first)).await;
+        ip("address add 10.0.0.2/24 dev link0");
+        wait_for(AddressChange::Added(second)).await;
+        ip("address del 10.0.0.2/24 dev link0");
+        wait_for(AddressChange::Removed(second)).await;
+        ip("link del dev link0");
+        wait_for(AddressChange::Removed(first)).await;
+    });
+}

@@ -1,0 +1,117 @@
+//! The ioctls of `/dev/net/tun`.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+
+use libc::{IFNAMSIZ, c_short, ifreq};
+use rustix::fs::{Mode, OFlags};
+use rustix::io::{IoSlice, IoSliceMut, readv, writev};
+
+/// Bytes of `struct virtio_net_hdr`, which stands before every packet.
+pub const VNET_HEADER_LEN: usize = 10;
+/// The virtio header of a packet that asks for nothing: no checksum to fill in, no segments.
+pub const VNET_HEADER_PLAIN: [u8; VNET_HEADER_LEN] = [0; VNET_HEADER_LEN];
+
+/// Flags of every queue we open: IP packets without a link header, several queues, virtio header.
+const FLAGS: libc::c_int =
+    libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_MULTI_QUEUE | libc::IFF_VNET_HDR;
+
+/// Opens a queue of the TUN device `name` (at most 15 bytes) that does not block. With `create`,
+/// the device is made and must not be there yet; it ends with its last queue.
+///
+/// # Errors
+/// `NotFound` or `PermissionDenied` from opening `/dev/net/tun`. From the device: `EBUSY` if it
+/// is there but must not be; `EPERM` without `CAP_NET_ADMIN`; `EINVAL` if it is another kind of
+/// device; `E2BIG` if it has no queue left.
+pub fn open_queue(name: &str, create: bool) -> Result<OwnedFd, OpenError> {
+    let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    let fd = rustix::fs::open("/dev/net/tun", flags, Mode::empty())
+        .map_err(|error| OpenError::Open(error.into()))?;
+    let mut request = empty_request();
+    assert!(name.len() < IFNAMSIZ, "checked by the caller");
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from as libc::c_char;
+    }
+    // Without IFF_TUN_EXCL a second daemon would silently get a queue of the first one's device.
+    let exclusive = if create { libc::IFF_TUN_EXCL } else { 0 };
+    request.ifr_ifru.ifru_flags = (FLAGS | exclusive) as c_short;
+    // SAFETY: TUNSETIFF reads and writes an `ifreq`, which this is.
+    let result = unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETIFF as _, &raw mut request) };
+    if result != 0 {
+        return Err(OpenError::Attach(io::Error::last_os_error()));
+    }
+    // No offloads: every packet that is read is whole, with its checksum, and within the MTU.
+    // SAFETY: TUNSETOFFLOAD takes its argument by value.
+    let result = unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETOFFLOAD as _, 0) };
+    if result != 0 {
+        return Err(OpenError::Attach(io::Error::last_os_error()));
+    }
+    Ok(fd)
+}
+
+/// Which step of [`open_queue`] failed.
+#[derive(Debug)]
+pub enum OpenError {
+    /// Opening `/dev/net/tun`.
+    Open(io::Error),
+    /// Making the device, or attaching to it.
+    Attach(io::Error),
+}
+
+/// The name of the device to which a queue belongs.
+///
+/// # Errors
+/// `InvalidInput` if `fd` is no TUN queue as [`open_queue`] makes them; `EBADFD` if its device is
+/// gone.
+pub fn queue_device(fd: impl AsFd) -> io::Result<String> {
+    let mut request = empty_request();
+    // SAFETY: TUNGETIFF writes an `ifreq`, which this is; other kinds of file do not know this
+    // request's number, which has the TUN driver's own letter in it.
+    let result =
+        unsafe { libc::ioctl(fd.as_fd().as_raw_fd(), libc::TUNGETIFF as _, &raw mut request) };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: TUNGETIFF filled in the flags; any bytes are a value of this field.
+    let flags = libc::c_int::from(unsafe { request.ifr_ifru.ifru_flags });
+    let mut header_len: libc::c_int = 0;
+    // SAFETY: TUNGETVNETHDRSZ writes an `int`, which this is.
+    let result = unsafe {
+        libc::ioctl(fd.as_fd().as_raw_fd(), libc::TUNGETVNETHDRSZ as _, &raw mut header_len)
+    };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // TUNGETIFF answers with flags as TUNSETIFF takes them.
+    if flags & (FLAGS | libc::IFF_TAP) != FLAGS || header_len != VNET_HEADER_LEN as libc::c_int {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a TUN queue as we open them"));
+    }
+    let name = request.ifr_name.iter().take_while(|&&c| c != 0).map(|&c| c as u8).collect();
+    String::from_utf8(name).map_err(|_| io::ErrorKind::InvalidData.into())
+}
+
+/// Reads one packet: its virtio header goes aside, its bytes to `packet`. Gives the packet's
+/// length, at most that of `packet`: the rest of a longer one is lost.
+///
+/// # Errors
+/// `WouldBlock`, and those of a device that is gone.
+pub fn read_packet(fd: impl AsFd, packet: &mut [u8]) -> io::Result<usize> {
+    let mut header = VNET_HEADER_PLAIN;
+    let read = readv(fd, &mut [IoSliceMut::new(&mut header), IoSliceMut::new(packet)])?;
+    Ok(read.saturating_sub(VNET_HEADER_LEN))
+}
+
+/// Writes one whole packet.
+///
+/// # Errors
+/// `InvalidInput` if it is no IP packet; `EIO` while the device is down; those of a device that is
+/// gone.
+pub fn write_packet(fd: impl AsFd, packet: &[u8]) -> io::Result<()> {
+    writev(fd, &[IoSlice::new(&VNET_HEADER_PLAIN), IoSlice::new(packet)])?;
+    Ok(())
+}
+
+fn empty_request() -> ifreq {
+    // SAFETY: all zeros is a value of this C struct and of each variant of its union.
+    unsafe { std::mem::zeroed() }
+}
