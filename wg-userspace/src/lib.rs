@@ -4,7 +4,10 @@ pub mod aead;
 pub mod bpf;
 pub mod config;
 pub mod counters;
+pub mod daemon;
+pub mod datapath;
 pub mod device;
+pub mod handshake;
 pub mod host;
 pub mod key;
 pub mod noise;
@@ -13,6 +16,7 @@ pub mod session;
 #[expect(unsafe_code, reason = "system calls, and memory shared with the kernel")]
 pub mod sys;
 pub mod tun;
+pub mod uapi;
 pub mod udp;
 #[expect(unsafe_code, reason = "the UMEM and its rings are shared with the kernel")]
 pub mod xsk;

@@ -1,0 +1,335 @@
+//! From datagram to TUN: triage, open the batch, replay, source check, write.
+//!
+//! A packet changes nothing until it is proven. The order is: length and type, receiver index, home,
+//! key age, tag, replay, then endpoint and timers, then the inner header, the source check, and
+//! the TUN device.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use arrayvec::ArrayVec;
+use wg_common::endpoint::Endpoint;
+use wg_common::headers::inner_packet;
+use wg_common::id::{Counter, ReceiverIndex, WorkerId};
+use wg_common::message::{Message, classify};
+use wg_common::outcome::DropReason;
+use wg_common::protocol::{REJECT_AFTER_MESSAGES, TAG_LEN, TRANSPORT_HEADER_LEN};
+use wg_common::time::Now;
+
+use super::BATCH_LEN;
+use super::encap::transport_counter;
+use super::handoff::{HandshakeDatagram, Parcel, Work};
+use super::shared::Shared;
+use crate::aead::{BatchAead, Job};
+use crate::counters::Path;
+use crate::routing::RoutingTable;
+use crate::session::{HotPeer, Keypair};
+use crate::tun::{self, TunQueue};
+
+/// Where opened packets go.
+pub trait PacketSink {
+    /// Takes one IP packet.
+    ///
+    /// # Errors
+    /// If it does not take it; [`tun::is_gone`] tells whether it ever will again.
+    fn write(&self, packet: &[u8]) -> io::Result<()>;
+}
+
+impl PacketSink for TunQueue {
+    fn write(&self, packet: &[u8]) -> io::Result<()> {
+        TunQueue::write(self, packet)
+    }
+}
+
+/// One datagram as it arrived, in memory that may be changed.
+#[derive(Debug)]
+pub struct Arrival<'a> {
+    /// The UDP payload.
+    pub bytes: &'a mut [u8],
+    /// Where it came from, and which address of ours it was sent to.
+    pub from: Endpoint,
+    /// How it came.
+    pub path: Path,
+    /// The worker at which it came; not the one that opens it if that is at home elsewhere.
+    pub worker: WorkerId,
+}
+
+/// The inbound half of a worker.
+pub struct Inbound {
+    id: WorkerId,
+    shared: Arc<Shared>,
+    aead: &'static dyn BatchAead,
+    /// Rings to the other workers, for packets that are at home there.
+    to: Vec<Option<rtrb::Producer<Parcel>>>,
+}
+
+/// A keypair that packets of this batch belong to, and what they did.
+struct Group {
+    index: ReceiverIndex,
+    keypair: Arc<Keypair>,
+    peer: Arc<HotPeer>,
+    /// Bytes of accepted messages.
+    accepted_bytes: u64,
+    /// Whether one of them carried a packet.
+    data: bool,
+    /// Where the last of them came from, and at which worker.
+    last: Option<(Endpoint, WorkerId)>,
+}
+
+impl Group {
+    /// Takes note of a message that is authentic and no replay.
+    fn accept(&mut self, datagram: &Arrival<'_>) {
+        self.accepted_bytes += datagram.bytes.len() as u64;
+        self.last = Some((datagram.from, datagram.worker));
+        self.data |= !inner(datagram).is_empty();
+    }
+}
+
+/// What an opened message carries; empty for a keepalive.
+fn inner<'a>(datagram: &'a Arrival<'_>) -> &'a [u8] {
+    &datagram.bytes[TRANSPORT_HEADER_LEN..datagram.bytes.len() - TAG_LEN]
+}
+
+/// A packet that may be opened.
+struct Candidate {
+    arrival: usize,
+    group: usize,
+    counter: Counter,
+}
+
+/// What triage says of an arrival.
+enum Triage {
+    Open { group: usize, counter: Counter },
+    Handshake,
+    ElsewhereAtHome(WorkerId),
+}
+
+impl Inbound {
+    /// The inbound half of worker `id`, with its rings to the others.
+    pub fn new(
+        id: WorkerId,
+        shared: Arc<Shared>,
+        aead: &'static dyn BatchAead,
+        to: Vec<Option<rtrb::Producer<Parcel>>>,
+    ) -> Self {
+        Self { id, shared, aead, to }
+    }
+
+    /// Takes a batch of at most [`BATCH_LEN`] datagrams; what is good in them goes to `tun`.
+    pub fn process(&mut self, arrivals: &mut [Arrival<'_>], tun: &impl PacketSink, now: Now) {
+        // Older than any keypair of this batch: an id in it cannot mean a peer that came later.
+        let routing = self.shared.routing.load_full();
+        let mut groups: ArrayVec<Group, BATCH_LEN> = ArrayVec::new();
+        let mut candidates: ArrayVec<Candidate, BATCH_LEN> = ArrayVec::new();
+        let mut wake = 0_u64;
+        for (arrival, datagram) in arrivals.iter().enumerate() {
+            let outcome = self.triage(datagram, &mut groups, now).and_then(|triage| match triage {
+                Triage::Open { group, counter } => {
+                    candidates.push(Candidate { arrival, group, counter });
+                    Ok(())
+                }
+                Triage::Handshake => self.hand_off_handshake(datagram),
+                Triage::ElsewhereAtHome(home) => {
+                    wake |= 1 << (home.0 % 64);
+                    self.send_home(datagram, home, now)
+                }
+            });
+            if let Err(reason) = outcome {
+                self.counters().drop(reason, 1);
+            }
+        }
+        self.wake(wake);
+        let opened = self.open(arrivals, &candidates, &groups);
+        let mut accepted: ArrayVec<&Candidate, BATCH_LEN> = ArrayVec::new();
+        for (candidate, opened) in candidates.iter().zip(opened) {
+            let group = &mut groups[candidate.group];
+            if !opened {
+                self.counters().drop(DropReason::BadTag, 1);
+            } else if !group.keypair.window().accept(candidate.counter) {
+                self.counters().drop(DropReason::Replay, 1);
+            } else {
+                group.accept(&arrivals[candidate.arrival]);
+                self.counters().received(arrivals[candidate.arrival].path, 1);
+                accepted.push(candidate);
+            }
+        }
+        // Before any packet leaves for the TUN device: its answer needs the endpoint and the keypair
+        // that it has proved, and another worker may be asked for them at once.
+        for group in &groups {
+            self.settle(group, now);
+        }
+        for candidate in accepted {
+            let packet = inner(&arrivals[candidate.arrival]);
+            if !packet.is_empty()
+                && let Err(reason) = self.deliver(packet, &groups[candidate.group], &routing, tun)
+            {
+                self.counters().drop(reason, 1);
+            }
+        }
+    }
+
+    fn counters(&self) -> &crate::counters::Counters {
+        &self.shared.workers[usize::from(self.id.0)].counters
+    }
+
+    fn triage(
+        &self,
+        datagram: &Arrival<'_>,
+        groups: &mut ArrayVec<Group, BATCH_LEN>,
+        now: Now,
+    ) -> Result<Triage, DropReason> {
+        let index = match classify(datagram.bytes)? {
+            Message::Transport(index) => index,
+            Message::Initiation | Message::Response(_) | Message::CookieReply(_) => {
+                return Ok(Triage::Handshake);
+            }
+        };
+        // Runs of packets share their keypair: the last group is the likely one.
+        let known = groups.iter().rposition(|group| group.index == index);
+        let group = match known {
+            Some(group) => group,
+            None => {
+                let keypair = self
+                    .shared
+                    .keypairs
+                    .get(index.slot())
+                    .filter(|keypair| keypair.local_index() == index)
+                    .ok_or(DropReason::UnknownIndex)?;
+                let home = self.shared.worker_of(keypair.home());
+                if home != self.id {
+                    return Ok(Triage::ElsewhereAtHome(home));
+                }
+                if !keypair.can_open(now) {
+                    return Err(DropReason::KeyExpired);
+                }
+                let peer = keypair.peer().ok_or(DropReason::UnknownIndex)?;
+                groups.push(Group {
+                    index,
+                    keypair,
+                    peer,
+                    accepted_bytes: 0,
+                    data: false,
+                    last: None,
+                });
+                groups.len() - 1
+            }
+        };
+        let counter = transport_counter(datagram.bytes).ok_or(DropReason::BadLength)?;
+        if counter.0 >= REJECT_AFTER_MESSAGES {
+            return Err(DropReason::KeyExpired);
+        }
+        Ok(Triage::Open { group, counter })
+    }
+
+    fn hand_off_handshake(&self, datagram: &Arrival<'_>) -> Result<(), DropReason> {
+        let device = self.shared.device;
+        let work = HandshakeDatagram::new(device, datagram.bytes, datagram.from, self.id)
+            .ok_or(DropReason::BadLength)?;
+        if self.shared.hand_off(Work::Datagram(work)) { Ok(()) } else { Err(DropReason::QueueFull) }
+    }
+
+    fn send_home(
+        &mut self,
+        datagram: &Arrival<'_>,
+        home: WorkerId,
+        now: Now,
+    ) -> Result<(), DropReason> {
+        if !self.shared.moves(home, now) {
+            return Err(DropReason::HomeStuck);
+        }
+        let pool = &self.shared.workers[usize::from(self.id.0)].parcels;
+        let mut buffer = pool.take().ok_or(DropReason::NoBuffer)?;
+        let len = datagram.bytes.len();
+        let Some(room) = buffer.get_mut(..len) else {
+            pool.give_back(buffer);
+            return Err(DropReason::TooLarge);
+        };
+        room.copy_from_slice(datagram.bytes);
+        let (from, path, origin) = (datagram.from, datagram.path, self.id);
+        let ring = self.to[usize::from(home.0)].as_mut().expect("a worker is at home at itself");
+        match ring.push(Parcel { buffer, len, from, path, origin }) {
+            Ok(()) => Ok(()),
+            Err(rtrb::PushError::Full(parcel)) => {
+                pool.give_back(parcel.buffer);
+                Err(DropReason::QueueFull)
+            }
+        }
+    }
+
+    fn wake(&self, workers: u64) {
+        for (number, worker) in self.shared.workers.iter().enumerate() {
+            if workers & (1 << (number % 64)) != 0 && number != usize::from(self.id.0) {
+                worker.wake.signal();
+            }
+        }
+    }
+
+    /// Opens the candidates in place; says of each whether its tag is right.
+    fn open(
+        &self,
+        arrivals: &mut [Arrival<'_>],
+        candidates: &[Candidate],
+        groups: &[Group],
+    ) -> ArrayVec<bool, BATCH_LEN> {
+        let mut jobs: ArrayVec<Job<'_>, BATCH_LEN> = ArrayVec::new();
+        let mut rest = candidates.iter().peekable();
+        for (i, datagram) in arrivals.iter_mut().enumerate() {
+            if let Some(candidate) = rest.next_if(|candidate| candidate.arrival == i) {
+                jobs.push(Job {
+                    key: groups[candidate.group].keypair.open_key(),
+                    counter: candidate.counter.0,
+                    buffer: &mut datagram.bytes[TRANSPORT_HEADER_LEN..],
+                    ok: false,
+                });
+            }
+        }
+        if !jobs.is_empty() {
+            self.aead.open(&mut jobs);
+        }
+        jobs.iter().map(|job| job.ok).collect()
+    }
+
+    /// Hands an opened packet to `tun`, if its sender may send it.
+    fn deliver(
+        &self,
+        packet: &[u8],
+        group: &Group,
+        routing: &RoutingTable,
+        tun: &impl PacketSink,
+    ) -> Result<(), DropReason> {
+        let inner = inner_packet(packet)?;
+        if routing.lookup(inner.src) != Some(group.peer.id) {
+            return Err(DropReason::SourceNotAllowed);
+        }
+        tun.write(&packet[..inner.len]).map_err(|error| {
+            if tun::is_gone(&error) {
+                self.shared.report_tun_gone();
+            }
+            DropReason::TunWrite
+        })
+    }
+
+    /// Carries what a batch proved over to the peer.
+    fn settle(&self, group: &Group, now: Now) {
+        let Some((endpoint, worker)) = group.last else { return };
+        let peer = &group.peer;
+        peer.last_worker.store(worker.0, Ordering::Relaxed);
+        peer.transfer.received(group.accepted_bytes);
+        peer.activity.authenticated_received(now);
+        if group.data {
+            peer.activity.data_received(now);
+        }
+        if peer.confirm(&group.keypair) {
+            // Staged packets can go, at whichever worker they are.
+            self.shared.wake_all();
+        }
+        if peer.endpoint.load().as_deref() != Some(&endpoint) {
+            tracing::debug!(peer = %peer.id, endpoint = %endpoint.remote, "endpoint moved");
+            peer.endpoint.store(Some(Arc::new(endpoint)));
+        }
+        if group.keypair.wants_rekey_on_receive(now) {
+            self.shared.want_handshake(peer);
+        }
+    }
+}

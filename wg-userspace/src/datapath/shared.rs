@@ -1,0 +1,219 @@
+//! What workers and control share: published snapshots, tables, queues, signs of life.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use crossbeam_channel::{Receiver, Sender, TrySendError};
+use wg_common::id::{DeviceId, PeerId, ReceiverIndex, ShardId, WorkerId};
+use wg_common::map::HEARTBEAT_STALE_NS;
+use wg_common::protocol::DEFAULT_MTU;
+use wg_common::time::Now;
+
+use super::handoff::{ParcelPool, Work};
+use crate::counters::Counters;
+use crate::routing::RoutingTable;
+use crate::session::{HotPeer, Keypair, SlotTable};
+use crate::sys::{EventFd, SharedWords};
+use crate::tun::TunQueue;
+use crate::udp::UdpSockets;
+
+/// Most peers of one device, as in the kernel.
+pub const PEER_COUNT_MAX: usize = 1 << 20;
+/// Messages that wait for the handshake pool.
+const WORK_QUEUE_LEN: usize = 4096;
+/// Parcels that one worker may have under way to another.
+pub const PARCEL_RING_LEN: usize = 256;
+/// Parcels in flight from one worker.
+/// Several times a ring's length: one worker that stands still cannot hold them all.
+const PARCEL_COUNT: usize = 4 * PARCEL_RING_LEN;
+/// Largest datagram: what UDP can carry.
+pub const DATAGRAM_LEN_MAX: usize = 65_535;
+
+/// What the workers of one device and its control plane share.
+pub struct Shared {
+    /// The device.
+    pub device: DeviceId,
+    /// Keypairs by the slot of their local index. Control writes.
+    pub keypairs: SlotTable<Keypair>,
+    /// Peers by id. Control writes.
+    pub peers: SlotTable<HotPeer>,
+    /// Who owns which address. Control publishes.
+    pub routing: ArcSwap<RoutingTable>,
+    /// The sockets on the listen port. Control publishes.
+    pub sockets: ArcSwap<SocketGroup>,
+    /// Queue `w` of the TUN device is worker `w`'s; another reads it while `w` is stuck.
+    pub tun_queues: Vec<TunQueue>,
+    /// MTU of the TUN device. Control writes.
+    pub mtu: AtomicUsize,
+    /// One for each worker.
+    pub workers: Vec<WorkerShared>,
+    /// Changes whenever some [`WorkerShared::deputy`] does.
+    pub deputies_epoch: AtomicU32,
+    /// Workers stop at their next turn once this is set.
+    pub stopping: AtomicBool,
+    /// The TUN device is gone.
+    pub tun_gone: AtomicBool,
+    work: Sender<Work>,
+    /// The heartbeats as the kernel side sees them, if there is one.
+    kernel_heartbeats: Option<Arc<SharedWords>>,
+}
+
+/// What one worker shares with everyone else.
+pub struct WorkerShared {
+    /// What it counted.
+    pub counters: Counters,
+    /// Wakes it.
+    pub wake: EventFd,
+    /// Buffers of the parcels it sends.
+    pub parcels: ParcelPool,
+    /// Boot time in nanoseconds at which it last moved.
+    heartbeat: AtomicU64,
+    /// Who reads its sockets and TUN queue while it is stuck: worker number + 1, or 0.
+    deputy: AtomicU16,
+}
+
+/// The sockets on one listen port: one pair for each worker.
+pub struct SocketGroup {
+    /// The listen port, in host byte order.
+    pub port: u16,
+    /// Sockets of worker `w`.
+    pub of_worker: Vec<UdpSockets>,
+}
+
+impl Shared {
+    /// The shared state of a device with `worker_count` workers, and the receiving end of its work
+    /// queue. Workers that run need as many TUN queues and pairs of sockets.
+    ///
+    /// # Errors
+    /// If the kernel gives no event descriptor.
+    pub fn new(
+        device: DeviceId,
+        worker_count: usize,
+        tun_queues: Vec<TunQueue>,
+        sockets: SocketGroup,
+        kernel_heartbeats: Option<Arc<SharedWords>>,
+    ) -> std::io::Result<(Arc<Self>, Receiver<Work>)> {
+        let (work, receiver) = crossbeam_channel::bounded(WORK_QUEUE_LEN);
+        let parcel_count = if worker_count > 1 { PARCEL_COUNT } else { 0 };
+        let workers = (0..worker_count)
+            .map(|_| {
+                Ok(WorkerShared {
+                    counters: Counters::default(),
+                    wake: EventFd::new()?,
+                    parcels: ParcelPool::new(parcel_count, DATAGRAM_LEN_MAX),
+                    heartbeat: AtomicU64::new(0),
+                    deputy: AtomicU16::new(0),
+                })
+            })
+            .collect::<std::io::Result<_>>()?;
+        let shared = Self {
+            device,
+            keypairs: SlotTable::with_capacity(ReceiverIndex::SLOT_COUNT),
+            // A request may need slots for new peers beside those that it frees.
+            peers: SlotTable::with_capacity(2 * PEER_COUNT_MAX),
+            routing: ArcSwap::default(),
+            sockets: ArcSwap::from_pointee(sockets),
+            tun_queues,
+            mtu: AtomicUsize::new(DEFAULT_MTU),
+            workers,
+            deputies_epoch: AtomicU32::new(0),
+            stopping: AtomicBool::new(false),
+            tun_gone: AtomicBool::new(false),
+            work,
+            kernel_heartbeats,
+        };
+        Ok((Arc::new(shared), receiver))
+    }
+
+    /// The worker at which `shard` is at home.
+    pub fn worker_of(&self, shard: ShardId) -> WorkerId {
+        WorkerId((shard.index() % self.workers.len()) as u16)
+    }
+
+    /// A shard for a new keypair with `peer`: one of `preferred`'s if that worker moves, else one of
+    /// another that does.
+    ///
+    /// Shards of one worker are spread over its peers, so that moving a shard moves a part of them.
+    pub fn home_for(&self, peer: PeerId, preferred: WorkerId, now: Now) -> ShardId {
+        let count = self.workers.len();
+        let worker = (0..count)
+            .map(|i| (usize::from(preferred.0) + i) % count)
+            .find(|&w| self.moves(WorkerId(w as u16), now))
+            .unwrap_or(usize::from(preferred.0) % count);
+        let shards = ShardId::COUNT.saturating_sub(worker).div_ceil(count).max(1);
+        ShardId::new(worker + count * (peer.0 as usize % shards))
+    }
+
+    /// Says that `worker` moves.
+    pub fn beat(&self, worker: WorkerId, now: Now) {
+        let index = usize::from(worker.0);
+        self.workers[index].heartbeat.store(now.boot_ns(), Ordering::Relaxed);
+        if let Some(word) = self.kernel_heartbeats.as_ref().and_then(|words| words.get(index)) {
+            word.store(now.boot_ns(), Ordering::Relaxed);
+        }
+    }
+
+    /// Whether `worker` moved lately.
+    pub fn moves(&self, worker: WorkerId, now: Now) -> bool {
+        self.still_for(worker, now) < Duration::from_nanos(HEARTBEAT_STALE_NS)
+    }
+
+    /// How long ago `worker` last said that it moves.
+    pub fn still_for(&self, worker: WorkerId, now: Now) -> Duration {
+        let beat = self.workers[usize::from(worker.0)].heartbeat.load(Ordering::Relaxed);
+        now.since(Now::from_boot_ns(beat))
+    }
+
+    /// Has `deputy` read what belongs to `worker`; `None` gives it back.
+    pub fn set_deputy(&self, worker: WorkerId, deputy: Option<WorkerId>) {
+        let value = deputy.map_or(0, |d| d.0 + 1);
+        let cell = &self.workers[usize::from(worker.0)].deputy;
+        if cell.swap(value, Ordering::Relaxed) != value {
+            self.deputies_epoch.fetch_add(1, Ordering::Release);
+            self.wake_all();
+        }
+    }
+
+    /// Who reads what belongs to `worker`, if not itself.
+    pub fn deputy_of(&self, worker: WorkerId) -> Option<WorkerId> {
+        let value = self.workers[usize::from(worker.0)].deputy.load(Ordering::Relaxed);
+        value.checked_sub(1).map(WorkerId)
+    }
+
+    /// Leaves work to the handshake pool; `false` if its queue is full.
+    pub fn hand_off(&self, work: Work) -> bool {
+        // A part is kept for what our own peers need: messages of strangers must not fill it.
+        if matches!(work, Work::Datagram(_)) && self.work.len() >= WORK_QUEUE_LEN / 4 * 3 {
+            return false;
+        }
+        match self.work.try_send(work) {
+            Ok(()) => true,
+            Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => false,
+        }
+    }
+
+    /// Asks for a handshake with `peer`, unless one is asked for already.
+    pub fn want_handshake(&self, peer: &HotPeer) {
+        if peer.handshake_wanted.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        if !self.hand_off(Work::Initiate(self.device, peer.id)) {
+            // The next packet asks again.
+            peer.handshake_wanted.store(false, Ordering::Relaxed);
+        }
+    }
+
+    /// Wakes every worker: something it must look at has changed.
+    pub fn wake_all(&self) {
+        for worker in &self.workers {
+            worker.wake.signal();
+        }
+    }
+
+    /// Says that the TUN device is gone.
+    pub fn report_tun_gone(&self) {
+        self.tun_gone.store(true, Ordering::Relaxed);
+    }
+}

@@ -1,0 +1,24 @@
+//! The socket protocol of wg(8), which userspace implementations share ("cross-platform userspace
+//! implementation", <https://www.wireguard.com/xplatform/>).
+//!
+//! Requests and answers are lines of `key=value` and end with an empty line. [`SetParser`] makes a
+//! [`SetRequest`](crate::device::SetRequest) of the lines after `set=1`; [`format_get`] writes what
+//! answers `get=1`; both are pure. [`Server`] is not: it owns the socket `/var/run/wireguard/IF.sock` and asks a [`Handler`],
+//! which is `daemon`. Of our own is the request `tidegate=status`, answered with one line of JSON.
+//!
+//! A request that fails changes nothing: it is read to its end before the handler sees it.
+
+mod errno;
+mod get;
+mod server;
+mod set;
+#[cfg(test)]
+mod tests;
+
+pub use self::errno::Errno;
+pub use self::get::{PeerStatus, format_get};
+pub use self::server::{BindError, Handler, Server};
+pub use self::set::{SetParser, SetProblem, UapiError, format_set, parse_set};
+
+/// Where wg(8) looks for sockets.
+pub const SOCKET_DIR: &str = "/var/run/wireguard";
