@@ -2,6 +2,7 @@
 
 pub mod aead;
 pub mod bpf;
+pub mod cli;
 pub mod config;
 pub mod counters;
 pub mod daemon;

@@ -1,0 +1,249 @@
+//! The arguments and the environment.
+
+use std::{ffi::OsString, path::Path, str::FromStr};
+
+use clap::{Args, Parser, Subcommand};
+use wg_common::map::HEARTBEATS_LEN;
+
+use super::name::InterfaceName;
+use crate::daemon::Mode;
+
+/// The numbers of [`Code`](super::Code), for people.
+const EXIT_CODES: &str = "Exit codes: 0 ok · 1 it failed while it ran · 2 wrong usage · \
+    3 error in a config file · 4 missing privilege · 5 not found, or there already · \
+    6 works, but not as well as was asked for";
+
+/// A gateway that speaks the WireGuard protocol, with an AF_XDP data path.
+#[derive(Debug, Parser)]
+#[command(name = "tidegate", version, arg_required_else_help = true, after_help = EXIT_CODES)]
+struct Tidegate {
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// The same as `tidegate run`, for tools that start an implementation with the name of an
+/// interface and nothing else, as wg-quick does.
+#[derive(Debug, Parser)]
+#[command(name = "tidegated", version, arg_required_else_help = true)]
+struct Tidegated {
+    #[command(flatten)]
+    run: Run,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run the daemon of an interface; wg(8) configures it (same as `tidegated`)
+    Run(Run),
+    /// Bring an interface up as its config file says, like `wg-quick up`
+    Up(Up),
+    /// Take an interface down
+    Down {
+        /// Name of an interface, or its config file
+        #[arg(value_name = "NAME|FILE")]
+        what: String,
+    },
+    /// Show interfaces, their peers and the data path in use
+    Show(Show),
+    /// Print a new private key
+    Genkey,
+    /// Print a new preshared key
+    Genpsk,
+    /// Read a private key from standard input and print its public key
+    Pubkey,
+}
+
+/// Arguments of `run`.
+#[derive(Args, Debug)]
+pub struct Run {
+    /// Name of the interface to make
+    #[arg(value_name = "IF")]
+    pub interface: InterfaceName,
+    /// Stay in the foreground and log to standard error (also with WG_PROCESS_FOREGROUND=1)
+    #[arg(short, long)]
+    pub foreground: bool,
+    /// We are the process that another `run` or `up` started in the background.
+    #[arg(long, hide = true)]
+    pub background_child: bool,
+    #[command(flatten)]
+    pub data_path: DataPathArgs,
+    /// What to log: error, warn, info, debug, trace, off, or directives such as `info,wg_userspace::bpf=trace`
+    #[arg(long, value_name = "FILTER", env = "LOG_LEVEL", value_parser = log_filter)]
+    pub log: Option<String>,
+}
+
+/// Arguments that choose the data path.
+#[derive(Args, Clone, Debug, Default, Eq, PartialEq)]
+pub struct DataPathArgs {
+    /// NICs on which XDP hands WireGuard datagrams to AF_XDP sockets
+    #[arg(long, value_name = "IF,..", env = "TIDEGATE_XDP", value_parser = parse_nics)]
+    xdp: Option<Nics>,
+    /// How datagrams come in: by XDP, by ordinary sockets, or by what works best
+    #[arg(long, value_enum, env = "TIDEGATE_MODE")]
+    pub mode: Option<Mode>,
+    /// Number of workers, each with a CPU of its own [default: one for each CPU]
+    #[arg(long, value_name = "N", env = "TIDEGATE_WORKERS",
+          value_parser = clap::value_parser!(u16).range(1..=i64::from(HEARTBEATS_LEN)))]
+    pub workers: Option<u16>,
+}
+
+impl DataPathArgs {
+    /// The NICs that were named; nothing if the question was left open.
+    pub fn xdp(&self) -> Option<&[String]> {
+        self.xdp.as_ref().map(|nics| nics.0.as_slice())
+    }
+}
+
+/// Arguments of `up`.
+#[derive(Args, Debug)]
+pub struct Up {
+    /// Name of an interface (its file is /etc/wireguard/NAME.conf), or a config file NAME.conf
+    #[arg(value_name = "NAME|FILE")]
+    pub what: String,
+    #[command(flatten)]
+    pub data_path: DataPathArgs,
+}
+
+/// Arguments of `show`.
+#[derive(Args, Debug)]
+pub struct Show {
+    /// Names of interfaces; `all` (the default) for all of them, `interfaces` for their names only
+    #[arg(value_name = "IF")]
+    pub interfaces: Vec<String>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Reads the arguments; their first is the name that this program was called by.
+///
+/// # Errors
+/// When they make no sense, or ask for help or the version only.
+pub fn parse(arguments: Vec<OsString>) -> Result<Command, clap::Error> {
+    let called_as = arguments.first().map(Path::new).and_then(Path::file_name);
+    if called_as.is_some_and(|name| name == "tidegated") {
+        Ok(Command::Run(Tidegated::try_parse_from(arguments)?.run))
+    } else {
+        Ok(Tidegate::try_parse_from(arguments)?.command)
+    }
+}
+
+/// Names with commas between them. A variable that is set but empty names none.
+#[derive(Clone, Debug, Eq, PartialEq)]
+struct Nics(Vec<String>);
+
+fn parse_nics(text: &str) -> Result<Nics, String> {
+    let mut nics = Vec::new();
+    for name in text.split(',').map(str::trim).filter(|name| !name.is_empty()) {
+        // A NIC's name may have characters that wg-quick does not allow for a device's.
+        if name.len() > InterfaceName::LEN_MAX || name.contains(['/', ':', ' ']) {
+            return Err(format!("`{name}` cannot be the name of a network interface"));
+        }
+        if !nics.iter().any(|known| known == name) {
+            nics.push(name.to_owned());
+        }
+    }
+    Ok(Nics(nics))
+}
+
+/// Checks a filter and turns the words of other WireGuard tools (`verbose`, `silent`) into ours.
+fn log_filter(text: &str) -> Result<String, String> {
+    use tracing_subscriber::filter::LevelFilter;
+    let mut directives = Vec::new();
+    for part in text.split(',').map(str::trim).filter(|part| !part.is_empty()) {
+        let directive = match part.to_ascii_lowercase().as_str() {
+            "verbose" => "debug",
+            "silent" => "off",
+            "warning" => "warn",
+            level if LevelFilter::from_str(level).is_ok() => part,
+            _ if part.contains('=') => part,
+            _ => return Err(format!("`{part}` is neither a level nor TARGET=LEVEL")),
+        };
+        directives.push(directive);
+    }
+    let filter = directives.join(",");
+    tracing_subscriber::EnvFilter::builder().parse(&filter).map_err(|error| error.to_string())?;
+    Ok(filter)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(line: &str) -> Result<Command, clap::Error> {
+        parse(line.split_whitespace().map(OsString::from).collect())
+    }
+
+    fn run(line: &str) -> Run {
+        match read(line) {
+            Ok(Command::Run(run)) => run,
+            other => panic!("{line}: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn the_definition_is_sound() {
+        use clap::CommandFactory;
+        Tidegate::command().debug_assert();
+        Tidegated::command().debug_assert();
+    }
+
+    #[test]
+    fn called_as_tidegated_it_runs() {
+        for line in ["tidegated wg0", "/usr/bin/tidegated -f wg0", "tidegate run wg0 -f"] {
+            let run = run(line);
+            assert_eq!(run.interface.as_str(), "wg0", "{line}");
+            assert_eq!(run.foreground, line.contains("-f"), "{line}");
+        }
+        assert!(read("tidegated up wg0").is_err());
+        assert!(read("tidegate wg0").is_err());
+    }
+
+    #[test]
+    fn the_data_path_is_chosen() {
+        let run = run("tidegate run --xdp eth0,eth1,eth0 --mode native --workers 4 wg0");
+        assert_eq!(run.data_path.xdp().unwrap(), ["eth0", "eth1"]);
+        assert_eq!(run.data_path.mode, Some(Mode::Native));
+        assert_eq!(run.data_path.workers, Some(4));
+    }
+
+    #[test]
+    fn nothing_said_is_nothing_chosen() {
+        assert_eq!(run("tidegate run wg0").data_path, DataPathArgs::default());
+        assert_eq!(parse_nics("").unwrap(), Nics(Vec::new()));
+    }
+
+    #[test]
+    fn nonsense_is_wrong_usage() {
+        for line in [
+            "tidegate",
+            "tidegate run",
+            "tidegate run wg0 wg1",
+            "tidegate run this-name-is-too-long",
+            "tidegate run a/b",
+            "tidegate run wg0 --workers 0",
+            "tidegate run wg0 --workers 257",
+            "tidegate run wg0 --mode generic",
+            "tidegate run wg0 --xdp this-name-is-too-long",
+            "tidegate run wg0 --log loud",
+            "tidegate up",
+            "tidegate down",
+            "tidegate pubkey key",
+        ] {
+            let error = read(line).expect_err(line);
+            assert_eq!(error.exit_code(), 2, "{line}");
+        }
+    }
+
+    #[test]
+    fn log_words_of_other_tools_are_known() {
+        assert_eq!(log_filter("verbose").unwrap(), "debug");
+        assert_eq!(log_filter("silent").unwrap(), "off");
+        assert_eq!(log_filter("INFO").unwrap(), "INFO");
+        assert_eq!(
+            log_filter("warn,wg_userspace::bpf=trace").unwrap(),
+            "warn,wg_userspace::bpf=trace"
+        );
+        assert!(log_filter("wg_userspace=loud").is_err());
+    }
+}

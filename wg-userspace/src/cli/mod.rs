@@ -1,0 +1,68 @@
+//! Arguments in, exit code and readable errors out.
+//!
+//! [`main`] reads the arguments and the environment, hands them to one function per command, and
+//! turns what comes back into an exit code ([`Code`]) and text on standard error. Commands reach
+//! a running daemon through its socket only, as wg(8) does; the data path is not known here.
+
+mod args;
+mod down;
+mod failure;
+mod keys;
+mod launch;
+mod name;
+mod plan;
+mod report;
+mod resolve;
+mod run;
+mod show;
+mod socket;
+mod text;
+mod up;
+
+use std::{ffi::OsString, io::Write as _, process::ExitCode};
+
+use args::Command;
+pub use failure::Code;
+use failure::Failure;
+pub use report::{DataPath, Interface, Nic, Peer, Report};
+
+/// The whole program: reads the arguments of this process, does what they say, prints errors.
+pub fn main() -> ExitCode {
+    let arguments: Vec<OsString> = std::env::args_os().collect();
+    let command = match args::parse(arguments) {
+        Ok(command) => command,
+        // clap prints help and version on standard output, errors on standard error. What
+        // cannot be printed cannot be reported either.
+        Err(error) => {
+            let _ = error.print();
+            return if error.use_stderr() { Code::Usage.into() } else { Code::Ok.into() };
+        }
+    };
+    let result = match command {
+        Command::Run(arguments) => run::run(arguments),
+        Command::Up(arguments) => up::up(arguments),
+        Command::Down { what } => down::down(&what),
+        Command::Show(arguments) => show::show(&arguments),
+        Command::Genkey => keys::genkey(),
+        Command::Genpsk => keys::genpsk(),
+        Command::Pubkey => keys::pubkey(),
+    };
+    match result {
+        Ok(code) => code.into(),
+        Err(failure) => {
+            failure.print();
+            failure.code()
+        }
+    }
+}
+
+/// Writes a command's result. A reader that went away (`tidegate show | head`) is no error.
+fn print(text: &str) -> Result<(), Failure> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(anyhow::Error::new(error).context("writing to standard output").into())
+        }
+        _ => Ok(()),
+    }
+}

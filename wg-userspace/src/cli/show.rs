@@ -1,0 +1,123 @@
+//! `show`: what daemons answer, as text like `wg show` or as JSON.
+
+use std::io::IsTerminal;
+
+use anyhow::Context;
+
+use super::{
+    Code, Failure,
+    args::Show,
+    name::InterfaceName,
+    print,
+    report::{Interface, Report},
+    socket::{self, Socket},
+    text::{self, Paint},
+};
+use crate::sys::clock;
+
+pub fn show(arguments: &Show) -> Result<Code, Failure> {
+    match arguments.interfaces.as_slice() {
+        [word] if word == "interfaces" => print_names(arguments.json),
+        [] => show_each(&live_sockets()?, arguments.json),
+        [word] if word == "all" => show_each(&live_sockets()?, arguments.json),
+        names => {
+            let mut sockets = Vec::new();
+            for name in names {
+                let name: InterfaceName =
+                    name.parse().map_err(|error| Failure::new(Code::Usage, error))?;
+                let socket = Socket::find(&name)?.ok_or_else(|| not_found(&name))?;
+                sockets.push((name, socket));
+            }
+            show_each(&sockets, arguments.json)
+        }
+    }
+}
+
+fn not_found(name: &InterfaceName) -> Failure {
+    let path = socket::path(name);
+    let line = format_args!("no daemon of an interface {name} listens at {}", path.display());
+    Failure::new(Code::Existence, line)
+}
+
+/// Every interface with a daemon that listens.
+fn live_sockets() -> Result<Vec<(InterfaceName, Socket)>, Failure> {
+    let mut sockets = Vec::new();
+    for name in socket::interfaces()? {
+        if let Some(socket) = Socket::find(&name)? {
+            sockets.push((name, socket));
+        }
+    }
+    Ok(sockets)
+}
+
+fn print_names(as_json: bool) -> Result<Code, Failure> {
+    let sockets = live_sockets()?;
+    let names: Vec<&str> = sockets.iter().map(|(name, _)| name.as_str()).collect();
+    if as_json {
+        print(&format!("{}\n", serde_json::json!({ "interfaces": names })))?;
+    } else if !names.is_empty() {
+        print(&format!("{}\n", names.join(" ")))?;
+    }
+    Ok(Code::Ok)
+}
+
+fn show_each(sockets: &[(InterfaceName, Socket)], as_json: bool) -> Result<Code, Failure> {
+    let show_keys = std::env::var_os("WG_HIDE_KEYS").is_some_and(|value| value == "never");
+    let mut report = Report { interfaces: Vec::new() };
+    for (name, socket) in sockets {
+        report.interfaces.push(ask(name, socket, show_keys)?);
+    }
+    if as_json {
+        let json = serde_json::to_string_pretty(&report).context("writing JSON")?;
+        print(&format!("{json}\n"))?;
+    } else {
+        let paint = Paint { is_on: wants_colour() };
+        let (now_unix_s, _) = clock::wall();
+        let texts: Vec<String> = report
+            .interfaces
+            .iter()
+            .map(|interface| text::interface(interface, paint, now_unix_s))
+            .collect();
+        print(&texts.join("\n"))?;
+    }
+    Ok(Code::Ok)
+}
+
+/// Asks one daemon for everything.
+pub fn ask(name: &InterfaceName, socket: &Socket, show_keys: bool) -> Result<Interface, Failure> {
+    let answer = socket.request("get=1\n")?;
+    if let Some(error) = answer.error() {
+        let doing = format!("asking the daemon of {name}");
+        return Err(anyhow::Error::new(error).context(doing).into());
+    }
+    let mut interface = Interface::parse(name.as_str(), answer.lines(), show_keys)
+        .map_err(|error| Failure::new(Code::Runtime, error).within(name))?;
+    interface.data_path = status(socket)?.and_then(|json| {
+        let parsed = serde_json::from_str(&json);
+        // A daemon of another version; everything else is still worth showing.
+        parsed
+            .inspect_err(|error| eprintln!("tidegate: {name}: no data path to show: {error}"))
+            .ok()
+    });
+    Ok(interface)
+}
+
+/// What a daemon of ours says of its data path, as JSON; nothing if it is another
+/// implementation's.
+///
+/// # Errors
+/// When it does not answer.
+pub fn status(socket: &Socket) -> Result<Option<String>, Failure> {
+    let answer = socket.request("tidegate=status\n")?;
+    // Others answer what they do not know with an error.
+    Ok(answer.error().is_none().then(|| answer.lines().collect()))
+}
+
+/// As wg(8): `always`, `never`, or only for people.
+fn wants_colour() -> bool {
+    match std::env::var("WG_COLOR_MODE").as_deref() {
+        Ok("always") => true,
+        Ok("never") => false,
+        _ => std::io::stdout().is_terminal(),
+    }
+}

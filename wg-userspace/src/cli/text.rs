@@ -1,0 +1,231 @@
+//! A [`Report`](super::Report) as text: word for word what `wg show` prints, and the data path.
+
+use std::fmt;
+
+use super::report::{DataPath, Interface, Peer};
+
+/// Colours, or none.
+#[derive(Clone, Copy, Debug)]
+pub struct Paint {
+    /// Whether to colour.
+    pub is_on: bool,
+}
+
+const RESET: &str = "\x1b[0m";
+const BOLD: &str = "\x1b[1m";
+const RED: &str = "\x1b[31m";
+const GREEN: &str = "\x1b[32m";
+const YELLOW: &str = "\x1b[33m";
+const CYAN: &str = "\x1b[36m";
+
+impl Paint {
+    fn on(self, codes: &str, text: &str) -> String {
+        if self.is_on { format!("{codes}{text}{RESET}") } else { text.to_owned() }
+    }
+
+    /// `interface: wg0` and `peer: KEY`.
+    fn heading(self, colour: &str, word: &str, name: &str) -> String {
+        let word = self.on(&format!("{colour}{BOLD}"), word);
+        format!("{word}: {}\n", self.on(colour, name))
+    }
+
+    fn line(self, word: &str, value: &str) -> String {
+        format!("  {}: {value}\n", self.on(BOLD, word))
+    }
+}
+
+/// One interface. `now_unix_s` is the time of the clock on the wall.
+pub fn interface(interface: &Interface, paint: Paint, now_unix_s: u64) -> String {
+    let mut text = String::new();
+    if paint.is_on {
+        text.push_str(RESET);
+    }
+    text += &paint.heading(GREEN, "interface", &interface.name);
+    if let Some(public_key) = &interface.public_key {
+        text += &paint.line("public key", &public_key.0.to_string());
+        let private_key = interface.private_key.as_ref().map_or("(hidden)", |key| key.expose());
+        text += &paint.line("private key", private_key);
+    }
+    if interface.listen_port != 0 {
+        text += &paint.line("listening port", &interface.listen_port.to_string());
+    }
+    if interface.fwmark != 0 {
+        text += &paint.line("fwmark", &format!("{:#x}", interface.fwmark));
+    }
+    if let Some(path) = &interface.data_path {
+        text += &data_path(path, paint);
+    }
+    for each in &interface.peers {
+        text.push('\n');
+        text += &peer(each, paint, now_unix_s);
+    }
+    text
+}
+
+fn peer(peer: &Peer, paint: Paint, now_unix_s: u64) -> String {
+    let mut text = paint.heading(YELLOW, "peer", &peer.public_key.0.to_string());
+    if peer.has_preshared_key {
+        let preshared_key = peer.preshared_key.as_ref().map_or("(hidden)", |key| key.expose());
+        text += &paint.line("preshared key", preshared_key);
+    }
+    if let Some(endpoint) = &peer.endpoint {
+        text += &paint.line("endpoint", endpoint);
+    }
+    let slash = paint.on(CYAN, "/");
+    let allowed_ips: Vec<String> =
+        peer.allowed_ips.iter().map(|prefix| prefix.replacen('/', &slash, 1)).collect();
+    let allowed_ips =
+        if allowed_ips.is_empty() { "(none)".to_owned() } else { allowed_ips.join(", ") };
+    text += &paint.line("allowed ips", &allowed_ips);
+    if let Some(then) = peer.latest_handshake_unix_s {
+        text += &paint.line("latest handshake", &ago(then, paint, now_unix_s));
+    }
+    if peer.rx_bytes != 0 || peer.tx_bytes != 0 {
+        let rx = bytes(peer.rx_bytes, paint);
+        let tx = bytes(peer.tx_bytes, paint);
+        text += &paint.line("transfer", &format!("{rx} received, {tx} sent"));
+    }
+    if let Some(interval) = peer.persistent_keepalive_s {
+        let every = format!("every {}", duration(interval.into(), paint));
+        text += &paint.line("persistent keepalive", &every);
+    }
+    text
+}
+
+fn data_path(path: &DataPath, paint: Paint) -> String {
+    let mut text = paint.line("data path", &path.to_string());
+    for (word, counters) in
+        [("received by", &path.paths), ("steer", &path.steer), ("drops", &path.drops)]
+    {
+        let counted: Vec<String> = counters
+            .iter()
+            .filter(|&(_, &count)| count != 0)
+            .map(|(name, count)| format!("{name} {count}"))
+            .collect();
+        if !counted.is_empty() {
+            text += &paint.line(word, &counted.join(", "));
+        }
+    }
+    text
+}
+
+/// The mode, where and why, in some words.
+impl fmt::Display for DataPath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.mode)?;
+        for nic in &self.nics {
+            let copy = if nic.zero_copy { "zero-copy" } else { "copy" };
+            write!(f, ", {} ({}, {copy})", nic.name, plural(nic.queues.into(), "queue"))?;
+        }
+        write!(f, ", {}", plural(self.workers as u64, "worker"))?;
+        if self.stuck_workers != 0 {
+            write!(f, " ({} stuck)", self.stuck_workers)?;
+        }
+        match self.reason.as_deref() {
+            None | Some("") => Ok(()),
+            Some(reason) => write!(f, ": {reason}"),
+        }
+    }
+}
+
+fn ago(then: u64, paint: Paint, now: u64) -> String {
+    match now.checked_sub(then) {
+        Some(0) => "Now".to_owned(),
+        Some(age) => format!("{} ago", duration(age, paint)),
+        None => {
+            let warning = "System clock wound backward; connection problems may ensue.";
+            format!("({})", paint.on(RED, warning))
+        }
+    }
+}
+
+/// `1 hour, 1 minute, 40 seconds`.
+fn duration(mut seconds: u64, paint: Paint) -> String {
+    const UNITS: [(&str, u64); 5] = [
+        ("year", 365 * 24 * 60 * 60),
+        ("day", 24 * 60 * 60),
+        ("hour", 60 * 60),
+        ("minute", 60),
+        ("second", 1),
+    ];
+    let mut parts = Vec::new();
+    for (unit, len) in UNITS {
+        let count = seconds / len;
+        seconds %= len;
+        if count != 0 {
+            let unit = if count == 1 { unit.to_owned() } else { format!("{unit}s") };
+            parts.push(format!("{count} {}", paint.on(CYAN, &unit)));
+        }
+    }
+    parts.join(", ")
+}
+
+/// `5.00 GiB`.
+fn bytes(count: u64, paint: Paint) -> String {
+    const UNITS: [&str; 4] = ["KiB", "MiB", "GiB", "TiB"];
+    if count < 1024 {
+        return format!("{count} {}", paint.on(CYAN, "B"));
+    }
+    let mut scaled = count as f64 / 1024.0;
+    let mut unit = 0;
+    while scaled >= 1024.0 && unit + 1 < UNITS.len() {
+        scaled /= 1024.0;
+        unit += 1;
+    }
+    format!("{scaled:.2} {}", paint.on(CYAN, UNITS[unit]))
+}
+
+/// `1 peer`, `2 peers`.
+pub fn plural(count: u64, word: &str) -> String {
+    if count == 1 { format!("1 {word}") } else { format!("{count} {word}s") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PLAIN: Paint = Paint { is_on: false };
+
+    #[test]
+    fn time_and_size_read_well() {
+        assert_eq!(ago(100, PLAIN, 100), "Now");
+        assert_eq!(ago(100, PLAIN, 101), "1 second ago");
+        assert_eq!(ago(0, PLAIN, 2 * 365 * 86_400 + 3601), "2 years, 1 hour, 1 second ago");
+        assert!(ago(101, PLAIN, 100).starts_with("(System clock wound backward"));
+        assert_eq!(bytes(1023, PLAIN), "1023 B");
+        assert_eq!(bytes(1 << 10, PLAIN), "1.00 KiB");
+        assert_eq!(bytes((1 << 20) - 1, PLAIN), "1024.00 KiB");
+        assert_eq!(bytes(u64::MAX, PLAIN), "16777216.00 TiB");
+    }
+
+    #[test]
+    fn the_data_path_stands_between_interface_and_peers() {
+        let json = r#"{"mode":"native","reason":null,"workers":2,"stuck_workers":1,
+            "nics":[{"name":"eth0","queues":4,"zero_copy":true},{"name":"eth1","queues":1}],
+            "drops":{"bad_tag":1,"replay":3,"queue_full":0},"steer":{"steered":7},
+            "paths":{"xsk":12,"socket":0}}"#;
+        let device = Interface {
+            name: "wg0".to_owned(),
+            listen_port: 51820,
+            data_path: Some(serde_json::from_str(json).unwrap()),
+            ..Interface::default()
+        };
+        assert_eq!(
+            interface(&device, PLAIN, 0),
+            "interface: wg0\n  listening port: 51820\n  data path: native, eth0 (4 queues, zero-copy), \
+             eth1 (1 queue, copy), 2 workers (1 stuck)\n  \
+             received by: xsk 12\n  steer: steered 7\n  drops: bad_tag 1, replay 3\n"
+        );
+    }
+
+    #[test]
+    fn a_mode_has_its_reason() {
+        let path = DataPath {
+            mode: "udp".to_owned(),
+            reason: Some("no NIC was named".to_owned()),
+            workers: 1,
+            ..DataPath::default()
+        };
+        assert_eq!(data_path(&path, PLAIN), "  data path: udp, 1 worker: no NIC was named\n");
+    }
+}

@@ -1,0 +1,328 @@
+//! The program as its users meet it: arguments and files in; exit code, text and errors out.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by it")]
+
+use std::{
+    io::{Read, Seek, Write},
+    os::unix::{fs::PermissionsExt, net::UnixListener},
+    process::{Command, Output, Stdio},
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use wg_userspace::sys::netns::{may_make_netns, report_skipped};
+
+const TIDEGATE: &str = env!("CARGO_BIN_EXE_tidegate");
+
+fn tidegate(arguments: &[&str]) -> Output {
+    Command::new(TIDEGATE).args(arguments).stdin(Stdio::null()).output().unwrap()
+}
+
+fn with_input(program: &str, argument: &str, input: &str) -> Output {
+    let mut child = Command::new(program)
+        .arg(argument)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+    child.wait_with_output().unwrap()
+}
+
+fn stdout(output: &Output) -> &str {
+    std::str::from_utf8(&output.stdout).unwrap()
+}
+
+fn stderr(output: &Output) -> &str {
+    std::str::from_utf8(&output.stderr).unwrap()
+}
+
+fn code(output: &Output) -> i32 {
+    output.status.code().expect("it was not killed")
+}
+
+/// Says by name why a test is left out; true if it is.
+fn skips(test: &str, missing: Option<&str>) -> bool {
+    if let Some(missing) = missing {
+        report_skipped(test, missing);
+    }
+    missing.is_some()
+}
+
+fn without_root() -> Option<&'static str> {
+    (!may_make_netns()).then_some("needs root to make namespaces")
+}
+
+fn without_wg() -> Option<&'static str> {
+    Command::new("wg").arg("--version").output().is_err().then_some("needs wg(8)")
+}
+
+#[test]
+fn keys_are_those_of_wg() {
+    if skips("keys_are_those_of_wg", without_wg()) {
+        return;
+    }
+    let private = tidegate(&["genkey"]);
+    assert_eq!(code(&private), 0);
+    let ours = with_input(TIDEGATE, "pubkey", stdout(&private));
+    let theirs = with_input("wg", "pubkey", stdout(&private));
+    assert_eq!(code(&ours), 0, "{}", stderr(&ours));
+    assert_eq!(stdout(&ours), stdout(&theirs));
+
+    let preshared = tidegate(&["genpsk"]);
+    assert_eq!(stdout(&preshared).len(), stdout(&private).len());
+    assert_ne!(stdout(&preshared), stdout(&private));
+    assert_ne!(stdout(&tidegate(&["genkey"])), stdout(&private));
+}
+
+#[test]
+fn a_bad_key_on_standard_input_is_refused_but_not_shown() {
+    for input in ["", "SHORTSECRET", "not/base64/!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!="] {
+        let output = with_input(TIDEGATE, "pubkey", input);
+        assert_eq!(code(&output), 1);
+        assert!(stdout(&output).is_empty());
+        assert!(stderr(&output).starts_with("tidegate: standard input: "), "{}", stderr(&output));
+        assert!(!stderr(&output).contains("SECRET") && !stderr(&output).contains("base64/"));
+    }
+}
+
+#[test]
+fn a_secret_in_a_file_for_everybody_is_warned_of() {
+    for (mode, is_warned) in [(0o644, true), (0o600, false)] {
+        let mut file = tempfile::tempfile().unwrap();
+        file.set_permissions(std::fs::Permissions::from_mode(mode)).unwrap();
+        let output = Command::new(TIDEGATE)
+            .arg("genkey")
+            .stdout(file.try_clone().unwrap())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap()
+            .wait_with_output()
+            .unwrap();
+        assert_eq!(code(&output), 0);
+        assert_eq!(stderr(&output).contains("everybody may read"), is_warned, "{mode:o}");
+        let mut key = String::new();
+        file.rewind().unwrap();
+        file.read_to_string(&mut key).unwrap();
+        assert_eq!(key.len(), 45);
+    }
+}
+
+#[test]
+fn wrong_usage_has_a_code_of_its_own() {
+    for arguments in [&["run"][..], &["up"], &["fly"], &["run", "wg0", "--mode", "generic"]] {
+        let output = tidegate(arguments);
+        assert_eq!(code(&output), 2, "{arguments:?}");
+        assert!(stdout(&output).is_empty() && !stderr(&output).is_empty());
+    }
+    assert_eq!(code(&tidegate(&["--help"])), 0);
+    assert_eq!(code(&tidegate(&["--version"])), 0);
+}
+
+/// Runs `up` on a file `test.conf` with this text.
+fn up(text: &str) -> Output {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("test.conf");
+    std::fs::write(&path, text).unwrap();
+    tidegate(&["up", path.to_str().unwrap()])
+}
+
+const INTERFACE: &str = "[Interface]\nPrivateKey = SEhISEhISEhISEhISEhISEhISEhISEhISEhISEhISEg=\n";
+
+#[test]
+fn every_error_of_a_config_is_shown_with_its_position() {
+    let peer = "[Peer]\nPublicKey = short\nAllowedIPs = 10.0.0.2/32, 10.0.0.0/33\n";
+    let output = up(&format!("{INTERFACE}Adress = 10.0.0.1/24\n\n{peer}"));
+    let errors = stderr(&output);
+    assert_eq!(code(&output), 3, "{errors}");
+    for position in ["test.conf:3:", "test.conf:6:13", "test.conf:7:"] {
+        assert!(errors.contains(position), "{position} in {errors}");
+    }
+    assert!(!errors.contains("SEhISEhI"), "no key is shown: {errors}");
+    assert!(stdout(&output).is_empty());
+}
+
+#[test]
+fn what_comes_later_is_refused_with_its_position() {
+    for line in ["DNS = 10.0.0.53", "PostUp = true", "Table = off", "#! Nat = masquerade out=eth0"]
+    {
+        let output = up(&format!("{INTERFACE}{line}\n"));
+        let errors = stderr(&output);
+        assert_eq!(code(&output), 3, "{line}: {errors}");
+        assert!(errors.contains("test.conf:3:"), "{line}: {errors}");
+        assert!(errors.contains("not supported yet"), "{line}: {errors}");
+    }
+}
+
+#[test]
+fn what_does_not_exist_has_a_code_of_its_own() {
+    let missing = format!("tg{}", std::process::id());
+    for command in ["up", "down", "show"] {
+        let output = tidegate(&[command, &missing]);
+        assert_eq!(code(&output), 5, "{command}: {}", stderr(&output));
+        assert!(stderr(&output).contains(&missing), "{}", stderr(&output));
+    }
+}
+
+#[test]
+fn a_file_must_be_named_like_an_interface() {
+    for word in ["./x.txt", "/tmp/this-name-is-too-long.conf"] {
+        for command in ["up", "down"] {
+            let output = tidegate(&[command, word]);
+            assert_eq!(code(&output), 2, "{command} {word}");
+            assert!(stderr(&output).contains("name"), "{}", stderr(&output));
+        }
+    }
+}
+
+/// Answers `get=1` on a socket as a daemon would; says to anything else that it is invalid.
+struct MockDaemon {
+    dir: tempfile::TempDir,
+}
+
+impl MockDaemon {
+    fn start(answer: String, status: Option<&'static str>) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(dir.path().join("wg0.sock")).unwrap();
+        // Ends with the test's process; nobody waits for it.
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let mut stream = stream.unwrap();
+                let mut request = Vec::new();
+                let mut byte = [0];
+                while !request.ends_with(b"\n\n") && stream.read(&mut byte).unwrap_or(0) == 1 {
+                    request.push(byte[0]);
+                }
+                let answer = match (request.as_slice(), status) {
+                    (b"get=1\n\n", _) => format!("{answer}errno=0\n\n"),
+                    (b"tidegate=status\n\n", Some(json)) => format!("{json}\nerrno=0\n\n"),
+                    // A probe connects and hangs up.
+                    (b"", _) => String::new(),
+                    _ => "errno=-22\n\n".to_owned(),
+                };
+                // Whoever does not read it has gone.
+                let _ = stream.write_all(answer.as_bytes());
+            }
+        });
+        Self { dir }
+    }
+
+    /// Runs a shell command where this is the only daemon of the host.
+    fn shell(&self, command: &str) -> Output {
+        let dir = self.dir.path().display();
+        let script = format!(
+            "exec 3<{dir}; mount -t tmpfs tidegate-test /run && mkdir /run/wireguard && \
+             mount --bind /proc/self/fd/3 /run/wireguard && {command}"
+        );
+        let mut unshare = Command::new("unshare");
+        unshare.args(["--mount", "--net", "sh", "-c", &script]).env("TIDEGATE", TIDEGATE);
+        let output = unshare.output().unwrap();
+        assert_eq!(code(&output), 0, "{command}: {}", stderr(&output));
+        output
+    }
+}
+
+/// A device with peers of every kind, as a daemon describes it.
+fn device() -> String {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+    let key = |byte: u8| format!("{byte:02x}").repeat(32);
+    let peers = [
+        format!("preshared_key={}\nlast_handshake_time_sec=0\nrx_bytes=0\ntx_bytes=0\n", key(0)),
+        format!(
+            "preshared_key={}\nendpoint=[fd00::1]:51820\nlast_handshake_time_sec={}\n\
+             last_handshake_time_nsec=5\ntx_bytes=1023\nrx_bytes=1024\n\
+             persistent_keepalive_interval=25\nallowed_ip=10.0.0.0/24\nallowed_ip=fd00::/64\n",
+            key(0x22),
+            now - 3_700
+        ),
+        format!(
+            "endpoint=10.0.0.1:1\nlast_handshake_time_sec={}\ntx_bytes=1048576\nrx_bytes=0\n\
+             persistent_keepalive_interval=3661\nallowed_ip=0.0.0.0/0\n",
+            now - 90_061
+        ),
+        // A handshake of the future: the clock was set back.
+        format!(
+            "last_handshake_time_sec={}\ntx_bytes=1099511627776\nrx_bytes=5368709120\n",
+            now + 1_000
+        ),
+        format!("last_handshake_time_sec={}\nrx_bytes=53\n", now - 800 * 86_400),
+        "allowed_ip=10.1.0.0/24\n".to_owned(),
+    ];
+    let mut text = format!("private_key={}\nlisten_port=51820\nfwmark=51820\n", key(0x48));
+    for (number, lines) in (1..).zip(peers) {
+        text += &format!("public_key={}\n{lines}protocol_version=1\n", key(number));
+    }
+    text
+}
+
+#[test]
+fn show_prints_what_wg_show_prints() {
+    if skips("show_prints_what_wg_show_prints", without_root().or(without_wg())) {
+        return;
+    }
+    let daemon = MockDaemon::start(device(), None);
+    for environment in ["", "WG_COLOR_MODE=always", "WG_HIDE_KEYS=never"] {
+        for what in ["show", "show wg0", "show interfaces"] {
+            let print = |program: &str| {
+                let output = daemon.shell(&format!("{environment} {program} {what}"));
+                stdout(&output).to_owned()
+            };
+            let (mut ours, mut theirs) = (print("\"$TIDEGATE\""), print("wg"));
+            // A second may end between the two: ask again.
+            for _ in 0..5 {
+                if ours != theirs {
+                    (ours, theirs) = (print("\"$TIDEGATE\""), print("wg"));
+                }
+            }
+            assert!(theirs.contains("wg0"), "{theirs}");
+            assert_eq!(ours, theirs, "{environment} {what}");
+        }
+    }
+}
+
+#[test]
+fn show_has_the_data_path_and_json() {
+    if skips("show_has_the_data_path_and_json", without_root()) {
+        return;
+    }
+    let status = r#"{"mode":"native","reason":"asked for","workers":2,
+        "nics":[{"name":"eth0","queues":2,"zero_copy":false}],
+        "drops":{"replay":3},"steer":{"steered":9},"paths":{"xsk":7,"socket":1}}"#;
+    let daemon = MockDaemon::start(device(), Some(status));
+    let text = daemon.shell("\"$TIDEGATE\" show wg0");
+    for line in [
+        "\n  data path: native, eth0 (2 queues, copy), 2 workers: asked for\n",
+        "\n  received by: socket 1, xsk 7\n",
+        "\n  steer: steered 9\n",
+        "\n  drops: replay 3\n",
+    ] {
+        assert!(stdout(&text).contains(line), "{line} in {}", stdout(&text));
+    }
+    let json = daemon.shell("\"$TIDEGATE\" show --json");
+    let json: serde_json::Value = serde_json::from_str(stdout(&json)).unwrap();
+    let interface = &json["interfaces"][0];
+    assert_eq!(interface["name"], "wg0");
+    assert_eq!(interface["listen_port"], 51820);
+    assert_eq!(interface["data_path"]["drops"]["replay"], 3);
+    assert_eq!(interface["data_path"]["nics"][0]["queues"], 2);
+    assert_eq!(interface["peers"].as_array().unwrap().len(), 6);
+    let peer = &interface["peers"][1];
+    assert_eq!(peer["endpoint"], "[fd00::1]:51820");
+    assert_eq!(peer["rx_bytes"], 1024);
+    assert_eq!(peer["has_preshared_key"], true);
+    assert!(!json.to_string().contains("private_key"), "no secret key is shown: {json}");
+}
+
+#[test]
+fn nothing_to_show_is_no_error() {
+    if skips("nothing_to_show_is_no_error", without_root()) {
+        return;
+    }
+    let daemon = MockDaemon { dir: tempfile::tempdir().unwrap() };
+    // Left behind by a daemon that was killed.
+    drop(UnixListener::bind(daemon.dir.path().join("wg0.sock")).unwrap());
+    let shown = daemon.shell("\"$TIDEGATE\" show && \"$TIDEGATE\" show interfaces");
+    assert!(shown.stdout.is_empty() && shown.stderr.is_empty());
+    let one = daemon.shell("{ \"$TIDEGATE\" show wg0; test $? = 5; }");
+    assert!(stderr(&one).contains("wg0.sock"), "{}", stderr(&one));
+}
