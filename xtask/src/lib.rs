@@ -1,4 +1,13 @@
-//! Tidegate's tasks.
+//! Tidegate's tasks, as a library: `main.rs` lists them, and the daemon's tests use the [`lab`].
 
 pub mod build_ebpf;
+pub mod demonstration;
+pub mod lab;
+pub mod layers;
+pub mod licences;
+
+pub mod preflight;
+pub mod run;
+
+pub mod test;
 pub mod workspace;

@@ -1,21 +1,44 @@
-//! Tidegate's tasks.
+//! The list of tasks.
+
+use std::process::ExitCode;
 
 use clap::Parser;
+use xtask::{build_ebpf, demonstration, layers, licences, run, test};
 
 /// Tidegate's tasks.
 #[derive(Parser)]
 #[command(bin_name = "cargo xtask")]
 enum Task {
+    /// Build everything and show a gateway that carries real traffic.
+    Run(run::Options),
+    /// Prove it: formatting, lints, layers, licences and all tests.
+    Test(test::Options),
     /// Build the programs in the kernel, which the daemon embeds.
     BuildEbpf {
         /// Build them twice and compare.
         #[arg(long)]
         check: bool,
     },
+    /// Check the rules between rooms that ARCHITECTURE.md states.
+    Layers,
+    /// Check the licences of all dependencies.
+    Licences,
+    /// The part of `run` that needs privileges.
+    #[command(hide = true)]
+    Demonstrate(demonstration::Options),
 }
 
-fn main() -> anyhow::Result<()> {
-    match Task::parse() {
-        Task::BuildEbpf { check } => xtask::build_ebpf::build(check).map(drop),
-    }
+fn main() -> ExitCode {
+    let ended = match Task::parse() {
+        Task::Run(options) => run::run(&options),
+        Task::Test(options) => test::test(&options),
+        Task::BuildEbpf { check } => build_ebpf::build(check).map(|_| ExitCode::SUCCESS),
+        Task::Layers => layers::check().map(|()| ExitCode::SUCCESS),
+        Task::Licences => licences::check().map(|()| ExitCode::SUCCESS),
+        Task::Demonstrate(options) => demonstration::demonstrate(&options),
+    };
+    ended.unwrap_or_else(|error| {
+        eprintln!("xtask: {error:#}");
+        ExitCode::FAILURE
+    })
 }
