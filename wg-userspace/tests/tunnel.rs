@@ -34,7 +34,10 @@ use xtask::{
         Amount, CLIENT_CONF, DataPath, GATEWAY_CONF, GATEWAY_INNER, Mode, Options, Programs, Tools,
         show, spawn_peer,
     },
-    lab::{self, CLIENT_V4, GATEWAY_V4, GATEWAY_V6, HOST_V4, HOST_V6, Lab, OUTER, Process, Space},
+    lab::{
+        self, CLIENT_V4, CLIENT_V6, GATEWAY_V4, GATEWAY_V6, HOST_V4, HOST_V6, Lab, OUTER, Process,
+        Space,
+    },
 };
 
 const LIMIT: Duration = Duration::from_secs(10);
@@ -220,15 +223,30 @@ fn two_tidegates_talk_over_ipv6() {
     two_tidegates("two_tidegates_talk_over_ipv6", &format!("[{GATEWAY_V6}]"));
 }
 
-/// The role in which boringtun initiates is the one of `as_run_…`.
-fn boringtun_responds(test: &str, options: &[&str]) {
+/// The role in which boringtun initiates by IPv4 is the one of `as_run_…`.
+#[test]
+fn boringtun_initiates_over_ipv6() {
+    let Some((lab, programs)) = lab("boringtun_initiates_over_ipv6") else { return };
+    let gateway = Daemon::start(&lab.gateway, &lab.interface('g'), NATIVE);
+    gateway.configure(&lab, GATEWAY_CONF);
+    let conf = CLIENT_CONF.replace(GATEWAY_V4, &format!("[{GATEWAY_V6}]"));
+    let mut client = spawn_peer(&lab, &programs, &conf, &["--initiate"]).unwrap();
+    assert_eq!(client.event("handshake", LIMIT).unwrap()["role"], "initiator");
+
+    assert_answered(&lab.client, &[GATEWAY_INNER[0], GATEWAY_INNER[1], HOST_V4, HOST_V6]);
+    assert_answered(&lab.host, &CLIENT_INNER);
+    assert!(gateway.dump()[1][2].starts_with(&format!("[{CLIENT_V6}]:")));
+    assert!(gateway.status().paths["xsk"] > 0);
+}
+
+fn boringtun_responds(test: &str, options: &[&str], address: &str) {
     let Some((lab, programs)) = lab(test) else { return };
     let listens = CLIENT_CONF
         .replace("[Interface]", "[Interface]\nListenPort = 51821")
         .replace("Endpoint =", "# Endpoint =");
     let mut client = spawn_peer(&lab, &programs, &listens, &[]).unwrap();
     let gateway = Daemon::start(&lab.gateway, &lab.interface('g'), options);
-    gateway.configure(&lab, &format!("{GATEWAY_CONF}Endpoint = {CLIENT_V4}:51821\n"));
+    gateway.configure(&lab, &format!("{GATEWAY_CONF}Endpoint = {address}:51821\n"));
 
     assert_answered(&lab.host, &CLIENT_INNER);
     assert_eq!(client.event("handshake", LIMIT).unwrap()["role"], "responder");
@@ -237,12 +255,17 @@ fn boringtun_responds(test: &str, options: &[&str]) {
 
 #[test]
 fn boringtun_responds_in_native_mode() {
-    boringtun_responds("boringtun_responds_in_native_mode", NATIVE);
+    boringtun_responds("boringtun_responds_in_native_mode", NATIVE, CLIENT_V4);
+}
+
+#[test]
+fn boringtun_responds_over_ipv6() {
+    boringtun_responds("boringtun_responds_over_ipv6", NATIVE, &format!("[{CLIENT_V6}]"));
 }
 
 #[test]
 fn boringtun_responds_in_udp_mode() {
-    boringtun_responds("boringtun_responds_in_udp_mode", UDP);
+    boringtun_responds("boringtun_responds_in_udp_mode", UDP, CLIENT_V4);
 }
 
 #[test]
