@@ -74,6 +74,10 @@ reasons! {
     NoPrivateKey = "no_private_key",
     /// All receiver indexes are in use or at rest.
     NoIndex = "no_index",
+    /// An XSK's rx ring was full: the worker did not keep up.
+    XskRingFull = "xsk_ring_full",
+    /// An XSK had no chunk to receive into, or the packet did not fit into one.
+    XskNoChunk = "xsk_no_chunk",
 }
 
 macro_rules! steer_events {

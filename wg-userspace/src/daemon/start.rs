@@ -217,7 +217,11 @@ fn bind_xsks(kernel: &mut Kernel, worker_count: usize) -> (Vec<Nic>, Vec<Vec<Xsk
             }
             status.queues += 1;
             status.zero_copy |= xsk.is_zero_copy().unwrap_or(false);
-            of_worker[usize::from(worker.0)].push(XskPort { xsk, ifindex: nic.index });
+            of_worker[usize::from(worker.0)].push(XskPort {
+                xsk,
+                ifindex: nic.index,
+                dropped: [0; 2],
+            });
         }
         if status.queues > 0 {
             nics.push(status);

@@ -32,6 +32,8 @@ use crate::xsk::{Frame, Xsk};
 /// counts as stale.
 const SLEEP_MAX: Duration = Duration::from_millis(100);
 
+/// The kernel is asked this often what it dropped before the XSKs.
+const ASK_INTERVAL: Duration = Duration::from_secs(1);
 /// Descriptors that one worker waits for: three of each worker that it reads for, its wake-up, XSKs.
 const POLLED_MAX: usize = 1024;
 
@@ -49,6 +51,9 @@ pub struct XskPort {
     pub xsk: Xsk,
     /// The NIC.
     pub ifindex: u32,
+    /// What the kernel had dropped before this socket when it was last asked: for want of room in the
+    /// rx ring, and of a chunk.
+    pub dropped: [u64; 2],
 }
 
 /// One worker, before and while it runs.
@@ -68,6 +73,8 @@ pub struct Worker {
     flush: bool,
     /// When staged packets were last looked at.
     flushed: Now,
+    /// When the kernel was last asked what it dropped before the XSKs.
+    asked: Now,
     #[cfg(debug_assertions)]
     stall: Option<Stall>,
 }
@@ -112,6 +119,7 @@ impl Worker {
             deputies_epoch: 0,
             flush: false,
             flushed: Now::default(),
+            asked: Now::default(),
             shared,
             #[cfg(debug_assertions)]
             stall: Stall::from_env(id),
@@ -152,7 +160,27 @@ impl Worker {
             self.reads[i] = Reads { worker, v4, v6, tun };
             more |= v4 | v6 | tun;
         }
+        self.count_kernel_drops(now);
         more | self.flush_staged(now)
+    }
+
+    /// Now and then, counts what the kernel has dropped before the XSKs.
+    fn count_kernel_drops(&mut self, now: Now) {
+        if now.since(self.asked) < ASK_INTERVAL {
+            return;
+        }
+        self.asked = now;
+        let counters = &self.shared.workers[usize::from(self.id.0)].counters;
+        for XskPort { xsk, dropped, .. } in &mut self.xsks {
+            let Ok(counts) = xsk.counts() else { continue };
+            let kernel = counts.kernel;
+            let newest = [kernel.rx_ring_full, kernel.rx_dropped];
+            let reasons = [DropReason::XskRingFull, DropReason::XskNoChunk];
+            for ((reason, before), after) in reasons.into_iter().zip(dropped).zip(newest) {
+                counters.drop(reason, after.wrapping_sub(*before));
+                *before = after;
+            }
+        }
     }
 
     /// Sends staged packets whose keypair has come. Looking for them costs time with each peer that
@@ -255,7 +283,7 @@ impl Worker {
     }
 
     fn receive_frames(&mut self, port: usize, now: Now) -> bool {
-        let XskPort { xsk, ifindex } = &mut self.xsks[port];
+        let XskPort { xsk, ifindex, .. } = &mut self.xsks[port];
         let mut frames: ArrayVec<Frame, BATCH_LEN> = ArrayVec::new();
         xsk.receive(&mut frames);
         if frames.is_empty() {
