@@ -70,10 +70,30 @@ reasons! {
     OldTimestamp = "old_timestamp",
     /// A peer sent initiations faster than it may.
     InitiationFlood = "initiation_flood",
+    /// Under load, a handshake message came without a right mac2: it earned a cookie reply.
+    CookieDemanded = "cookie_demanded",
+    /// Under load, a handshake message was more than its source, or all sources, may send.
+    RateLimited = "rate_limited",
+    /// Under load, newer handshake messages went first.
+    Outdated = "outdated",
+    /// The sender of an initiation is being looked up; it will be answered when that is done.
+    LookupPending = "lookup_pending",
+    /// Nobody knows the sender of an initiation.
+    UnknownPeer = "unknown_peer",
+    /// Too many look-ups are under way.
+    LookupLimit = "lookup_limit",
     /// The device has no private key.
     NoPrivateKey = "no_private_key",
     /// All receiver indexes are in use or at rest.
     NoIndex = "no_index",
+    /// The interface is down.
+    InterfaceDown = "interface_down",
+    /// The device is quiesced: it makes no keypairs.
+    Quiesced = "quiesced",
+    /// The packet is one of our own datagrams: the tunnel is routed into itself.
+    RoutingLoop = "routing_loop",
+    /// The keypair has been handed over to another process.
+    HandedOver = "handed_over",
     /// An XSK's rx ring was full: the worker did not keep up.
     XskRingFull = "xsk_ring_full",
     /// An XSK had no chunk to receive into, or the packet did not fit into one.

@@ -20,7 +20,7 @@ use crate::bpf::{LogReader, Steer, SteerOptions};
 use crate::datapath::handoff::Mesh;
 use crate::datapath::shared::PARCEL_RING_LEN;
 use crate::datapath::{Shared, SocketGroup, Worker, WorkerEdges, XskPort};
-use crate::handshake::{Handshakes, Pool};
+use crate::handshake::{Handshakes, Os, Pool};
 use crate::host::{AddressWatch, Host, Link, LinkWatch};
 use crate::sys::{affinity, clock};
 use crate::tun::{Tun, TunError};
@@ -102,7 +102,12 @@ pub async fn start(options: &Options, host: &Host) -> anyhow::Result<Running> {
     let (shared, work) =
         Shared::new(DeviceId(0), worker_count, tun.into_queues(), sockets, heartbeats)
             .context("preparing the workers")?;
-    let handshakes = Arc::new(Handshakes::new(Arc::clone(&shared), aead, live_indexes));
+    let handshakes = Arc::new(Handshakes::new(
+        Arc::clone(&shared),
+        Os::new(Arc::clone(&shared)),
+        aead,
+        live_indexes,
+    ));
     let pool = Pool::start(&handshakes, &work, HANDSHAKE_THREAD_COUNT)
         .context("starting the handshake pool")?;
 

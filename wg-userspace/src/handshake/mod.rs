@@ -7,7 +7,10 @@
 //! Nothing is allocated for, and no state moved by, a message that did not authenticate.
 
 mod index;
+mod outside;
 mod pool;
+mod receive;
+mod timers;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
@@ -15,7 +18,6 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use hashbrown::HashMap;
 use wg_common::id::{PeerId, ReceiverIndex, WorkerId};
-use wg_common::message::{Message, classify};
 use wg_common::outcome::DropReason;
 use wg_common::protocol::{HANDSHAKE_TOS, TAG_LEN, TRANSPORT_HEADER_LEN, TRANSPORT_OVERHEAD};
 use wg_common::time::Now;
@@ -25,19 +27,19 @@ use crate::aead::{BatchAead, Job};
 use crate::counters::Counters;
 use crate::datapath::Shared;
 use crate::datapath::encap::transport_header;
-use crate::datapath::handoff::{HandshakeDatagram, Work};
-use crate::datapath::outbound::DatagramSink as _;
+use crate::datapath::handoff::Work;
 use crate::key::{PresharedKey, PrivateKey, PublicKey};
-use crate::noise::{Identity, RemoteStatic, Timestamp, check_mac1, open_initiation};
-use crate::session::{Action, Context, HotPeer, Indexes, Session};
-use crate::sys::random::Rng;
-use crate::sys::{SharedWords, clock};
+use crate::noise::{Identity, RemoteStatic};
+use crate::session::{Action, Context, HotPeer, Indexes, Keypair, Session};
+use crate::sys::SharedWords;
 
+pub use outside::{Os, Outside};
 pub use pool::Pool;
 
 /// The sessions of one device, and what their handshakes need.
-pub struct Handshakes {
+pub struct Handshakes<O = Os> {
     shared: Arc<Shared>,
+    outside: O,
     aead: &'static dyn BatchAead,
     identity: RwLock<Option<Arc<Identity>>>,
     cells: RwLock<Cells>,
@@ -79,9 +81,10 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Lends indexes to one cell's session.
+/// Lends indexes to one cell's session, and publishes its keypairs.
 struct CellIndexes<'a> {
     table: &'a Mutex<IndexTable<Cell>>,
+    shared: &'a Shared,
     cell: &'a Arc<Cell>,
     now: Now,
 }
@@ -94,18 +97,30 @@ impl Indexes for CellIndexes<'_> {
     fn release(&mut self, index: ReceiverIndex) {
         lock(self.table).release(index, self.now);
     }
+
+    fn publish(&mut self, keypair: &Arc<Keypair>) {
+        self.shared.keypairs.set(keypair.local_index().slot(), Arc::clone(keypair));
+    }
+
+    fn retire(&mut self, keypair: &Arc<Keypair>) {
+        let index = keypair.local_index();
+        self.shared.keypairs.clear(index.slot());
+        self.release(index);
+    }
 }
 
-impl Handshakes {
+impl<O: Outside> Handshakes<O> {
     /// No sessions yet. `live_indexes` is the kernel side's view of receiver indexes, if there is one.
     pub fn new(
         shared: Arc<Shared>,
+        outside: O,
         aead: &'static dyn BatchAead,
         live_indexes: Option<Arc<SharedWords>>,
     ) -> Self {
-        let indexes = IndexTable::new(ReceiverIndex::SLOT_COUNT, live_indexes, &mut Rng);
+        let indexes = IndexTable::new(ReceiverIndex::SLOT_COUNT, live_indexes, &mut outside.rng());
         Self {
             shared,
+            outside,
             aead,
             identity: RwLock::default(),
             cells: RwLock::default(),
@@ -146,8 +161,7 @@ impl Handshakes {
             let remote = identity.as_deref().map(|identity| {
                 RemoteStatic::new(identity, cell.hot.public_key, session.preshared_key().clone())
             });
-            let actions = session.set_remote(remote, &mut self.indexes_of(&cell, now));
-            self.execute(&cell, &actions, WorkerId(0), now);
+            session.set_remote(remote, &mut self.indexes_of(&cell, now));
         }
     }
 
@@ -176,10 +190,9 @@ impl Handshakes {
         cells.by_key.remove(&cell.hot.public_key);
         drop(cells);
         let mut session = cell.session();
-        let actions = session.set_remote(None, &mut self.indexes_of(&cell, now));
+        session.set_remote(None, &mut self.indexes_of(&cell, now));
         // Else its timer would keep the cell awake for ever.
         session.set_persistent_keepalive(None, now);
-        self.execute(&cell, &actions, WorkerId(0), now);
     }
 
     /// Gives a peer another preshared key; the next handshake uses it.
@@ -224,30 +237,6 @@ impl Handshakes {
         }
     }
 
-    /// Runs the timers that are due. To be called several times a second.
-    pub fn tick(&self, now: Now) {
-        let cells = std::mem::take(&mut *lock(&self.awake));
-        let mut still_awake = Vec::with_capacity(cells.len());
-        for cell in cells {
-            let mut session = cell.session();
-            let identity = self.identity();
-            let actions = match &identity {
-                Some(identity) => self.with_context(&cell, identity, WorkerId(0), now, |context| {
-                    session.handle_timeout(context, now)
-                }),
-                None => Vec::new(),
-            };
-            self.execute(&cell, &actions, WorkerId(0), now);
-            if session.is_awake() {
-                drop(session);
-                still_awake.push(cell);
-            } else {
-                cell.awake.store(false, Ordering::Relaxed);
-            }
-        }
-        lock(&self.awake).append(&mut still_awake);
-    }
-
     fn initiate(&self, cell: &Arc<Cell>, now: Now) {
         // The session first: the identity that is read then is the one its remote was made for.
         let mut session = cell.session();
@@ -263,64 +252,8 @@ impl Handshakes {
         self.awaken(cell);
     }
 
-    /// Receives a handshake message.
-    fn receive(&self, datagram: &HandshakeDatagram, now: Now) -> Result<(), DropReason> {
-        let identity = self.identity().ok_or(DropReason::NoPrivateKey)?;
-        let message = datagram.message();
-        let kind = classify(message)?;
-        if !matches!(kind, Message::CookieReply(_)) && !check_mac1(&identity, message) {
-            return Err(DropReason::BadMac1);
-        }
-        // What a session asks for is done before anyone else can ask it for more: else a keypair
-        // could be retired before it is published.
-        match kind {
-            Message::Initiation => {
-                let bytes = message.first_chunk().ok_or(DropReason::BadLength)?;
-                let opened = open_initiation(&identity, bytes).map_err(|e| e.drop_reason())?;
-                let cell = self.cell_by_key(&opened.sender()).ok_or(DropReason::BadHandshake)?;
-                let mut session = cell.session();
-                let remote = session.remote().ok_or(DropReason::BadHandshake)?;
-                let authentic = opened.authenticate(remote).map_err(|e| e.drop_reason())?;
-                let worker = datagram.worker;
-                let actions = self.with_context(&cell, &identity, worker, now, |context| {
-                    session.handle_initiation(authentic, datagram.from, context, now)
-                })?;
-                self.received(&cell, message, &actions, worker, now);
-            }
-            Message::Response(index) => {
-                let cell = lock(&self.indexes).owner(index).cloned();
-                let cell = cell.ok_or(DropReason::UnknownIndex)?;
-                let bytes = message.first_chunk().ok_or(DropReason::BadLength)?;
-                let mut session = cell.session();
-                let worker = datagram.worker;
-                let actions = self.with_context(&cell, &identity, worker, now, |context| {
-                    session.handle_response(bytes, context, now)
-                })?;
-                self.received(&cell, message, &actions, worker, now);
-            }
-            // Nothing asks for cookies, and no transport data is a handshake message.
-            Message::CookieReply(_) | Message::Transport(_) => {
-                return Err(DropReason::BadHandshake);
-            }
-        }
-        Ok(())
-    }
-
-    fn received(
-        &self,
-        cell: &Arc<Cell>,
-        message: &[u8],
-        actions: &[Action],
-        worker: WorkerId,
-        now: Now,
-    ) {
-        cell.hot.transfer.received(message.len() as u64);
-        self.execute(cell, actions, worker, now);
-        self.awaken(cell);
-    }
-
     fn indexes_of<'a>(&'a self, cell: &'a Arc<Cell>, now: Now) -> CellIndexes<'a> {
-        CellIndexes { table: &self.indexes, cell, now }
+        CellIndexes { table: &self.indexes, shared: &self.shared, cell, now }
     }
 
     /// Calls `act` with what a session needs to do its part of a handshake.
@@ -330,17 +263,16 @@ impl Handshakes {
         identity: &Identity,
         worker: WorkerId,
         now: Now,
-        act: impl FnOnce(&mut Context<'_, Rng, CellIndexes<'_>>) -> T,
+        act: impl FnOnce(&mut Context<'_, O::Rng, CellIndexes<'_>>) -> T,
     ) -> T {
-        let (secs, nanos) = clock::wall();
         let last = WorkerId(cell.hot.last_worker.load(Ordering::Relaxed));
         let preferred = if usize::from(last.0) < self.shared.workers.len() { last } else { worker };
         let mut indexes = self.indexes_of(cell, now);
         act(&mut Context {
             identity,
             indexes: &mut indexes,
-            rng: &mut Rng,
-            timestamp: Timestamp::from_unix(secs, nanos),
+            rng: &mut self.outside.rng(),
+            timestamp: self.outside.wall(),
             home: self.shared.home_for(cell.hot.id, preferred, now),
         })
     }
@@ -349,19 +281,8 @@ impl Handshakes {
     fn execute(&self, cell: &Arc<Cell>, actions: &[Action], worker: WorkerId, now: Now) {
         for action in actions {
             match action {
-                Action::Publish(keypair) => {
-                    let slot = keypair.local_index().slot();
-                    self.shared.keypairs.set(slot, Arc::clone(keypair));
-                }
-                Action::Retire(keypair) => {
-                    let index = keypair.local_index();
-                    self.shared.keypairs.clear(index.slot());
-                    lock(&self.indexes).release(index, now);
-                }
                 Action::Send { message, to } => {
-                    let sockets = self.shared.sockets.load();
-                    let socket = &sockets.of_worker[usize::from(worker.0)];
-                    if socket.send(&[(message, to)], HANDSHAKE_TOS).failed == 0 {
+                    if self.outside.send(worker, message, to, HANDSHAKE_TOS) {
                         cell.hot.transfer.sent(message.len() as u64);
                     } else {
                         self.drops.drop_shared(DropReason::SocketSend, 1);
@@ -385,19 +306,11 @@ impl Handshakes {
         let tag: &mut [u8] = &mut message[TRANSPORT_HEADER_LEN..];
         debug_assert_eq!(tag.len(), TAG_LEN);
         self.aead.seal(&mut [Job::new(keypair.seal_key(), reserved.first, tag)]);
-        let sockets = self.shared.sockets.load();
-        let socket = &sockets.of_worker[usize::from(worker.0)];
-        if socket.send(&[(&message, &endpoint)], 0).failed == 0 {
+        if self.outside.send(worker, &message, &endpoint, 0) {
             peer.transfer.sent(message.len() as u64);
             peer.activity.keepalive_sent(now);
         } else {
             self.drops.drop_shared(DropReason::SocketSend, 1);
-        }
-    }
-
-    fn awaken(&self, cell: &Arc<Cell>) {
-        if !cell.awake.swap(true, Ordering::Relaxed) {
-            lock(&self.awake).push(Arc::clone(cell));
         }
     }
 }

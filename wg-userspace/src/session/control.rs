@@ -22,13 +22,19 @@ use crate::noise::{
     initiate,
 };
 
-/// Where receiver indexes come from.
+/// Where receiver indexes come from, and where workers look for what stands behind them.
 pub trait Indexes {
     /// Lends an index that is live when this returns: a message that carries it may be sent.
     fn allocate(&mut self) -> Option<ReceiverIndex>;
 
     /// Takes back an index under which no keypair was ever published.
     fn release(&mut self, index: ReceiverIndex);
+
+    /// Lets workers find the keypair by its local index; they do when this returns.
+    fn publish(&mut self, keypair: &Arc<Keypair>);
+
+    /// Lets them find it no longer, and takes its index back.
+    fn retire(&mut self, keypair: &Arc<Keypair>);
 }
 
 /// What a session needs for its part of a handshake.
@@ -48,11 +54,8 @@ pub struct Context<'a, R, I> {
 
 /// What a session wants done. To be done in order.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "there are few at a time, and most are messages")]
 pub enum Action {
-    /// Let workers find the keypair by its local index.
-    Publish(Arc<Keypair>),
-    /// Let them find it no longer, and let its index rest.
-    Retire(Arc<Keypair>),
     /// Send a handshake message.
     Send {
         /// The bytes.
@@ -235,7 +238,7 @@ impl Session {
         self.install(&established, install, ctx, &mut actions, now);
         self.awaited = Some(index);
         actions.push(Action::Send { message: HandshakeMessage::new(&message), to: from });
-        self.retire(&mut actions);
+        self.retire(ctx.indexes);
         Ok(actions)
     }
 
@@ -268,7 +271,7 @@ impl Session {
         if self.peer.staged.load(Relaxed) == 0 {
             actions.push(Action::SendKeepalive);
         }
-        self.retire(&mut actions);
+        self.retire(ctx.indexes);
         Ok(actions)
     }
 
@@ -310,7 +313,7 @@ impl Session {
                 }
             }
         }
-        self.retire(&mut actions);
+        self.retire(ctx.indexes);
         actions
     }
 
@@ -330,30 +333,23 @@ impl Session {
 
     /// Replaces who the peer is to us, since our own identity has changed or gone. Ends what the old
     /// one has begun, as [`clear`](Self::clear) does.
-    pub fn set_remote(
-        &mut self,
-        remote: Option<RemoteStatic>,
-        indexes: &mut impl Indexes,
-    ) -> Vec<Action> {
-        let actions = self.clear(indexes);
+    pub fn set_remote(&mut self, remote: Option<RemoteStatic>, indexes: &mut impl Indexes) {
+        self.clear(indexes);
         if let Some(remote) = &remote {
             self.preshared_key = remote.preshared_key().clone();
         }
         self.remote = remote;
-        actions
     }
 
     /// Ends every keypair and handshake.
     ///
     /// The greatest timestamp stays: old initiations are replays as before.
-    pub fn clear(&mut self, indexes: &mut impl Indexes) -> Vec<Action> {
+    pub fn clear(&mut self, indexes: &mut impl Indexes) {
         self.peer.keypairs.update(Keypairs::cleared);
         self.awaited = None;
         self.abandon(indexes);
         self.timers.cleared();
-        let mut actions = Vec::new();
-        self.retire(&mut actions);
-        actions
+        self.retire(indexes);
     }
 
     /// Begins a handshake, if there is none and it is time.
@@ -424,7 +420,8 @@ impl Session {
         }
     }
 
-    /// Makes a keypair, has it published, and puts it among the peer's.
+    /// Makes a keypair, publishes it, and puts it among the peer's: whoever seals with it can be
+    /// answered at once.
     fn install<R, I: Indexes>(
         &mut self,
         established: &Established,
@@ -436,7 +433,7 @@ impl Session {
         let peer = Arc::downgrade(&self.peer);
         let keypair = Arc::new(Keypair::new(established, peer, ctx.home, now));
         self.published.push(Arc::clone(&keypair));
-        actions.push(Action::Publish(Arc::clone(&keypair)));
+        ctx.indexes.publish(&keypair);
         let before = self.peer.keypairs.update(|k| transition(k, Arc::clone(&keypair)));
         // `before` is what the transition saw: a confirmation cannot slip in between.
         if self.notice_confirmation(&before, ctx) {
@@ -485,10 +482,11 @@ impl Session {
     }
 
     /// Retires keypairs that are no longer among the peer's, whoever took them out.
-    fn retire(&mut self, actions: &mut Vec<Action>) {
+    fn retire(&mut self, indexes: &mut impl Indexes) {
         let keypairs = self.peer.keypairs.load();
-        let gone = self.published.extract_if(.., |keypair| !keypairs.contains(keypair));
-        actions.extend(gone.map(Action::Retire));
+        for gone in self.published.extract_if(.., |keypair| !keypairs.contains(keypair)) {
+            indexes.retire(&gone);
+        }
         if self.published.is_empty() {
             self.published = Vec::new();
         }

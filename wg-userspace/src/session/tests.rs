@@ -40,6 +40,8 @@ struct TestIndexes {
     lent: u32,
     live: BTreeSet<u32>,
     exhausted: bool,
+    /// Published keypairs by local index.
+    table: HashMap<u32, Arc<Keypair>>,
 }
 
 impl Indexes for TestIndexes {
@@ -56,6 +58,17 @@ impl Indexes for TestIndexes {
     fn release(&mut self, index: ReceiverIndex) {
         assert!(self.live.remove(&index.value()), "an index is given back once");
     }
+
+    fn publish(&mut self, keypair: &Arc<Keypair>) {
+        let index = keypair.local_index().value();
+        assert!(self.live.contains(&index), "live before it is published");
+        assert!(self.table.insert(index, Arc::clone(keypair)).is_none());
+    }
+
+    fn retire(&mut self, keypair: &Arc<Keypair>) {
+        assert!(self.table.remove(&keypair.local_index().value()).is_some());
+        self.release(keypair.local_index());
+    }
 }
 
 /// One end of a tunnel: a session, and the plainest caller and worker it can have.
@@ -65,8 +78,6 @@ struct Side {
     session: Session,
     indexes: TestIndexes,
     rng: StdRng,
-    /// Published keypairs by local index.
-    table: HashMap<u32, Arc<Keypair>>,
     staged: VecDeque<Vec<u8>>,
     outbox: Vec<(Vec<u8>, Endpoint)>,
     received: Vec<Vec<u8>>,
@@ -98,7 +109,6 @@ impl Side {
             session,
             indexes: TestIndexes::default(),
             rng: StdRng::seed_from_u64(number.into()),
-            table: HashMap::new(),
             staged: VecDeque::new(),
             outbox: Vec::new(),
             received: Vec::new(),
@@ -146,14 +156,13 @@ impl Side {
     fn handle_timeout(&mut self, now: Now) {
         self.call(now, |session, ctx| Ok::<_, ()>(session.handle_timeout(ctx, now))).unwrap();
         let keypairs = self.peer().keypairs.load().iter().count();
-        assert_eq!(self.table.len(), keypairs, "what is not among the keypairs is retired");
+        assert_eq!(self.indexes.table.len(), keypairs, "what is not among the keypairs is retired");
         let pending = usize::from(self.session.pending_index().is_some());
         assert_eq!(self.indexes.live.len(), keypairs + pending, "no index leaks");
     }
 
-    fn clear(&mut self, now: Now) {
-        let actions = self.session.clear(&mut self.indexes);
-        self.perform(actions, now);
+    fn clear(&mut self) {
+        self.session.clear(&mut self.indexes);
     }
 
     /// Runs timers until `until`, with nobody at the other end.
@@ -168,20 +177,14 @@ impl Side {
     fn perform(&mut self, actions: Vec<Action>, now: Now) {
         for action in actions {
             match action {
-                Action::Publish(keypair) => {
-                    let index = keypair.local_index().value();
-                    assert!(self.indexes.live.contains(&index), "live before it is published");
-                    assert!(self.table.insert(index, keypair).is_none());
-                }
-                Action::Retire(keypair) => {
-                    assert!(self.table.remove(&keypair.local_index().value()).is_some());
-                    self.indexes.release(keypair.local_index());
-                }
                 Action::Send { message, to } => {
                     let sender = u32::from_le_bytes(*message[4..].first_chunk().unwrap());
                     assert!(self.indexes.live.contains(&sender), "live before it is sent");
                     if matches!(classify(&message), Ok(Message::Response(_))) {
-                        assert!(self.table.contains_key(&sender), "published before it is sent");
+                        assert!(
+                            self.indexes.table.contains_key(&sender),
+                            "published before it is sent"
+                        );
                         self.responses.push(now);
                     } else {
                         self.initiations.push(now);
@@ -203,7 +206,7 @@ impl Side {
         }
         self.peer().staged.store(self.staged.len() as u32, Relaxed);
         for keypair in self.peer().keypairs.load().iter() {
-            let published = &self.table[&keypair.local_index().value()];
+            let published = &self.indexes.table[&keypair.local_index().value()];
             assert!(Arc::ptr_eq(published, keypair), "all keypairs are published");
         }
     }
@@ -281,7 +284,8 @@ impl Side {
         from: Endpoint,
         now: Now,
     ) -> Result<(), DropReason> {
-        let keypair = self.table.get(&index.value()).cloned().ok_or(DropReason::UnknownIndex)?;
+        let keypair =
+            self.indexes.table.get(&index.value()).cloned().ok_or(DropReason::UnknownIndex)?;
         if !keypair.can_open(now) {
             return Err(DropReason::KeyExpired);
         }
@@ -557,7 +561,7 @@ fn a_response_that_stays_alone_is_followed_by_an_initiation() {
     pair.sides[A].initiate(START);
     pair.run(MS * 10);
     pair.wire.clear();
-    pair.sides[A].clear(pair.now); // it has forgotten everything
+    pair.sides[A].clear(); // it has forgotten everything
     pair.send(B, b"packet");
     pair.run(SECOND * 10);
     assert_eq!(pair.sides[B].initiations, [START + MS * 10 + REKEY_TIMEOUT]);
@@ -579,8 +583,7 @@ fn there_is_no_handshake_without_an_endpoint() {
 #[test]
 fn there_is_no_handshake_without_a_private_key() {
     let mut side = lonely();
-    let actions = side.session.set_remote(None, &mut side.indexes);
-    side.perform(actions, START);
+    side.session.set_remote(None, &mut side.indexes);
     side.session.set_persistent_keepalive(Some(SECOND), START);
     side.initiate(START);
     side.run_alone(START + SECOND * 20);
@@ -613,7 +616,7 @@ fn an_idle_peer_sleeps() {
 
 /// A's initiation at `now`, made of an attempt of its own.
 fn initiation(pair: &mut Pair, now: Now) -> Vec<u8> {
-    pair.sides[A].clear(now);
+    pair.sides[A].clear();
     pair.sides[A].initiate(now);
     pair.sides[A].outbox.pop().unwrap().0
 }
@@ -631,7 +634,7 @@ fn a_repeated_or_older_timestamp_is_refused() {
     }
     assert_eq!(b.responses.len(), 1);
     assert_eq!(b.indexes.live.len(), 1);
-    b.clear(START + SECOND * 5);
+    b.clear();
     let outcome = b.receive(&new, from, START + SECOND * 5);
     assert_eq!(outcome, Err(DropReason::OldTimestamp), "it survives clearing");
 }
@@ -693,7 +696,7 @@ fn a_refused_response_changes_nothing() {
         let mut bad = response.clone();
         bad[at] ^= 1;
         assert!(a.receive(&bad, from, now).is_err());
-        assert!(a.table.is_empty());
+        assert!(a.indexes.table.is_empty());
         assert_eq!(a.session.poll_timeout(), poll);
     }
     assert_eq!(a.receive(&response, from, now), Ok(()));
@@ -707,7 +710,7 @@ fn another_preshared_key_completes_no_handshake() {
     pair.sides[A].initiate(START);
     pair.run(SECOND * 3);
     assert_eq!(pair.drops, [(A, DropReason::BadHandshake)]);
-    assert!(pair.sides[A].table.is_empty());
+    assert!(pair.sides[A].indexes.table.is_empty());
     // What both have now counts for the next initiation.
     pair.sides[A].session.set_preshared_key(PresharedKey::default());
     pair.run(SECOND * 3);
@@ -797,7 +800,7 @@ fn a_lost_response_is_made_up_for_by_the_next_initiation() {
     pair.run(SECOND * 6);
     assert_eq!(pair.received(B), 1);
     assert_eq!(pair.sides[B].responses.len(), 2);
-    assert_eq!(pair.sides[B].table.len(), 1, "the first answer's keypair is retired");
+    assert_eq!(pair.sides[B].indexes.table.len(), 1, "the first answer's keypair is retired");
 }
 
 #[test]
@@ -875,10 +878,10 @@ fn keys_are_dead_after_reject_after_time() {
     let mut pair = Pair::connected();
     let created = START + MS * 10; // B's; A's is 10 ms younger
     pair.run((created + REJECT_AFTER_TIME) - pair.now - TICK);
-    assert_eq!(pair.sides[B].table.len(), 1);
-    let kept = Arc::downgrade(pair.sides[B].table.values().next().unwrap());
+    assert_eq!(pair.sides[B].indexes.table.len(), 1);
+    let kept = Arc::downgrade(pair.sides[B].indexes.table.values().next().unwrap());
     pair.run(TICK);
-    assert!(pair.sides[B].table.is_empty() && pair.sides[B].indexes.live.is_empty());
+    assert!(pair.sides[B].indexes.table.is_empty() && pair.sides[B].indexes.live.is_empty());
     assert!(kept.upgrade().is_none(), "nobody holds the keys any more");
     pair.send(B, b"packet");
     assert_eq!(pair.sides[B].staged.len(), 1);
@@ -895,7 +898,7 @@ fn nothing_is_left_after_three_times_reject_after_time() {
     pair.weather.lost_percent = 100;
     pair.run(REJECT_AFTER_TIME * 3);
     for side in &pair.sides {
-        assert!(side.table.is_empty() && side.indexes.live.is_empty());
+        assert!(side.indexes.table.is_empty() && side.indexes.live.is_empty());
         assert!(side.session.pending_index().is_none());
         assert!(!side.session.is_awake());
     }
@@ -907,14 +910,14 @@ fn clearing_ends_everything_at_once() {
     pair.run(SECOND * 10);
     pair.sides[A].initiate(pair.now);
     let now = pair.now;
-    pair.sides[A].clear(now);
-    assert!(pair.sides[A].table.is_empty() && pair.sides[A].indexes.live.is_empty());
+    pair.sides[A].clear();
+    assert!(pair.sides[A].indexes.table.is_empty() && pair.sides[A].indexes.live.is_empty());
     assert!(!pair.sides[A].session.is_awake());
     pair.sides[A].outbox.clear();
     pair.sides[A].initiate(now + MS * 20);
     assert_eq!(pair.sides[A].outbox.len(), 1, "Rekey-Timeout does not hold for what is gone");
     pair.run(SECOND);
-    assert_eq!(pair.sides[A].table.len(), 1);
+    assert_eq!(pair.sides[A].indexes.table.len(), 1);
 }
 
 #[test]
@@ -926,7 +929,7 @@ fn what_a_worker_replaced_is_retired() {
         pair.run(SECOND);
     }
     // `handle_timeout` has compared table, indexes and keypairs each time.
-    assert_eq!(pair.sides[B].table.len(), 2);
+    assert_eq!(pair.sides[B].indexes.table.len(), 2);
     assert_eq!(pair.sides[B].session.poll_timeout().map(|due| due > pair.now), Some(true));
 }
 
@@ -957,7 +960,7 @@ fn a_confirmation_just_before_the_next_initiation_is_noticed_too() {
     assert!(b.peer().confirm(&next));
     b.receive(&next_initiation, address(1), later).unwrap();
     assert_eq!(b.session.last_handshake(), Some(wall(later)));
-    assert_eq!(b.table.len(), 2);
+    assert_eq!(b.indexes.table.len(), 2);
     b.handle_timeout(later);
 }
 
@@ -965,11 +968,12 @@ fn a_confirmation_just_before_the_next_initiation_is_noticed_too() {
 fn keypairs_are_at_home_where_the_caller_said() {
     let pair = Pair::connected();
     for side in &pair.sides {
-        let keypair = side.table.values().next().unwrap();
+        let keypair = side.indexes.table.values().next().unwrap();
         assert_eq!(keypair.home(), ShardId::new(3));
         assert!(Arc::ptr_eq(&keypair.peer().unwrap(), side.session.peer()));
     }
-    let roles = pair.sides.each_ref().map(|side| side.table.values().next().unwrap().role());
+    let roles =
+        pair.sides.each_ref().map(|side| side.indexes.table.values().next().unwrap().role());
     assert_eq!(roles, [Role::Initiator, Role::Responder]);
 }
 
@@ -1213,7 +1217,7 @@ proptest! {
         // And in silence everything ends.
         pair.run(SECOND * 600);
         for side in &pair.sides {
-            prop_assert!(side.table.is_empty() && side.indexes.live.is_empty());
+            prop_assert!(side.indexes.table.is_empty() && side.indexes.live.is_empty());
             prop_assert!(!side.session.is_awake());
         }
     }
@@ -1339,5 +1343,5 @@ fn boringtun_refuses_another_preshared_key() {
     let (responses, _) = oracle.receive(&side.outbox.pop().unwrap().0);
     let outcome = side.receive(&responses[0], address(2), START);
     assert_eq!(outcome, Err(DropReason::BadHandshake));
-    assert!(side.table.is_empty());
+    assert!(side.indexes.table.is_empty());
 }
