@@ -20,7 +20,7 @@ use wg_common::protocol::{
 const MIXED_COUNT: usize = 1 << 14;
 
 fn datagrams(c: &mut Criterion) {
-    let index = ReceiverIndex::new(5, 3);
+    let index = ReceiverIndex::from_wire([5, 3, 2, 1]);
     let transport = message(TYPE_TRANSPORT, index, FULL_MESSAGE_LEN);
     let initiation = message(TYPE_INITIATION, index, INITIATION_LEN);
     let foreign = message(0x16, index, 300);
@@ -55,7 +55,8 @@ fn datagrams(c: &mut Criterion) {
 }
 
 fn frames(c: &mut Criterion) {
-    let transport = message(TYPE_TRANSPORT, ReceiverIndex::new(5, 3), FULL_MESSAGE_LEN);
+    let transport =
+        message(TYPE_TRANSPORT, ReceiverIndex::from_wire([5, 3, 2, 1]), FULL_MESSAGE_LEN);
     let mut group = c.benchmark_group("classify_frame");
     group.throughput(Throughput::Elements(BATCH_MAX as u64));
     for (name, dst) in [("v4", "192.0.2.2:51820"), ("v6", "[2001:db8::2]:51820")] {

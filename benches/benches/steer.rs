@@ -13,6 +13,7 @@ use benches::{FULL_MESSAGE_LEN, frame, message};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 use wg_common::id::{DeviceId, ReceiverIndex, WorkerId};
+use wg_common::index::{IndexLayout, IndexPermutation};
 use wg_common::map::{QueueEntry, QueueKey, index_entry};
 use wg_common::protocol::{INITIATION_LEN, TRANSPORT_MIN_LEN, TYPE_INITIATION, TYPE_TRANSPORT};
 use wg_userspace::bpf::{BpfError, Steer, SteerOptions, XdpVerdict};
@@ -22,8 +23,13 @@ const PORT: u16 = 51820;
 const LOCAL_V4: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 2));
 const LOCAL_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 2));
 const FOREIGN_V4: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 3));
-const LIVE: ReceiverIndex = ReceiverIndex::new(5, 3);
-const DEAD: ReceiverIndex = ReceiverIndex::new(5, 2);
+const INDEXES: IndexPermutation = IndexPermutation::new(
+    [0x243f_6a88, 0x85a3_08d3, 0x1319_8a2e, 0x0370_7344],
+    IndexLayout::DEFAULT,
+);
+const SLOT: u32 = 5;
+const LIVE: ReceiverIndex = INDEXES.own_index(SLOT, 3);
+const DEAD: ReceiverIndex = INDEXES.own_index(SLOT, 2);
 const WORKER: WorkerId = WorkerId(0);
 /// The loopback device, from which the kernel lets the packets of test runs come.
 const QUEUE: QueueKey = QueueKey { ifindex: 1, queue: 0 };
@@ -39,13 +45,13 @@ struct Lab {
 
 impl Lab {
     fn new() -> Result<Self, BpfError> {
-        let mut steer = Steer::load(SteerOptions::default())?;
+        let mut steer = Steer::load(SteerOptions::new(INDEXES))?;
         let xsk = socket_with(AddressFamily::XDP, SocketType::RAW, SocketFlags::CLOEXEC, None)
             .expect("who may load programs may make an XSK");
         steer.set_port(PORT, Some(DeviceId(0)));
         steer.add_address(LOCAL_V4)?;
         steer.add_address(LOCAL_V6)?;
-        steer.live_indexes()[LIVE.slot()].store(index_entry(LIVE), Ordering::Relaxed);
+        steer.live_indexes()[SLOT as usize].store(index_entry(LIVE), Ordering::Relaxed);
         steer.set_queue(QUEUE, QueueEntry::new(0, WORKER), xsk.as_fd())?;
         Ok(Self { steer, _xsk: xsk })
     }

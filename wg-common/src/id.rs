@@ -33,21 +33,15 @@ impl ShardId {
 
 /// Index by which the receiver of a message finds its handshake or keypair (whitepaper §5.4).
 ///
-/// Chosen by the receiver; host byte order. Its low [`ReceiverIndex::SLOT_BITS`] bits are the slot
-/// of the table in which the receiver keeps the keypair; the rest tells successive users of the
-/// slot apart.
+/// Chosen by the receiver; host byte order. Whoever did not choose it can only give it back: what
+/// our own mean, [`IndexPermutation`](crate::index::IndexPermutation) knows.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 pub struct ReceiverIndex(u32);
 
 impl ReceiverIndex {
-    /// Bits of the slot number.
-    pub const SLOT_BITS: u32 = 20;
-    /// Number of slots.
-    pub const SLOT_COUNT: usize = 1 << Self::SLOT_BITS;
-
-    /// The index of `slot` (taken modulo [`ReceiverIndex::SLOT_COUNT`]) in `epoch` (its low 12 bits).
-    pub const fn new(slot: usize, epoch: u32) -> Self {
-        Self((epoch << Self::SLOT_BITS) | (slot as u32 & (Self::SLOT_COUNT as u32 - 1)))
+    /// The index with this value.
+    pub(crate) const fn from_value(value: u32) -> Self {
+        Self(value)
     }
 
     /// Reads the four bytes of a message (little-endian).
@@ -63,11 +57,6 @@ impl ReceiverIndex {
     /// The whole index in host byte order.
     pub const fn value(self) -> u32 {
         self.0
-    }
-
-    /// The slot, below [`ReceiverIndex::SLOT_COUNT`].
-    pub const fn slot(self) -> usize {
-        (self.0 & (Self::SLOT_COUNT as u32 - 1)) as usize
     }
 }
 
@@ -105,17 +94,6 @@ mod tests {
             let index = ReceiverIndex::from_wire(bytes);
             prop_assert_eq!(index.to_wire(), bytes);
             prop_assert_eq!(index.value(), u32::from_le_bytes(bytes));
-            let epoch = index.value() >> ReceiverIndex::SLOT_BITS;
-            prop_assert_eq!(ReceiverIndex::new(index.slot(), epoch), index);
-        }
-
-        #[test]
-        fn receiver_index_keeps_slot_and_epoch_apart(
-            slot in 0..ReceiverIndex::SLOT_COUNT, epoch in 0u32..1 << 12, other in 0u32..1 << 12,
-        ) {
-            let index = ReceiverIndex::new(slot, epoch);
-            prop_assert_eq!(index.slot(), slot);
-            prop_assert_eq!(ReceiverIndex::new(slot, other) == index, epoch == other);
         }
 
         #[test]

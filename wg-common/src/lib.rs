@@ -7,6 +7,7 @@
 pub mod endpoint;
 pub mod headers;
 pub mod id;
+pub mod index;
 pub mod map;
 pub mod message;
 pub mod outcome;

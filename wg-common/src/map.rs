@@ -4,6 +4,7 @@
 //! the kernel spaces the values of an array by multiples of eight bytes.
 
 use crate::id::{DeviceId, ReceiverIndex, WorkerId};
+use crate::index::{IndexLayout, IndexPermutation};
 
 /// Array, mapped, indexed by UDP port in host byte order: a [`port_entry`], or 0 if the port is not ours.
 pub const LISTEN_PORTS: &str = "LISTEN_PORTS";
@@ -15,11 +16,12 @@ pub const LOCAL_ADDRESSES: &str = "LOCAL_ADDRESSES";
 /// Greatest number of entries of [`LOCAL_ADDRESSES`].
 pub const LOCAL_ADDRESSES_LEN: u32 = 4096;
 
-/// Array, mapped, indexed by slot of a receiver index: an [`index_entry`], or 0 if nothing lives there.
-/// An index whose slot lies beyond the array passes.
+/// Array, mapped, indexed by slot of a receiver index of ours: an [`index_entry`], or 0 if nothing
+/// lives there. [`may_live`] says what follows from it.
 pub const LIVE_INDEXES: &str = "LIVE_INDEXES";
-/// Entries of [`LIVE_INDEXES`] (the loader may choose fewer or more).
-pub const LIVE_INDEXES_LEN: u32 = 1 << 18;
+/// Entries of [`LIVE_INDEXES`], 8 MiB of them, unless the loader chooses fewer. One for each slot of
+/// the usual layout: an index that a stranger guesses names any slot, and those beyond would pass.
+pub const LIVE_INDEXES_LEN: u32 = IndexLayout::DEFAULT.slot_count();
 
 /// Hash: [`QueueKey`] → [`QueueEntry`] for each NIC queue with an XSK.
 pub const QUEUES: &str = "QUEUES";
@@ -42,6 +44,8 @@ pub const STEER_COUNTERS: &str = "STEER_COUNTERS";
 pub const STEER_PROGRAM: &str = "tidegate_steer";
 /// Name of the global that switches the steer program's log lines on (`u8`, 0 or 1).
 pub const LOG_GLOBAL: &str = "LOG";
+/// Name of the global that takes receiver indexes apart (an [`IndexPermutation`]).
+pub const INDEXES_GLOBAL: &str = "INDEXES";
 
 /// The entry of [`LISTEN_PORTS`] for a port of `device`; never 0.
 pub const fn port_entry(device: DeviceId) -> u64 {
@@ -51,6 +55,23 @@ pub const fn port_entry(device: DeviceId) -> u64 {
 /// The entry of [`LIVE_INDEXES`] for a live `index`; never 0.
 pub const fn index_entry(index: ReceiverIndex) -> u64 {
     1 << 32 | index.value() as u64
+}
+
+/// Whether a handshake or keypair may have this index, where `entry` reads [`LIVE_INDEXES`]: its slot
+/// says so, or lies beyond the array.
+///
+/// Another node's index lives nowhere here. (Without bits for nodes there are no other nodes.)
+#[inline(always)]
+pub fn may_live(
+    indexes: &IndexPermutation,
+    index: ReceiverIndex,
+    entry: impl FnOnce(u32) -> Option<u64>,
+) -> bool {
+    match indexes.slot_of(index).map(entry) {
+        Some(Some(entry)) => entry == index_entry(index),
+        Some(None) => true,
+        None => false,
+    }
 }
 
 /// An address of this host: IPv6 in network byte order, IPv4 as `::ffff:a.b.c.d`.
@@ -120,7 +141,8 @@ const _: () = {
     assert!(size_of::<AddressKey>() == 16);
     assert!(size_of::<QueueKey>() == 8);
     assert!(size_of::<QueueEntry>() == 8);
-    assert!(LIVE_INDEXES_LEN as usize <= ReceiverIndex::SLOT_COUNT);
+    assert!(size_of::<IndexLayout>() == 8);
+    assert!(size_of::<IndexPermutation>() == 28);
 };
 
 #[cfg(feature = "user")]
@@ -132,6 +154,8 @@ mod pod {
     unsafe impl aya::Pod for super::QueueKey {}
     // SAFETY: as above.
     unsafe impl aya::Pod for super::QueueEntry {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::IndexPermutation {}
 }
 
 #[cfg(test)]
@@ -153,6 +177,26 @@ mod tests {
         fn entries_tell_indexes_apart(a in any::<[u8; 4]>(), b in any::<[u8; 4]>()) {
             let entry = |bytes| index_entry(ReceiverIndex::from_wire(bytes));
             prop_assert_eq!(entry(a) == entry(b), a == b);
+        }
+
+        #[test]
+        fn an_index_lives_where_its_slot_holds_it(
+            key in any::<[u32; 4]>(), node_bits in 0u32..=8, node in 0u32..256,
+            bytes in any::<[u8; 4]>(), other in any::<[u8; 4]>(),
+        ) {
+            let layout = IndexLayout::new(node_bits, 20).unwrap();
+            let indexes = IndexPermutation::new(key, layout).at_node(node);
+            let index = ReceiverIndex::from_wire(bytes);
+            let is_own = indexes.parts_of(index).node == indexes.node();
+            let lives = |entry: Option<u64>| may_live(&indexes, index, |slot| {
+                assert_eq!(Some(slot), indexes.slot_of(index));
+                entry
+            });
+            prop_assert_eq!(lives(Some(index_entry(index))), is_own);
+            prop_assert!(!lives(Some(0)));
+            let entry = Some(index_entry(ReceiverIndex::from_wire(other)));
+            prop_assert_eq!(lives(entry), is_own && other == bytes);
+            prop_assert_eq!(lives(None), is_own);
         }
 
         #[test]

@@ -1,15 +1,20 @@
 //! The maps of [`wg_common::map`], and what the programs ask of them.
-#![expect(unsafe_code, reason = "map values are shared with the user side and other CPUs")]
+#![expect(
+    unsafe_code,
+    reason = "map values are shared with the user side and other CPUs; globals are found by name"
+)]
 
+use aya_ebpf::Global;
 use aya_ebpf::bindings::xdp_action::XDP_PASS;
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
 use aya_ebpf::helpers::bpf_ktime_get_boot_ns;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, PerCpuArray, XskMap};
 use wg_common::id::ReceiverIndex;
+use wg_common::index::{IndexLayout, IndexPermutation};
 use wg_common::map::{
     AddressKey, HEARTBEATS_LEN, LISTEN_PORTS_LEN, LIVE_INDEXES_LEN, LOCAL_ADDRESSES_LEN,
-    QUEUES_LEN, QueueEntry, QueueKey, index_entry,
+    QUEUES_LEN, QueueEntry, QueueKey,
 };
 use wg_common::outcome::{DropReason, STEER_COUNTER_COUNT, SteerEvent};
 
@@ -39,6 +44,12 @@ static HEARTBEATS: Array<u64> = Array::with_max_entries(HEARTBEATS_LEN, BPF_F_MM
 static STEER_COUNTERS: PerCpuArray<u64> =
     PerCpuArray::with_max_entries(STEER_COUNTER_COUNT as u32, 0);
 
+/// What takes receiver indexes apart; the loader puts the key and the layout in. They are constants to
+/// the kernel's verifier.
+#[unsafe(no_mangle)]
+static INDEXES: Global<IndexPermutation> =
+    Global::new(IndexPermutation::new([0; 4], IndexLayout::DEFAULT));
+
 /// Whether a device of ours listens on this UDP port.
 #[inline(always)]
 pub fn is_listen_port(port: u16) -> bool {
@@ -51,13 +62,10 @@ pub fn is_local(address: &AddressKey) -> bool {
     LOCAL_ADDRESSES.get_ptr(address).is_some()
 }
 
-/// Whether a handshake or keypair may have this index: its slot says so, or lies beyond the map.
+/// Whether a handshake or keypair may have this index.
 #[inline(always)]
 pub fn may_live(index: ReceiverIndex) -> bool {
-    match read(&LIVE_INDEXES, index.slot() as u32) {
-        Some(entry) => entry == index_entry(index),
-        None => true,
-    }
+    wg_common::map::may_live(&INDEXES.load(), index, |slot| read(&LIVE_INDEXES, slot))
 }
 
 /// Who serves this queue.

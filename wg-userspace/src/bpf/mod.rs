@@ -22,10 +22,12 @@ use aya::maps::{Array, HashMap, IterableMap as _, Map, MapData, MapError, PerCpu
 use aya::programs::links::FdLink;
 use aya::programs::{TestRun, TestRunOptions, Xdp, XdpMode};
 use aya::{Ebpf, EbpfLoader};
-use wg_common::id::{DeviceId, ReceiverIndex};
+use wg_common::id::DeviceId;
+use wg_common::index::IndexPermutation;
 use wg_common::map::{
-    AddressKey, HEARTBEATS, LISTEN_PORTS, LIVE_INDEXES, LIVE_INDEXES_LEN, LOCAL_ADDRESSES,
-    LOG_GLOBAL, QUEUES, QueueEntry, QueueKey, STEER_COUNTERS, STEER_PROGRAM, XSKS, port_entry,
+    AddressKey, HEARTBEATS, INDEXES_GLOBAL, LISTEN_PORTS, LIVE_INDEXES, LIVE_INDEXES_LEN,
+    LOCAL_ADDRESSES, LOG_GLOBAL, QUEUES, QueueEntry, QueueKey, STEER_COUNTERS, STEER_PROGRAM, XSKS,
+    port_entry,
 };
 use wg_common::outcome::{DropReason, STEER_COUNTER_COUNT, SteerEvent};
 
@@ -37,13 +39,22 @@ use crate::sys::{SharedWords, link};
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("TIDEGATE_BPF_OBJECT_PATH"));
 
 /// What can be chosen when the steer program is loaded.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub struct SteerOptions {
+    /// What takes receiver indexes apart: the one they are made with.
+    pub indexes: IndexPermutation,
     /// Whether the program writes log lines, for [`Steer::log_reader`].
     pub log: bool,
-    /// Slots of the live-index map, at most [`ReceiverIndex::SLOT_COUNT`]; [`LIVE_INDEXES_LEN`] if
-    /// `None`. Indexes with slots beyond it pass unchecked.
+    /// Slots of the live-index map, at most [`LIVE_INDEXES_LEN`]; if `None`, as many as there are, up
+    /// to that. Indexes with slots beyond it pass unchecked.
     pub live_indexes: Option<u32>,
+}
+
+impl SteerOptions {
+    /// No log lines, and a live-index map of the usual length.
+    pub fn new(indexes: IndexPermutation) -> Self {
+        Self { indexes, log: false, live_indexes: None }
+    }
 }
 
 /// The steer program in the kernel, with its maps.
@@ -77,10 +88,11 @@ impl Steer {
         let log = u8::from(options.log);
         let index_count = options
             .live_indexes
-            .unwrap_or(LIVE_INDEXES_LEN)
-            .clamp(1, ReceiverIndex::SLOT_COUNT as u32);
+            .unwrap_or(options.indexes.layout().slot_count())
+            .clamp(1, LIVE_INDEXES_LEN);
         let mut ebpf = EbpfLoader::new()
             .override_global(LOG_GLOBAL, &log, true)
+            .override_global(INDEXES_GLOBAL, &options.indexes, true)
             .map_max_entries(LIVE_INDEXES, index_count)
             .load(object)
             .map_err(BpfError::object)?;

@@ -14,6 +14,7 @@ use proptest::test_runner::{Config, TestRunner};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 use wg_common::headers::{ETHERTYPE_QINQ, ETHERTYPE_VLAN, OuterHeaders, parse_frame};
 use wg_common::id::{DeviceId, ReceiverIndex, WorkerId};
+use wg_common::index::{IndexLayout, IndexParts, IndexPermutation};
 use wg_common::map::{
     HEARTBEAT_STALE_NS, HEARTBEATS_LEN, LOCAL_ADDRESSES_LEN, QueueEntry, QueueKey, index_entry,
 };
@@ -51,10 +52,15 @@ const REMOTE_V4: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1));
 const REMOTE_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1));
 
 const INDEX_COUNT: u32 = 1024;
-const LIVE: ReceiverIndex = ReceiverIndex::new(5, 3);
-const DEAD: ReceiverIndex = ReceiverIndex::new(6, 3);
-const BYGONE: ReceiverIndex = ReceiverIndex::new(5, 2);
-const BEYOND: ReceiverIndex = ReceiverIndex::new(INDEX_COUNT as usize, 3);
+const INDEXES: IndexPermutation = IndexPermutation::new(
+    [0xb7e1_5162, 0x8aed_2a6a, 0xbf71_5880, 0x9cf4_f3c7],
+    IndexLayout::DEFAULT,
+);
+const SLOT: u32 = 5;
+const LIVE: ReceiverIndex = INDEXES.own_index(SLOT, 3);
+const DEAD: ReceiverIndex = INDEXES.own_index(SLOT + 1, 3);
+const BYGONE: ReceiverIndex = INDEXES.own_index(SLOT, 2);
+const BEYOND: ReceiverIndex = INDEXES.own_index(INDEX_COUNT, 3);
 
 /// Where a test run's packets come from: the loopback device.
 const QUEUE: QueueKey = QueueKey { ifindex: 1, queue: 0 };
@@ -70,11 +76,11 @@ struct Lab {
 impl Lab {
     /// `None`, after saying so, where the process may not load programs.
     fn new(test: &str) -> Option<Self> {
-        Self::with(test, SteerOptions::default())
+        let live_indexes = Some(INDEX_COUNT);
+        Self::with(test, SteerOptions { live_indexes, ..SteerOptions::new(INDEXES) })
     }
 
     fn with(test: &str, options: SteerOptions) -> Option<Self> {
-        let options = SteerOptions { live_indexes: Some(INDEX_COUNT), ..options };
         let steer = match Steer::load(options) {
             Ok(steer) => steer,
             Err(error @ BpfError::NotPermitted) => {
@@ -89,10 +95,14 @@ impl Lab {
         lab.steer.set_port(PORT, Some(DeviceId(0)));
         lab.steer.add_address(LOCAL_V4).unwrap();
         lab.steer.add_address(LOCAL_V6).unwrap();
-        lab.steer.live_indexes()[LIVE.slot()].store(index_entry(LIVE), Ordering::Relaxed);
+        lab.let_live(SLOT, index_entry(options.indexes.own_index(SLOT, 3)));
         lab.serve(ENTRY);
         lab.heartbeat(0);
         Some(lab)
+    }
+
+    fn let_live(&self, slot: u32, entry: u64) {
+        self.steer.live_indexes()[slot as usize].store(entry, Ordering::Relaxed);
     }
 
     fn serve(&mut self, entry: QueueEntry) {
@@ -342,17 +352,10 @@ fn map_states_decide_where_a_good_message_goes() {
         ("port of another device", &|lab| lab.steer.set_port(PORT, Some(DeviceId(9))), STEERED),
         ("address gone", &|lab| lab.steer.remove_address(LOCAL_V4).unwrap(), FOREIGN),
         ("other address gone", &|lab| lab.steer.remove_address(LOCAL_V6).unwrap(), STEERED),
-        (
-            "index gone",
-            &|lab| lab.steer.live_indexes()[LIVE.slot()].store(0, Ordering::Relaxed),
-            dropped(DropReason::UnknownIndex),
-        ),
+        ("index gone", &|lab| lab.let_live(SLOT, 0), dropped(DropReason::UnknownIndex)),
         (
             "slot has a new user",
-            &|lab| {
-                let entry = index_entry(BYGONE);
-                lab.steer.live_indexes()[LIVE.slot()].store(entry, Ordering::Relaxed);
-            },
+            &|lab| lab.let_live(SLOT, index_entry(BYGONE)),
             dropped(DropReason::UnknownIndex),
         ),
         ("queue not served", &|lab| lab.steer.unset_queue(QUEUE).unwrap(), NO_XSK),
@@ -433,7 +436,8 @@ fn expected(packet: &[u8]) -> Outcome {
         Err(reason) => dropped(reason),
         Ok(Message::Initiation) => STEERED,
         Ok(Message::Response(index) | Message::CookieReply(index) | Message::Transport(index)) => {
-            if index == LIVE || index.slot() >= INDEX_COUNT as usize {
+            let slot = INDEXES.slot_of(index).unwrap();
+            if index == LIVE || slot >= INDEX_COUNT {
                 STEERED
             } else {
                 dropped(DropReason::UnknownIndex)
@@ -505,6 +509,76 @@ fn the_program_and_the_daemon_agree_on_every_packet() {
 }
 
 #[test]
+fn an_index_is_taken_apart_under_the_key_and_layout_that_were_loaded() {
+    let test = "an_index_is_taken_apart_under_the_key_and_layout_that_were_loaded";
+    let keys = [[0; 4], [u32::MAX; 4], [0x0123_4567, 0x89ab_cdef, 0xfedc_ba98, 0x7654_3210]];
+    // Bits of node and slot, our node.
+    let layouts = [(0, 3, 0), (0, 20, 0), (0, 24, 0), (4, 16, 9), (8, 20, 255), (1, 10, 0)];
+    for key in keys {
+        for (node_bits, slot_bits, node) in layouts {
+            let layout = IndexLayout::new(node_bits, slot_bits).unwrap();
+            let indexes = IndexPermutation::new(key, layout).at_node(node);
+            let Some(mut lab) = Lab::with(test, SteerOptions::new(indexes)) else { return };
+            let slots = lab.steer.live_indexes().len() as u32;
+            assert_eq!(slots, layout.slot_count().min(LIVE_INDEXES_LEN));
+            for slot in [0, 1, slots / 2, slots - 1] {
+                let index = indexes.own_index(slot, 1);
+                lab.let_live(slot, index_entry(index));
+                assert_eq!(lab.run(&v4(&transport(index, 128))), STEERED, "{indexes:?}, {slot}");
+                assert_eq!(lab.run(&v6(&response(index))), STEERED, "{indexes:?}, {slot}");
+                let unknown = dropped(DropReason::UnknownIndex);
+                let later = indexes.own_index(slot, 2);
+                assert_eq!(lab.run(&v4(&transport(later, 128))), unknown, "{indexes:?}, {slot}");
+                lab.let_live(slot, 0);
+                assert_eq!(lab.run(&v4(&transport(index, 128))), unknown, "{indexes:?}, {slot}");
+            }
+        }
+    }
+}
+
+#[test]
+fn an_index_made_under_another_key_is_unknown() {
+    let test = "an_index_made_under_another_key_is_unknown";
+    let Some(mut lab) = Lab::with(test, SteerOptions::new(INDEXES)) else { return };
+    assert_eq!(lab.run(&v4(&transport(LIVE, 128))), STEERED);
+    for word in 0..4 {
+        let mut key = [0xb7e1_5162, 0x8aed_2a6a, 0xbf71_5880, 0x9cf4_f3c7];
+        key[word] ^= 1;
+        let other = IndexPermutation::new(key, IndexLayout::DEFAULT).own_index(SLOT, 3);
+        let unknown = dropped(DropReason::UnknownIndex);
+        assert_eq!(lab.run(&v4(&transport(other, 128))), unknown, "word {word}");
+    }
+}
+
+#[test]
+fn what_strangers_guess_is_dropped() {
+    let test = "what_strangers_guess_is_dropped";
+    let Some(mut lab) = Lab::with(test, SteerOptions::new(INDEXES)) else { return };
+    for guess in (0..2000_u32).map(|n| n.wrapping_mul(0x9e37_79b9)) {
+        let index = ReceiverIndex::from_wire(guess.to_le_bytes());
+        assert_ne!(index, LIVE);
+        let unknown = dropped(DropReason::UnknownIndex);
+        assert_eq!(lab.run(&v4(&transport(index, 128))), unknown, "{index}");
+    }
+}
+
+#[test]
+fn an_index_of_another_node_is_unknown_even_beyond_the_map() {
+    let test = "an_index_of_another_node_is_unknown_even_beyond_the_map";
+    let layout = IndexLayout::new(4, 16).unwrap();
+    let indexes = IndexPermutation::new([1, 2, 3, 4], layout).at_node(9);
+    let options = SteerOptions { live_indexes: Some(INDEX_COUNT), ..SteerOptions::new(indexes) };
+    let Some(mut lab) = Lab::with(test, options) else { return };
+    for node in 0..layout.node_count() {
+        for slot in [SLOT, INDEX_COUNT, layout.slot_count() - 1] {
+            let index = indexes.index_of(IndexParts { node, slot, epoch: 3 });
+            let expected = if node == 9 { STEERED } else { dropped(DropReason::UnknownIndex) };
+            assert_eq!(lab.run(&v4(&transport(index, 128))), expected, "{node}, {slot}");
+        }
+    }
+}
+
+#[test]
 fn the_address_map_can_be_full() {
     let Some(mut lab) = Lab::new("the_address_map_can_be_full") else { return };
     let refused = (0..=LOCAL_ADDRESSES_LEN)
@@ -568,7 +642,7 @@ fn logged(lab: &mut Lab) -> Option<String> {
 
 #[test]
 fn log_lines_reach_tracing() {
-    let options = SteerOptions { log: true, ..SteerOptions::default() };
+    let options = SteerOptions { log: true, ..SteerOptions::new(INDEXES) };
     let Some(mut lab) = Lab::with("log_lines_reach_tracing", options) else { return };
     let logged = logged(&mut lab).unwrap();
     let (passed, dropped) = (SteerEvent::PassedNoXsk as u8, DropReason::BadType as u8);
@@ -606,7 +680,7 @@ fn a_refused_program_shows_the_verifiers_log() {
     if Lab::new("a_refused_program_shows_the_verifiers_log").is_none() {
         return;
     }
-    let refused = Steer::load_object(&unverifiable_object(), SteerOptions::default()).err();
+    let refused = Steer::load_object(&unverifiable_object(), SteerOptions::new(INDEXES)).err();
     let text = refused.unwrap().to_string();
     assert!(text.contains("refuses tidegate_steer"), "{text}");
     assert!(text.contains("R5 !read_ok"), "{text}");
@@ -614,7 +688,7 @@ fn a_refused_program_shows_the_verifiers_log() {
 
 #[test]
 fn the_object_is_what_this_source_expects() {
-    let missing = Steer::load_object(b"", SteerOptions::default()).err().unwrap();
+    let missing = Steer::load_object(b"", SteerOptions::new(INDEXES)).err().unwrap();
     assert!(matches!(missing, BpfError::Object(_)), "{missing}");
 }
 
@@ -634,7 +708,7 @@ fn with_veth(body: impl FnOnce() + Send) {
 }
 
 fn loaded() -> Steer {
-    Steer::load(SteerOptions::default()).unwrap()
+    Steer::load(SteerOptions::new(INDEXES)).unwrap()
 }
 
 #[test]

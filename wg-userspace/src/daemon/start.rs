@@ -8,7 +8,9 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
+use rand_core::Rng as _;
 use wg_common::id::{DeviceId, WorkerId};
+use wg_common::index::{IndexLayout, IndexPermutation};
 use wg_common::map::{QUEUES_LEN, QueueEntry, QueueKey};
 
 use super::control::Control;
@@ -22,7 +24,7 @@ use crate::datapath::shared::PARCEL_RING_LEN;
 use crate::datapath::{Shared, SocketGroup, Worker, WorkerEdges, XskPort};
 use crate::handshake::{Handshakes, Os, Pool};
 use crate::host::{AddressWatch, Host, Link, LinkWatch};
-use crate::sys::{affinity, clock};
+use crate::sys::{affinity, clock, random};
 use crate::tun::{Tun, TunError};
 use crate::udp;
 use crate::xsk::{Xsk, XskError, XskOptions};
@@ -90,7 +92,8 @@ struct Kernel {
 pub async fn start(options: &Options, host: &Host) -> anyhow::Result<Running> {
     let cpus = affinity::inherited_cpus().context("reading which CPUs this process may use")?;
     let worker_count = options.workers.unwrap_or(cpus.len()).clamp(1, WORKER_COUNT_MAX);
-    let mut kernel = open_kernel(options, host).await?;
+    let indexes = IndexPermutation::new(random_key(), IndexLayout::DEFAULT);
+    let mut kernel = open_kernel(options, host, indexes).await?;
     let tun = open_tun(&options.interface, worker_count)?;
     let tun_index = tun.ifindex();
     let aead: &'static dyn BatchAead = &RingAead;
@@ -100,7 +103,7 @@ pub async fn start(options: &Options, host: &Host) -> anyhow::Result<Running> {
     let live_indexes = kernel.steer.as_ref().map(Steer::live_indexes);
     let sockets = SocketGroup { port, of_worker };
     let (shared, work) =
-        Shared::new(DeviceId(0), worker_count, tun.into_queues(), sockets, heartbeats)
+        Shared::new(DeviceId(0), worker_count, tun.into_queues(), sockets, heartbeats, indexes)
             .context("preparing the workers")?;
     let handshakes = Arc::new(Handshakes::new(
         Arc::clone(&shared),
@@ -142,6 +145,11 @@ pub async fn start(options: &Options, host: &Host) -> anyhow::Result<Running> {
     Ok(Running { control, addresses, link, steer_log, workers, pool })
 }
 
+/// A key for receiver indexes, another one at each start: indexes from before mean nothing.
+fn random_key() -> [u32; IndexPermutation::KEY_LEN] {
+    std::array::from_fn(|_| random::Rng.next_u32())
+}
+
 fn open_tun(name: &str, worker_count: usize) -> anyhow::Result<Tun> {
     Tun::open(name, worker_count).map_err(|error| {
         let known = match &error {
@@ -159,7 +167,11 @@ fn open_tun(name: &str, worker_count: usize) -> anyhow::Result<Tun> {
 
 /// Loads the kernel side and attaches it to the NICs that were named, where that is wanted and works.
 /// Without queues it lets everything pass.
-async fn open_kernel(options: &Options, host: &Host) -> anyhow::Result<Kernel> {
+async fn open_kernel(
+    options: &Options,
+    host: &Host,
+    indexes: IndexPermutation,
+) -> anyhow::Result<Kernel> {
     let mut kernel = Kernel::default();
     if options.mode == Mode::Udp {
         return Ok(kernel);
@@ -168,7 +180,7 @@ async fn open_kernel(options: &Options, host: &Host) -> anyhow::Result<Kernel> {
         let link = host.link(name).await?.ok_or_else(|| Error::NotFound(name.clone()))?;
         if kernel.steer.is_none() {
             let log = tracing::enabled!(target: "wg_ebpf", tracing::Level::DEBUG);
-            let options = SteerOptions { log, ..SteerOptions::default() };
+            let options = SteerOptions { log, ..SteerOptions::new(indexes) };
             match Steer::load(options) {
                 Ok(steer) => kernel.steer = Some(steer),
                 Err(error) => {

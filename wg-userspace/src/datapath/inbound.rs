@@ -190,12 +190,7 @@ impl Inbound {
         let group = match known {
             Some(group) => group,
             None => {
-                let keypair = self
-                    .shared
-                    .keypairs
-                    .get(index.slot())
-                    .filter(|keypair| keypair.local_index() == index)
-                    .ok_or(DropReason::UnknownIndex)?;
+                let keypair = self.shared.keypair(index).ok_or(DropReason::UnknownIndex)?;
                 let home = self.shared.worker_of(keypair.home());
                 if home != self.id {
                     return Ok(Triage::ElsewhereAtHome(home));
@@ -204,6 +199,10 @@ impl Inbound {
                     return Err(DropReason::KeyExpired);
                 }
                 let peer = keypair.peer().ok_or(DropReason::UnknownIndex)?;
+                // Control retires what has been replaced a little later; it is dead at once.
+                if !peer.keypairs.load().contains(&keypair) {
+                    return Err(DropReason::UnknownIndex);
+                }
                 groups.push(Group {
                     index,
                     keypair,

@@ -7,6 +7,7 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use crossbeam_channel::{Receiver, Sender, TrySendError};
 use wg_common::id::{DeviceId, PeerId, ReceiverIndex, ShardId, WorkerId};
+use wg_common::index::IndexPermutation;
 use wg_common::map::HEARTBEAT_STALE_NS;
 use wg_common::protocol::DEFAULT_MTU;
 use wg_common::time::Now;
@@ -35,8 +36,10 @@ pub const DATAGRAM_LEN_MAX: usize = 65_535;
 pub struct Shared {
     /// The device.
     pub device: DeviceId,
+    /// Makes local indexes and takes them apart.
+    pub indexes: IndexPermutation,
     /// Keypairs by the slot of their local index. Control writes.
-    pub keypairs: SlotTable<Keypair>,
+    keypairs: SlotTable<Keypair>,
     /// Peers by id. Control writes.
     pub peers: SlotTable<HotPeer>,
     /// Who owns which address. Control publishes.
@@ -94,6 +97,7 @@ impl Shared {
         tun_queues: Vec<TunQueue>,
         sockets: SocketGroup,
         kernel_heartbeats: Option<Arc<SharedWords>>,
+        indexes: IndexPermutation,
     ) -> std::io::Result<(Arc<Self>, Receiver<Work>)> {
         let (work, receiver) = crossbeam_channel::bounded(WORK_QUEUE_LEN);
         let parcel_count = if worker_count > 1 { PARCEL_COUNT } else { 0 };
@@ -110,7 +114,8 @@ impl Shared {
             .collect::<std::io::Result<_>>()?;
         let shared = Self {
             device,
-            keypairs: SlotTable::with_capacity(ReceiverIndex::SLOT_COUNT),
+            indexes,
+            keypairs: SlotTable::with_capacity(indexes.layout().slot_count() as usize),
             // A request may need slots for new peers beside those that it frees.
             peers: SlotTable::with_capacity(2 * PEER_COUNT_MAX),
             routing: ArcSwap::default(),
@@ -125,6 +130,29 @@ impl Shared {
             kernel_heartbeats,
         };
         Ok((Arc::new(shared), receiver))
+    }
+
+    /// The keypair with this local index.
+    pub fn keypair(&self, index: ReceiverIndex) -> Option<Arc<Keypair>> {
+        let slot = self.indexes.slot_of(index)?;
+        // The slot's keypair may be another: of an earlier or a later epoch.
+        self.keypairs.get(slot as usize).filter(|keypair| keypair.local_index() == index)
+    }
+
+    /// Lets workers find the keypair by its local index; they do when this returns.
+    ///
+    /// # Panics
+    /// If the index is not ours.
+    pub fn publish(&self, keypair: &Arc<Keypair>) {
+        let slot = self.indexes.slot_of(keypair.local_index()).expect("the index is ours");
+        self.keypairs.set(slot as usize, Arc::clone(keypair));
+    }
+
+    /// Lets workers find the keypair no longer.
+    pub fn retire(&self, keypair: &Arc<Keypair>) {
+        if let Some(slot) = self.indexes.slot_of(keypair.local_index()) {
+            self.keypairs.clear(slot as usize);
+        }
     }
 
     /// The worker at which `shard` is at home.

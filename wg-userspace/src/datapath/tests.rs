@@ -12,6 +12,7 @@ use crossbeam_channel::Receiver;
 use ipnet::IpNet;
 use wg_common::endpoint::{Endpoint, LocalSource};
 use wg_common::id::{DeviceId, PeerId, ReceiverIndex, ShardId, WorkerId};
+use wg_common::index::{IndexLayout, IndexPermutation};
 use wg_common::outcome::DropReason;
 use wg_common::protocol::{REJECT_AFTER_TIME, STAGED_PACKETS_MAX};
 use wg_common::time::Now;
@@ -75,8 +76,10 @@ struct Gateway {
     wire: Wire,
 }
 
+const INDEXES: IndexPermutation = IndexPermutation::new([1, 2, 3, 4], IndexLayout::DEFAULT);
+
 fn index(slot: usize) -> ReceiverIndex {
-    ReceiverIndex::new(slot, 7)
+    INDEXES.own_index(slot as u32, 7)
 }
 
 fn keypair(
@@ -108,7 +111,8 @@ fn endpoint(remote: &str) -> Endpoint {
 impl Gateway {
     fn new() -> Self {
         let sockets = SocketGroup { port: 51820, of_worker: Vec::new() };
-        let (shared, work) = Shared::new(DeviceId(0), 2, Vec::new(), sockets, None).unwrap();
+        let (shared, work) =
+            Shared::new(DeviceId(0), 2, Vec::new(), sockets, None, INDEXES).unwrap();
         let mut allowed_ips = AllowedIps::default();
         allowed_ips.insert("10.0.0.2/32".parse::<IpNet>().unwrap(), PeerId(1));
         allowed_ips.insert("10.0.0.0/24".parse::<IpNet>().unwrap(), PeerId(2));
@@ -138,7 +142,7 @@ impl Gateway {
         let peer = self.peer(id);
         let key = id as u8;
         let keypair = keypair(&peer, id as usize, (key, key), role, ShardId::new(0));
-        self.shared.keypairs.set(id as usize, Arc::clone(&keypair));
+        self.shared.publish(&keypair);
         peer.keypairs.update(|keypairs| match role {
             Role::Initiator => keypairs.installed_by_initiator(Arc::clone(&keypair)),
             Role::Responder => keypairs.installed_by_responder(Arc::clone(&keypair)),
@@ -342,6 +346,41 @@ fn a_dead_keypair_opens_and_seals_nothing() {
     assert_eq!(gateway.dropped(0, DropReason::KeyExpired), 1);
     gateway.send(&[packet(US, PEER_1, 40)], late);
     assert!(gateway.sent().is_empty());
+}
+
+#[test]
+fn a_keypair_that_was_replaced_opens_nothing_though_it_is_still_published() {
+    let mut gateway = Gateway::new();
+    gateway.give_keypair(1, Role::Initiator);
+    let datagrams =
+        datagrams_of(&mut gateway, 1, &[packet(PEER_1, US, 40), packet(PEER_1, US, 40)]);
+    let peer = gateway.peer(1);
+    let replace = |slot| {
+        let new = keypair(&peer, slot, (9, 9), Role::Initiator, ShardId::new(0));
+        peer.keypairs.update(|keypairs| keypairs.installed_by_initiator(Arc::clone(&new)));
+    };
+    replace(11);
+    gateway.receive(0, &datagrams[0], START);
+    assert_eq!(gateway.written().len(), 1, "the previous one opens");
+    replace(12);
+    gateway.receive(0, &datagrams[1], START);
+    assert!(gateway.written().is_empty());
+    assert_eq!(gateway.dropped(0, DropReason::UnknownIndex), 1);
+}
+
+#[test]
+fn an_index_of_another_epoch_of_its_slot_is_unknown() {
+    let mut gateway = Gateway::new();
+    gateway.give_keypair(1, Role::Initiator);
+    let datagram = datagrams_of(&mut gateway, 1, &[packet(PEER_1, US, 40)]).remove(0);
+    for epoch in [6, 8] {
+        let mut other = datagram.clone();
+        other[4..8].copy_from_slice(&INDEXES.own_index(1, epoch).to_wire());
+        gateway.receive(0, &other, START);
+    }
+    assert_eq!(gateway.dropped(0, DropReason::UnknownIndex), 2);
+    gateway.receive(0, &datagram, START);
+    assert_eq!(gateway.written().len(), 1);
 }
 
 #[test]

@@ -1,17 +1,18 @@
 //! Which receiver indexes are in use, and by whom.
 //!
-//! An index is live in the kernel's map before [`IndexTable::allocate`] returns it, so before any
-//! message can carry it. A freed slot rests before it is used again, so that packets on their way
-//! to its last user do not meet the next one.
+//! A slot is in use for as long as a handshake is in flight or its keypair lives; a peer that rests
+//! has none. An index is live in the kernel's map before [`IndexTable::allocate`] returns it, so
+//! before any message can carry it. A freed slot rests before it is used again, so that packets on
+//! their way to its last user do not meet the next one; the next one has another index.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use hashbrown::HashMap;
 use rand_core::Rng;
 use wg_common::id::ReceiverIndex;
+use wg_common::index::IndexPermutation;
 use wg_common::map::index_entry;
 use wg_common::protocol::REJECT_AFTER_TIME;
 use wg_common::time::Now;
@@ -23,66 +24,85 @@ pub const REST_TIME: Duration = REJECT_AFTER_TIME.saturating_mul(3);
 
 /// The receiver indexes of one device. `T` is whom an index belongs to.
 pub struct IndexTable<T> {
-    owners: HashMap<ReceiverIndex, Arc<T>>,
-    /// The slots freed, first freed first, and when each may be used again.
-    resting: VecDeque<(usize, Now)>,
-    /// The epoch of each slot's latest user: its successor has the next. Slots beyond were never used.
-    epochs: Vec<u16>,
-    /// Where the epochs of fresh slots begin: a restart does not repeat the indexes before it.
-    first_epoch: u16,
-    capacity: usize,
+    indexes: IndexPermutation,
+    /// The slots that were ever used; the rest of them cost nothing.
+    slots: Vec<Slot<T>>,
+    /// The slots that are free again, first freed first, and when each may be used.
+    resting: VecDeque<(u32, Now)>,
+    /// Where the epochs of fresh slots begin: under a key that outlives us, a restart does not repeat
+    /// the indexes before it.
+    first_epoch: u32,
     /// The kernel side's view: slots beyond it pass there unchecked.
     live: Option<Arc<SharedWords>>,
 }
 
+struct Slot<T> {
+    owner: Option<Arc<T>>,
+    /// The epoch of its latest user; the next one has the next.
+    epoch: u32,
+}
+
 impl<T> IndexTable<T> {
-    /// A table of `capacity` slots, mirrored in `live` if there is a kernel side.
-    pub fn new(capacity: usize, live: Option<Arc<SharedWords>>, rng: &mut impl Rng) -> Self {
+    /// A table of all slots that `indexes` has, mirrored in `live` if there is a kernel side.
+    pub fn new(
+        indexes: IndexPermutation,
+        live: Option<Arc<SharedWords>>,
+        rng: &mut impl Rng,
+    ) -> Self {
         Self {
-            owners: HashMap::new(),
+            indexes,
+            slots: Vec::new(),
             resting: VecDeque::new(),
-            epochs: Vec::new(),
-            first_epoch: rng.next_u32() as u16,
-            capacity: capacity.min(ReceiverIndex::SLOT_COUNT),
+            first_epoch: rng.next_u32(),
             live,
         }
     }
 
-    /// An index for `owner`; `None` if every slot is in use or rests.
+    /// An index for `owner`, live when this returns; `None` if every slot is in use or rests.
     pub fn allocate(&mut self, owner: &Arc<T>, now: Now) -> Option<ReceiverIndex> {
         let slot = match self.resting.front() {
             Some(&(slot, until)) if until <= now => {
                 self.resting.pop_front();
-                self.epochs[slot] = self.epochs[slot].wrapping_add(1);
+                let used = &mut self.slots[slot as usize];
+                used.epoch = used.epoch.wrapping_add(1);
                 slot
             }
-            _ if self.epochs.len() < self.capacity => {
-                self.epochs.push(self.first_epoch);
-                self.epochs.len() - 1
+            _ if self.slots.len() < self.indexes.layout().slot_count() as usize => {
+                self.slots.push(Slot { owner: None, epoch: self.first_epoch });
+                self.slots.len() as u32 - 1
             }
             _ => return None,
         };
-        let index = ReceiverIndex::new(slot, self.epochs[slot].into());
-        self.owners.insert(index, Arc::clone(owner));
-        self.publish(slot, index_entry(index));
+        let used = &mut self.slots[slot as usize];
+        used.owner = Some(Arc::clone(owner));
+        let index = self.indexes.own_index(slot, used.epoch);
+        self.store(slot, index_entry(index));
         Some(index)
     }
 
-    /// Whom `index` belongs to.
+    /// Whom `index` belongs to; nobody if its slot has another user by now, or none.
     pub fn owner(&self, index: ReceiverIndex) -> Option<&Arc<T>> {
-        self.owners.get(&index)
+        self.slots[self.slot_in_use(index)? as usize].owner.as_ref()
     }
 
     /// Frees `index`; its slot begins to rest. Freeing twice does nothing.
     pub fn release(&mut self, index: ReceiverIndex, now: Now) {
-        if self.owners.remove(&index).is_some() {
-            self.publish(index.slot(), 0);
-            self.resting.push_back((index.slot(), now + REST_TIME));
-        }
+        let Some(slot) = self.slot_in_use(index) else { return };
+        self.store(slot, 0);
+        self.slots[slot as usize].owner = None;
+        self.resting.push_back((slot, now + REST_TIME));
     }
 
-    fn publish(&self, slot: usize, entry: u64) {
-        if let Some(word) = self.live.as_ref().and_then(|live| live.get(slot)) {
+    /// The slot that is in use under this very index.
+    fn slot_in_use(&self, index: ReceiverIndex) -> Option<u32> {
+        let slot = self.indexes.slot_of(index)?;
+        let used = self.slots.get(slot as usize)?;
+        let is_its_index = self.indexes.own_index(slot, used.epoch) == index;
+        (used.owner.is_some() && is_its_index).then_some(slot)
+    }
+
+    fn store(&self, slot: u32, entry: u64) {
+        if let Some(word) = self.live.as_ref().and_then(|live| live.get(slot as usize)) {
             word.store(entry, Ordering::Release);
         }
     }
@@ -90,54 +110,71 @@ impl<T> IndexTable<T> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use rand::SeedableRng;
+    use std::collections::BTreeMap;
 
-    fn table(capacity: usize) -> IndexTable<u8> {
-        IndexTable::new(capacity, None, &mut rand::rngs::StdRng::seed_from_u64(1))
-    }
+    use proptest::prelude::*;
+    use rand::SeedableRng;
+    use wg_common::index::IndexLayout;
+    use wg_common::map::may_live;
+
+    use super::*;
 
     const START: Now = Now::from_boot_ns(1);
+    const TICK: Duration = Duration::from_nanos(1);
+
+    /// A permutation of two slots.
+    fn indexes() -> IndexPermutation {
+        IndexPermutation::new([1, 2, 3, 4], IndexLayout::new(2, 1).unwrap()).at_node(3)
+    }
+
+    fn table() -> IndexTable<u8> {
+        IndexTable::new(indexes(), None, &mut rand::rngs::StdRng::seed_from_u64(1))
+    }
+
+    fn slot(index: ReceiverIndex) -> u32 {
+        indexes().slot_of(index).unwrap()
+    }
 
     #[test]
     fn a_full_table_refuses() {
-        let mut table = table(2);
+        let mut table = table();
         let owner = Arc::new(0);
         let first = table.allocate(&owner, START).unwrap();
         let second = table.allocate(&owner, START).unwrap();
-        assert_ne!(first.slot(), second.slot());
+        assert_ne!(slot(first), slot(second));
         assert!(table.allocate(&owner, START).is_none());
     }
 
     #[test]
     fn a_freed_slot_rests_and_then_has_another_index() {
-        let mut table = table(1);
+        let mut table = table();
         let owner = Arc::new(0);
         let first = table.allocate(&owner, START).unwrap();
+        table.allocate(&owner, START).unwrap();
         table.release(first, START);
         assert!(table.owner(first).is_none());
-        let almost = START + (REST_TIME - Duration::from_nanos(1));
-        assert!(table.allocate(&owner, almost).is_none());
+        assert!(table.allocate(&owner, START + (REST_TIME - TICK)).is_none());
         let second = table.allocate(&owner, START + REST_TIME).unwrap();
-        assert_eq!(first.slot(), second.slot());
+        assert_eq!(slot(first), slot(second));
         assert_ne!(first, second);
+        assert!(table.owner(first).is_none());
     }
 
     #[test]
     fn the_slot_freed_first_is_used_first() {
-        let mut table = table(2);
+        let mut table = table();
         let owner = Arc::new(0);
         let a = table.allocate(&owner, START).unwrap();
         let b = table.allocate(&owner, START).unwrap();
         table.release(b, START);
         table.release(a, START);
-        assert_eq!(table.allocate(&owner, START + REST_TIME).unwrap().slot(), b.slot());
-        assert_eq!(table.allocate(&owner, START + REST_TIME).unwrap().slot(), a.slot());
+        assert_eq!(slot(table.allocate(&owner, START + REST_TIME).unwrap()), slot(b));
+        assert_eq!(slot(table.allocate(&owner, START + REST_TIME).unwrap()), slot(a));
     }
 
     #[test]
     fn freeing_twice_does_not_lend_a_slot_twice() {
-        let mut table = table(2);
+        let mut table = table();
         let owner = Arc::new(0);
         let a = table.allocate(&owner, START).unwrap();
         table.release(a, START);
@@ -145,6 +182,171 @@ mod tests {
         let later = START + REST_TIME;
         let b = table.allocate(&owner, later).unwrap();
         let c = table.allocate(&owner, later).unwrap();
-        assert_ne!(b.slot(), c.slot());
+        assert_ne!(slot(b), slot(c));
+        table.release(a, later);
+        assert!(table.owner(b).is_some(), "an index of an earlier epoch frees nothing");
+    }
+
+    #[test]
+    fn slots_that_were_never_used_cost_nothing() {
+        let indexes = IndexPermutation::new([0; 4], IndexLayout::DEFAULT);
+        let mut rng = rand::rngs::StdRng::seed_from_u64(1);
+        let mut table = IndexTable::new(indexes, None, &mut rng);
+        let owner = Arc::new(0);
+        let mut now = START;
+        for _ in 0..1000 {
+            let both = [table.allocate(&owner, now), table.allocate(&owner, now)];
+            for index in both {
+                table.release(index.unwrap(), now);
+            }
+            now = now + REST_TIME;
+        }
+        assert_eq!(table.slots.len(), 2);
+        assert!(table.slots.capacity() < 16 && table.resting.capacity() < 16);
+    }
+
+    /// What may happen to a table.
+    #[derive(Clone, Debug)]
+    enum Step {
+        Allocate(u8),
+        /// Frees one that is in use.
+        Release(prop::sample::Index),
+        /// Frees one that was ever given out.
+        ReleaseAny(prop::sample::Index),
+        Pass(Duration),
+        /// A packet of a stranger, who guesses.
+        Guess([u8; 4]),
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        let to_the_end_of_a_rest = prop::sample::select(vec![
+            TICK,
+            Duration::from_secs(1),
+            REJECT_AFTER_TIME,
+            REST_TIME - TICK,
+            REST_TIME,
+        ]);
+        prop_oneof![
+            6 => any::<u8>().prop_map(Step::Allocate),
+            4 => any::<prop::sample::Index>().prop_map(Step::Release),
+            1 => any::<prop::sample::Index>().prop_map(Step::ReleaseAny),
+            2 => to_the_end_of_a_rest.prop_map(Step::Pass),
+            1 => (0..700_u64).prop_map(|secs| Step::Pass(Duration::from_secs(secs))),
+            1 => any::<[u8; 4]>().prop_map(Step::Guess),
+        ]
+    }
+
+    /// What a table must be, said plainly.
+    #[derive(Default)]
+    struct Model {
+        in_use: BTreeMap<u32, (ReceiverIndex, u8)>,
+        /// Slot, and when it was freed.
+        freed: Vec<(u32, Now)>,
+        ever_used: u32,
+        /// Every index that was given out, oldest first, and whom to.
+        given: Vec<(ReceiverIndex, u8)>,
+    }
+
+    impl Model {
+        /// Which slot is next.
+        fn next(&mut self, slot_count: u32, now: Now) -> Option<u32> {
+            let first = self.freed.first().copied();
+            match first {
+                Some((slot, at)) if now.since(at) >= Duration::from_secs(540) => {
+                    self.freed.remove(0);
+                    Some(slot)
+                }
+                _ if self.ever_used < slot_count => {
+                    self.ever_used += 1;
+                    Some(self.ever_used - 1)
+                }
+                _ => None,
+            }
+        }
+
+        fn owner(&self, index: ReceiverIndex) -> Option<u8> {
+            self.in_use.values().find(|(used, _)| *used == index).map(|(_, owner)| *owner)
+        }
+
+        fn release(&mut self, index: ReceiverIndex, now: Now) {
+            let slot =
+                self.in_use.iter().find(|(_, (used, _))| *used == index).map(|(slot, _)| *slot);
+            if let Some(slot) = slot {
+                self.in_use.remove(&slot);
+                self.freed.push((slot, now));
+            }
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 512, failure_persistence: None, ..Default::default() })]
+
+        #[test]
+        fn a_table_is_what_its_model_is(
+            key in any::<[u32; 4]>(), node_bits in 0u32..=8, node in any::<u32>(),
+            slot_bits in 1u32..=4, first in any::<u64>(),
+            map_len in 1usize..=16,
+            steps in prop::collection::vec(step(), 0..200),
+        ) {
+            let layout = IndexLayout::new(node_bits, slot_bits).unwrap();
+            let indexes = IndexPermutation::new(key, layout).at_node(node);
+            let live = Arc::new(SharedWords::private(map_len).unwrap());
+            let mut rng = rand::rngs::StdRng::seed_from_u64(first);
+            let mut table = IndexTable::new(indexes, Some(Arc::clone(&live)), &mut rng);
+            // What the kernel side does with a packet to this index.
+            let reaches = |index| may_live(&indexes, index, |slot| {
+                live.get(slot as usize).map(|word| word.load(Ordering::Acquire))
+            });
+            let mut model = Model::default();
+            let mut now = START;
+            for step in steps {
+                match step {
+                    Step::Allocate(owner) => {
+                        let index = table.allocate(&Arc::new(owner), now);
+                        let slot = model.next(layout.slot_count(), now);
+                        prop_assert_eq!(index.and_then(|index| indexes.slot_of(index)), slot);
+                        if let Some((index, slot)) = index.zip(slot) {
+                            prop_assert!(model.given.iter().all(|(before, _)| *before != index));
+                            model.given.push((index, owner));
+                            prop_assert!(model.in_use.insert(slot, (index, owner)).is_none());
+                        }
+                    }
+                    Step::Release(which) => {
+                        let in_use: Vec<_> = model.in_use.values().map(|used| used.0).collect();
+                        if !in_use.is_empty() {
+                            let index = in_use[which.index(in_use.len())];
+                            table.release(index, now);
+                            model.release(index, now);
+                        }
+                    }
+                    Step::ReleaseAny(which) => {
+                        if !model.given.is_empty() {
+                            let index = model.given[which.index(model.given.len())].0;
+                            table.release(index, now);
+                            model.release(index, now);
+                        }
+                    }
+                    Step::Pass(time) => now = now + time,
+                    Step::Guess(bytes) => {
+                        let index = ReceiverIndex::from_wire(bytes);
+                        prop_assert_eq!(table.owner(index).map(|owner| **owner), model.owner(index));
+                    }
+                }
+                // The map in the kernel holds what is in use, and nothing else.
+                for (slot, word) in live.iter().enumerate() {
+                    let used = model.in_use.get(&(slot as u32));
+                    let entry = used.map_or(0, |(index, _)| index_entry(*index));
+                    prop_assert_eq!(word.load(Ordering::Acquire), entry);
+                }
+                // A packet to any index ever given out, however late, finds its owner or nobody.
+                for (index, to) in &model.given {
+                    let owner = model.owner(*index);
+                    prop_assert!(owner.is_none() || owner == Some(*to));
+                    prop_assert_eq!(table.owner(*index).map(|owner| **owner), owner);
+                    let beyond = indexes.slot_of(*index).unwrap() as usize >= map_len;
+                    prop_assert_eq!(reaches(*index), owner.is_some() || beyond);
+                }
+            }
+        }
     }
 }

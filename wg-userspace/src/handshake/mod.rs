@@ -7,6 +7,8 @@
 //! Nothing is allocated for, and no state moved by, a message that did not authenticate.
 
 mod index;
+#[cfg(test)]
+mod index_model;
 mod outside;
 mod pool;
 mod receive;
@@ -99,13 +101,13 @@ impl Indexes for CellIndexes<'_> {
     }
 
     fn publish(&mut self, keypair: &Arc<Keypair>) {
-        self.shared.keypairs.set(keypair.local_index().slot(), Arc::clone(keypair));
+        self.shared.publish(keypair);
     }
 
     fn retire(&mut self, keypair: &Arc<Keypair>) {
-        let index = keypair.local_index();
-        self.shared.keypairs.clear(index.slot());
-        self.release(index);
+        // First from the workers: the slot is nobody else's before it is free.
+        self.shared.retire(keypair);
+        self.release(keypair.local_index());
     }
 }
 
@@ -117,7 +119,7 @@ impl<O: Outside> Handshakes<O> {
         aead: &'static dyn BatchAead,
         live_indexes: Option<Arc<SharedWords>>,
     ) -> Self {
-        let indexes = IndexTable::new(ReceiverIndex::SLOT_COUNT, live_indexes, &mut outside.rng());
+        let indexes = IndexTable::new(shared.indexes, live_indexes, &mut outside.rng());
         Self {
             shared,
             outside,
@@ -290,6 +292,7 @@ impl<O: Outside> Handshakes<O> {
                 }
                 Action::SendKeepalive => self.send_keepalive(&cell.hot, worker, now),
                 Action::Flush | Action::DropStaged => self.shared.wake_all(),
+                Action::CountDrop(reason) => self.drops.drop_shared(*reason, 1),
             }
         }
     }

@@ -7,8 +7,8 @@ use wg_common::protocol::{INITIATION_LEN, RESPONSE_LEN};
 
 use super::*;
 
-pub(super) const ALICE_INDEX: ReceiverIndex = ReceiverIndex::new(0xa11ce, 0xa);
-pub(super) const BOB_INDEX: ReceiverIndex = ReceiverIndex::new(0xb0b, 0xb);
+pub(super) const ALICE_INDEX: ReceiverIndex = ReceiverIndex::from_wire([0xce, 0x11, 0xaa, 0x00]);
+pub(super) const BOB_INDEX: ReceiverIndex = ReceiverIndex::from_wire([0x0b, 0x0b, 0xb0, 0x00]);
 
 pub(super) struct Party {
     pub identity: Identity,

@@ -70,6 +70,8 @@ pub enum Action {
     Flush,
     /// Tell the workers that there will be none: staged packets are to be dropped.
     DropStaged,
+    /// Count a message that could not be made.
+    CountDrop(DropReason),
 }
 
 /// A handshake message; dereferences to its bytes.
@@ -388,7 +390,7 @@ impl Session {
             Some(pending) => pending.local_index(),
             None => match ctx.indexes.allocate() {
                 Some(index) => index,
-                None => return,
+                None => return actions.push(Action::CountDrop(DropReason::NoIndex)),
             },
         };
         match initiate(ctx.identity, remote, index, ctx.timestamp, None, ctx.rng) {

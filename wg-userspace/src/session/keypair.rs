@@ -194,9 +194,9 @@ pub(super) mod tests {
     pub const START: Now = Now::from_boot_ns(1_000_000_000);
     const TICK: Duration = Duration::from_nanos(1);
 
-    /// A keypair without a peer, with keys of zeros.
-    pub fn keypair(slot: usize, role: Role, created: Now) -> Keypair {
-        let index = ReceiverIndex::new(slot, 0);
+    /// A keypair without a peer, with this index for both sides and keys of zeros.
+    pub fn keypair(index: u32, role: Role, created: Now) -> Keypair {
+        let index = ReceiverIndex::from_wire(index.to_le_bytes());
         let keys = TransportKeys { send: [0; 32], receive: [0; 32] };
         let established = Established { keys, local_index: index, remote_index: index, role };
         Keypair::new(&established, Weak::new(), ShardId::new(0), created)

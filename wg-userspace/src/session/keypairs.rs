@@ -96,25 +96,30 @@ mod tests {
     use crate::noise::Role;
     use crate::session::keypair::tests::{START, keypair};
 
-    /// Slots of current, previous and next; 0 for none.
-    type Slots = [usize; 3];
+    /// Indexes of current, previous and next; 0 for none.
+    type Three = [u32; 3];
 
-    fn of(slots: Slots) -> Keypairs {
-        let [current, previous, next] =
-            slots.map(|slot| (slot != 0).then(|| Arc::new(keypair(slot, Role::Responder, START))));
+    fn of(indexes: Three) -> Keypairs {
+        let keypair = |index| Arc::new(keypair(index, Role::Responder, START));
+        let [current, previous, next] = indexes.map(|index| (index != 0).then(|| keypair(index)));
         Keypairs { current, previous, next }
     }
 
-    fn slots(keypairs: &Keypairs) -> Slots {
+    fn indexes(keypairs: &Keypairs) -> Three {
+        let index = |keypair: &Arc<Keypair>| keypair.local_index().value();
         [&keypairs.current, &keypairs.previous, &keypairs.next]
-            .map(|keypair| keypair.as_ref().map_or(0, |keypair| keypair.local_index().slot()))
+            .map(|keypair| keypair.as_ref().map_or(0, index))
     }
 
     #[track_caller]
-    fn check(table: &[(Slots, Slots)], transition: impl Fn(&Keypairs) -> Keypairs) {
+    fn check(table: &[(Three, Three)], transition: impl Fn(&Keypairs) -> Keypairs) {
         for (before, after) in table {
-            assert_eq!(slots(&transition(&of(*before))), *after, "from {before:?}");
+            assert_eq!(indexes(&transition(&of(*before))), *after, "from {before:?}");
         }
+    }
+
+    fn index(value: u32) -> ReceiverIndex {
+        ReceiverIndex::from_wire(value.to_le_bytes())
     }
 
     fn new() -> Arc<Keypair> {
@@ -155,38 +160,38 @@ mod tests {
             ([1, 2, 3], [3, 1, 0]),
             ([0, 2, 3], [3, 0, 0]),
         ];
-        check(&table, |keypairs| keypairs.confirmed(ReceiverIndex::new(3, 0)));
+        check(&table, |keypairs| keypairs.confirmed(index(3)));
     }
 
     #[test]
     fn packets_of_other_keypairs_change_nothing() {
         let table = [([0, 0, 0], [0, 0, 0]), ([1, 2, 3], [1, 2, 3]), ([1, 2, 0], [1, 2, 0])];
-        check(&table, |keypairs| keypairs.confirmed(ReceiverIndex::new(1, 0)));
-        check(&table, |keypairs| keypairs.confirmed(ReceiverIndex::new(2, 0)));
-        check(&table, |keypairs| keypairs.confirmed(ReceiverIndex::new(3, 1)));
+        check(&table, |keypairs| keypairs.confirmed(index(1)));
+        check(&table, |keypairs| keypairs.confirmed(index(2)));
+        check(&table, |keypairs| keypairs.confirmed(index(4)));
     }
 
     #[test]
     fn only_current_seals() {
         for (before, seals) in [([1, 2, 3], 1), ([0, 2, 3], 0), ([0, 0, 3], 0)] {
             let keypairs = of(before);
-            let slot = keypairs.seals_with(START).map_or(0, |k| k.local_index().slot());
-            assert_eq!(slot, seals);
+            let index = keypairs.seals_with(START).map_or(0, |k| k.local_index().value());
+            assert_eq!(index, seals);
         }
         assert!(of([1, 2, 3]).seals_with(START + REJECT_AFTER_TIME).is_none());
     }
 
     #[test]
     fn the_dead_are_taken_out_and_only_they() {
-        let old = |slot| Some(Arc::new(keypair(slot, Role::Initiator, START)));
+        let old = |index| Some(Arc::new(keypair(index, Role::Initiator, START)));
         let keypairs = Keypairs {
             current: Some(Arc::new(keypair(1, Role::Initiator, START + Duration::from_secs(60)))),
             previous: old(2),
             next: old(3),
         };
         let almost = START + (REJECT_AFTER_TIME - Duration::from_nanos(1));
-        assert_eq!(slots(&keypairs.without_expired(almost)), [1, 2, 3]);
-        assert_eq!(slots(&keypairs.without_expired(START + REJECT_AFTER_TIME)), [1, 0, 0]);
-        assert_eq!(slots(&keypairs.cleared()), [0, 0, 0]);
+        assert_eq!(indexes(&keypairs.without_expired(almost)), [1, 2, 3]);
+        assert_eq!(indexes(&keypairs.without_expired(START + REJECT_AFTER_TIME)), [1, 0, 0]);
+        assert_eq!(indexes(&keypairs.cleared()), [0, 0, 0]);
     }
 }

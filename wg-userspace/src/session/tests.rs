@@ -50,7 +50,7 @@ impl Indexes for TestIndexes {
             return None;
         }
         self.lent += 1;
-        let index = ReceiverIndex::new(self.lent as usize, 0x5a5);
+        let index = ReceiverIndex::from_wire((0x5a50_0000 | self.lent).to_le_bytes());
         self.live.insert(index.value());
         Some(index)
     }
@@ -86,6 +86,7 @@ struct Side {
     responses: Vec<Now>,
     keepalives: Vec<Now>,
     dropped_staged: usize,
+    refused: Vec<DropReason>,
 }
 
 fn address(last: u8) -> Endpoint {
@@ -116,6 +117,7 @@ impl Side {
             responses: Vec::new(),
             keepalives: Vec::new(),
             dropped_staged: 0,
+            refused: Vec::new(),
         }
     }
 
@@ -202,6 +204,7 @@ impl Side {
                     self.dropped_staged += self.staged.len();
                     self.staged.clear();
                 }
+                Action::CountDrop(reason) => self.refused.push(reason),
             }
         }
         self.peer().staged.store(self.staged.len() as u32, Relaxed);
@@ -681,6 +684,19 @@ fn without_a_free_index_an_initiation_is_refused_and_may_come_again() {
     assert_eq!(b.receive(&message, address(1), START), Err(DropReason::NoIndex));
     b.indexes.exhausted = false;
     assert_eq!(b.receive(&message, address(1), START), Ok(()));
+}
+
+#[test]
+fn without_a_free_index_no_initiation_leaves_until_there_is_one() {
+    let mut pair = Pair::new();
+    let a = &mut pair.sides[A];
+    a.indexes.exhausted = true;
+    a.initiate(START);
+    assert!(a.outbox.is_empty());
+    assert_eq!(a.refused, [DropReason::NoIndex], "it is counted");
+    a.indexes.exhausted = false;
+    a.run_alone(START + SECOND * 6);
+    assert_eq!(a.initiations.len(), 1);
 }
 
 #[test]
