@@ -72,3 +72,14 @@ pub const STAGED_PACKETS_MAX: usize = 128;
 pub const INITIATION_INTERVAL_MIN: Duration = Duration::from_millis(20);
 /// TOS byte of handshake messages: DSCP AF41 (the kernel's `HANDSHAKE_DSCP`).
 pub const HANDSHAKE_TOS: u8 = 0x88;
+/// Age at which a responder's cookie secret is replaced (§5.4.7: every two minutes).
+pub const COOKIE_SECRET_LIFETIME: Duration = Duration::from_secs(120);
+/// Time for which an initiator uses a cookie: its secret's lifetime, less 5 s for its way
+/// (the kernel's `COOKIE_SECRET_MAX_AGE - COOKIE_SECRET_LATENCY`).
+pub const COOKIE_LIFETIME: Duration = Duration::from_secs(115);
+/// Handshake messages that wait for the handshake pool (the kernel's `MAX_QUEUED_INCOMING_HANDSHAKES`).
+pub const HANDSHAKE_QUEUE_LEN: usize = 4096;
+/// Under load, handshake messages a second of one source (the kernel's `PACKETS_PER_SECOND`).
+pub const SOURCE_MESSAGES_PER_SECOND: u32 = 20;
+/// Under load, handshake messages of one source at once (the kernel's `PACKETS_BURSTABLE`).
+pub const SOURCE_MESSAGES_BURST: u32 = 5;

@@ -71,6 +71,8 @@ pub struct DataPath {
     pub workers: usize,
     /// Workers that do not move at present.
     pub stuck_workers: usize,
+    /// Whether handshakes come faster than the daemon would do them: it demands cookies.
+    pub under_load: bool,
     /// Back end that seals and opens.
     pub aead: String,
     /// Dropped packets by reason.

@@ -121,6 +121,9 @@ impl fmt::Display for DataPath {
         if self.stuck_workers != 0 {
             write!(f, " ({} stuck)", self.stuck_workers)?;
         }
+        if self.under_load {
+            f.write_str(", under load")?;
+        }
         match self.reason.as_deref() {
             None | Some("") => Ok(()),
             Some(reason) => write!(f, ": {reason}"),
@@ -200,7 +203,7 @@ mod tests {
 
     #[test]
     fn the_data_path_stands_between_interface_and_peers() {
-        let json = r#"{"mode":"native","reason":null,"workers":2,"stuck_workers":1,
+        let json = r#"{"mode":"native","reason":null,"workers":2,"stuck_workers":1,"under_load":true,
             "nics":[{"name":"eth0","queues":4,"zero_copy":true},{"name":"eth1","queues":1}],
             "drops":{"bad_tag":1,"replay":3,"queue_full":0},"steer":{"steered":7},
             "paths":{"xsk":12,"socket":0}}"#;
@@ -213,7 +216,7 @@ mod tests {
         assert_eq!(
             interface(&device, PLAIN, 0),
             "interface: wg0\n  listening port: 51820\n  data path: native, eth0 (4 queues, zero-copy), \
-             eth1 (1 queue, copy), 2 workers (1 stuck)\n  \
+             eth1 (1 queue, copy), 2 workers (1 stuck), under load\n  \
              received by: xsk 12\n  steer: steered 7\n  drops: bad_tag 1, replay 3\n"
         );
     }

@@ -230,6 +230,7 @@ impl uapi::Handler for Control {
             stuck_workers: (0..count)
                 .filter(|&w| !self.shared.moves(WorkerId(w as u16), now))
                 .count(),
+            under_load: self.handshakes.is_under_load(now),
             aead: self.aead.to_owned(),
             paths: Path::ALL.iter().map(|&path| (path.name(), totals.received(path))).collect(),
             drops: totals.drops().map(|(reason, count)| (reason.name(), count)).collect(),

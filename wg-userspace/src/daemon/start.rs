@@ -31,8 +31,6 @@ use crate::xsk::{Xsk, XskError, XskOptions};
 
 /// Most workers of one device.
 const WORKER_COUNT_MAX: usize = 64;
-/// Threads that do handshakes: they are few and must not crowd out the workers.
-const HANDSHAKE_THREAD_COUNT: usize = 1;
 
 /// A daemon that runs.
 pub struct Running {
@@ -111,7 +109,7 @@ pub async fn start(options: &Options, host: &Host) -> anyhow::Result<Running> {
         aead,
         live_indexes,
     ));
-    let pool = Pool::start(&handshakes, &work, HANDSHAKE_THREAD_COUNT)
+    let pool = Pool::start(&handshakes, &work, Pool::thread_count(cpus.len()))
         .context("starting the handshake pool")?;
 
     let (nics, mut xsks) = bind_xsks(&mut kernel, worker_count);

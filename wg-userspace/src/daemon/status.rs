@@ -16,6 +16,8 @@ pub struct Status {
     pub workers: usize,
     /// Workers that do not move at present.
     pub stuck_workers: usize,
+    /// Whether handshakes come faster than we would do them: cookies are demanded.
+    pub under_load: bool,
     /// Back end of the AEAD.
     pub aead: String,
     /// Tunnel packets received, by path.

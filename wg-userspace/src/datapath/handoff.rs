@@ -1,4 +1,4 @@
-//! The bounded queues between workers, and from workers to the handshake pool.
+//! What goes between workers, and from workers to the handshake pool, by bounded queues.
 //!
 //! Nothing here blocks a worker: a full queue refuses, and the worker counts a drop.
 

@@ -5,8 +5,8 @@
 //! from its sockets. Handshake messages go to the `handshake` room through [`handoff`].
 //!
 //! A worker never waits for another thread, and takes no lock and allocates nothing for a packet
-//! once it runs (a handshake message that wakes the pool does). It must not know how keypairs are made, what a configuration is, or who asks for counters:
-//! it reads what control published in [`Shared`] and leaves the rest in bounded queues.
+//! once it runs. It must not know how keypairs are made, what a configuration is, or who asks for
+//! counters: it reads what control published in [`Shared`] and leaves the rest in bounded queues.
 
 pub mod encap;
 pub mod handoff;
@@ -16,9 +16,11 @@ pub mod shared;
 mod staging;
 #[cfg(test)]
 mod tests;
+mod work_queue;
 pub mod worker;
 
 pub use shared::{Shared, SocketGroup};
+pub use work_queue::WorkQueue;
 pub use worker::{Worker, WorkerEdges, XskPort};
 
 /// Packets that one turn takes from one source, and that one AEAD call sees.

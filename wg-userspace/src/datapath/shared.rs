@@ -5,13 +5,13 @@ use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, AtomicUsize
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use crossbeam_channel::{Receiver, Sender, TrySendError};
 use wg_common::id::{DeviceId, PeerId, ReceiverIndex, ShardId, WorkerId};
 use wg_common::index::IndexPermutation;
 use wg_common::map::HEARTBEAT_STALE_NS;
-use wg_common::protocol::DEFAULT_MTU;
+use wg_common::protocol::{DEFAULT_MTU, HANDSHAKE_QUEUE_LEN};
 use wg_common::time::Now;
 
+use super::WorkQueue;
 use super::handoff::{ParcelPool, Work};
 use crate::counters::Counters;
 use crate::routing::RoutingTable;
@@ -22,8 +22,8 @@ use crate::udp::UdpSockets;
 
 /// Most peers of one device, as in the kernel.
 pub const PEER_COUNT_MAX: usize = 1 << 20;
-/// Messages that wait for the handshake pool.
-const WORK_QUEUE_LEN: usize = 4096;
+/// Needs of our own peers that wait for the handshake pool.
+const NEED_QUEUE_LEN: usize = 1024;
 /// Parcels that one worker may have under way to another.
 pub const PARCEL_RING_LEN: usize = 256;
 /// Parcels in flight from one worker.
@@ -58,7 +58,7 @@ pub struct Shared {
     pub stopping: AtomicBool,
     /// The TUN device is gone.
     pub tun_gone: AtomicBool,
-    work: Sender<Work>,
+    work: Arc<WorkQueue>,
     /// The heartbeats as the kernel side sees them, if there is one.
     kernel_heartbeats: Option<Arc<SharedWords>>,
 }
@@ -86,8 +86,8 @@ pub struct SocketGroup {
 }
 
 impl Shared {
-    /// The shared state of a device with `worker_count` workers, and the receiving end of its work
-    /// queue. Workers that run need as many TUN queues and pairs of sockets.
+    /// The shared state of a device with `worker_count` workers, and the work that they leave to the
+    /// handshake pool. Workers that run need as many TUN queues and pairs of sockets.
     ///
     /// # Errors
     /// If the kernel gives no event descriptor.
@@ -98,8 +98,8 @@ impl Shared {
         sockets: SocketGroup,
         kernel_heartbeats: Option<Arc<SharedWords>>,
         indexes: IndexPermutation,
-    ) -> std::io::Result<(Arc<Self>, Receiver<Work>)> {
-        let (work, receiver) = crossbeam_channel::bounded(WORK_QUEUE_LEN);
+    ) -> std::io::Result<(Arc<Self>, Arc<WorkQueue>)> {
+        let work = Arc::new(WorkQueue::new(HANDSHAKE_QUEUE_LEN, NEED_QUEUE_LEN)?);
         let parcel_count = if worker_count > 1 { PARCEL_COUNT } else { 0 };
         let workers = (0..worker_count)
             .map(|_| {
@@ -126,10 +126,10 @@ impl Shared {
             deputies_epoch: AtomicU32::new(0),
             stopping: AtomicBool::new(false),
             tun_gone: AtomicBool::new(false),
-            work,
+            work: Arc::clone(&work),
             kernel_heartbeats,
         };
-        Ok((Arc::new(shared), receiver))
+        Ok((Arc::new(shared), work))
     }
 
     /// The keypair with this local index.
@@ -210,16 +210,9 @@ impl Shared {
         value.checked_sub(1).map(WorkerId)
     }
 
-    /// Leaves work to the handshake pool; `false` if its queue is full.
+    /// Leaves work to the handshake pool; `false` if it is not taken.
     pub fn hand_off(&self, work: Work) -> bool {
-        // A part is kept for what our own peers need: messages of strangers must not fill it.
-        if matches!(work, Work::Datagram(_)) && self.work.len() >= WORK_QUEUE_LEN / 4 * 3 {
-            return false;
-        }
-        match self.work.try_send(work) {
-            Ok(()) => true,
-            Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => false,
-        }
+        self.work.push(work)
     }
 
     /// Asks for a handshake with `peer`, unless one is asked for already.

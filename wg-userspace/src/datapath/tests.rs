@@ -8,7 +8,6 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use crossbeam_channel::Receiver;
 use ipnet::IpNet;
 use wg_common::endpoint::{Endpoint, LocalSource};
 use wg_common::id::{DeviceId, PeerId, ReceiverIndex, ShardId, WorkerId};
@@ -17,6 +16,7 @@ use wg_common::outcome::DropReason;
 use wg_common::protocol::{REJECT_AFTER_TIME, STAGED_PACKETS_MAX};
 use wg_common::time::Now;
 
+use super::WorkQueue;
 use super::handoff::{Mesh, Parcel, Work};
 use super::inbound::{Arrival, Inbound, PacketSink};
 use super::outbound::{DatagramSink, Outbound, PacketSource, Unsent};
@@ -68,7 +68,7 @@ impl DatagramSink for Wire {
 /// 10.0.0.0/24.
 struct Gateway {
     shared: Arc<Shared>,
-    work: Receiver<Work>,
+    work: Arc<WorkQueue>,
     inbound: Vec<Inbound>,
     from: Vec<Vec<Option<rtrb::Consumer<Parcel>>>>,
     outbound: Outbound,
@@ -415,8 +415,8 @@ fn staged_packets_go_first_and_in_order() {
     };
     gateway.send(&[numbered(1), numbered(2)], START);
     gateway.send(&[numbered(3)], START);
-    assert!(matches!(gateway.work.try_recv(), Ok(Work::Initiate(_, PeerId(1)))));
-    assert!(gateway.work.try_recv().is_err(), "one handshake is asked for, not three");
+    assert!(matches!(gateway.work.take(), Some(Work::Initiate(_, PeerId(1)))));
+    assert!(gateway.work.take().is_none(), "one handshake is asked for, not three");
     assert_eq!(gateway.peer(1).staged.load(Ordering::Relaxed), 3);
     gateway.give_keypair(1, Role::Initiator);
     // A packet that comes before the flush does not overtake those that wait.
@@ -496,7 +496,7 @@ fn handshake_messages_go_to_the_pool_and_garbage_nowhere() {
     let mut initiation = vec![0; 148];
     initiation[0] = 1;
     gateway.receive(1, &initiation, START);
-    let Ok(Work::Datagram(datagram)) = gateway.work.try_recv() else { panic!("nothing came") };
+    let Some(Work::Datagram(datagram)) = gateway.work.take() else { panic!("nothing came") };
     assert_eq!(datagram.message(), initiation);
     assert_eq!(datagram.worker, WorkerId(1));
     for (garbage, reason) in [
@@ -513,7 +513,7 @@ fn handshake_messages_go_to_the_pool_and_garbage_nowhere() {
     unknown[0] = 4;
     gateway.receive(1, &unknown, START);
     assert_eq!(gateway.dropped(1, DropReason::UnknownIndex), 1);
-    assert!(gateway.work.try_recv().is_err());
+    assert!(gateway.work.take().is_none());
 }
 
 #[test]

@@ -93,6 +93,12 @@ impl<T> IndexTable<T> {
         self.resting.push_back((slot, now + REST_TIME));
     }
 
+    /// How many indexes are lent.
+    #[cfg(test)]
+    pub fn lent_count(&self) -> usize {
+        self.slots.len() - self.resting.len()
+    }
+
     /// The slot that is in use under this very index.
     fn slot_in_use(&self, index: ReceiverIndex) -> Option<u32> {
         let slot = self.indexes.slot_of(index)?;

@@ -4,14 +4,21 @@
 //! [`Session`] in a lock, receiver indexes, timers. Its results reach the workers as keypairs
 //! published in [`Shared`]. Pool threads and the control thread both call [`Handshakes`].
 //!
-//! Nothing is allocated for, and no state moved by, a message that did not authenticate.
+//! A message first waits in a bounded queue, then in a bounded lane, until [`Handshakes::turn`] gets to
+//! it. Nothing is allocated for, and no state moved by, a message that did not authenticate.
 
+mod buckets;
+mod cookies;
 mod index;
 #[cfg(test)]
 mod index_model;
+mod lanes;
+mod load;
 mod outside;
 mod pool;
 mod receive;
+#[cfg(test)]
+mod tests;
 mod timers;
 
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -25,11 +32,12 @@ use wg_common::protocol::{HANDSHAKE_TOS, TAG_LEN, TRANSPORT_HEADER_LEN, TRANSPOR
 use wg_common::time::Now;
 
 use self::index::IndexTable;
+use self::lanes::Lanes;
 use crate::aead::{BatchAead, Job};
 use crate::counters::Counters;
-use crate::datapath::Shared;
 use crate::datapath::encap::transport_header;
-use crate::datapath::handoff::Work;
+use crate::datapath::handoff::{HandshakeDatagram, Work};
+use crate::datapath::{Shared, WorkQueue};
 use crate::key::{PresharedKey, PrivateKey, PublicKey};
 use crate::noise::{Identity, RemoteStatic};
 use crate::session::{Action, Context, HotPeer, Indexes, Keypair, Session};
@@ -37,6 +45,10 @@ use crate::sys::SharedWords;
 
 pub use outside::{Os, Outside};
 pub use pool::Pool;
+
+/// Messages that one turn looks at before it handles one. As a look costs a hundredth of a handshake,
+/// they do not pile up in the queue before them.
+const ADMITTED_PER_TURN: usize = 128;
 
 /// The sessions of one device, and what their handshakes need.
 pub struct Handshakes<O = Os> {
@@ -46,6 +58,8 @@ pub struct Handshakes<O = Os> {
     identity: RwLock<Option<Arc<Identity>>>,
     cells: RwLock<Cells>,
     indexes: Mutex<IndexTable<Cell>>,
+    /// Messages that wait to be handled. The lock is held for a moment, and with it no other is taken.
+    lanes: Mutex<Lanes>,
     /// Cells with a timer that may run.
     awake: Mutex<Vec<Arc<Cell>>>,
     /// Drops counted by any thread of this room.
@@ -120,6 +134,7 @@ impl<O: Outside> Handshakes<O> {
         live_indexes: Option<Arc<SharedWords>>,
     ) -> Self {
         let indexes = IndexTable::new(shared.indexes, live_indexes, &mut outside.rng());
+        let lanes = Lanes::new(&mut outside.rng());
         Self {
             shared,
             outside,
@@ -127,6 +142,7 @@ impl<O: Outside> Handshakes<O> {
             identity: RwLock::default(),
             cells: RwLock::default(),
             indexes: Mutex::new(indexes),
+            lanes: Mutex::new(lanes),
             awake: Mutex::default(),
             drops: Counters::default(),
         }
@@ -223,19 +239,68 @@ impl<O: Outside> Handshakes<O> {
         }
     }
 
-    /// Does what a worker left in the queue.
+    /// Does a part of what workers left in `queue`: looks at some messages, handles one of those that
+    /// wait, and does one thing that our own peers need. Says whether there was anything to do.
+    pub fn turn(&self, queue: &WorkQueue, now: Now) -> bool {
+        match queue.take_displaced() {
+            0 => {}
+            count => self.drops.drop_shared(DropReason::Outdated, count),
+        }
+        let need = queue.take_need();
+        if let Some(need) = &need {
+            self.work(need, now);
+        }
+        let mut admitted = 0;
+        while admitted < ADMITTED_PER_TURN
+            && let Some(datagram) = self.recall(now).or_else(|| queue.take_datagram())
+        {
+            admitted += 1;
+            self.count(self.admit(datagram, queue.datagram_count(), now));
+        }
+        let (next, more) = {
+            let mut lanes = lock(&self.lanes);
+            (lanes.next(now), lanes.len() > 0)
+        };
+        if more {
+            // Other threads of the pool can handle it meanwhile.
+            queue.wake();
+        }
+        if let Some(datagram) = &next {
+            self.count(self.receive(datagram, now));
+        }
+        need.is_some() || admitted > 0 || next.is_some()
+    }
+
+    /// Does what a worker left, at once, but for messages: they wait for a [`turn`](Self::turn).
     pub fn work(&self, work: &Work, now: Now) {
         match work {
-            Work::Datagram(datagram) => {
-                if let Err(reason) = self.receive(datagram, now) {
-                    self.drops.drop_shared(reason, 1);
-                }
-            }
+            Work::Datagram(datagram) => self.count(self.admit(*datagram, 0, now)),
             Work::Initiate(_, peer) => {
                 if let Some(cell) = self.cell(*peer) {
                     self.initiate(&cell, now);
                 }
             }
+        }
+    }
+
+    /// The pool's threads have worked for `time` until `now`, which is the sum of their times divided
+    /// by their number. Where that is much, cookies are demanded.
+    pub fn worked(&self, time: Duration, now: Now) {
+        lock(&self.lanes).worked(time, now);
+    }
+
+    /// Whether cookies are demanded.
+    pub fn is_under_load(&self, now: Now) -> bool {
+        lock(&self.lanes).is_under_load(now)
+    }
+
+    fn recall(&self, now: Now) -> Option<HandshakeDatagram> {
+        lock(&self.lanes).recall(now)
+    }
+
+    fn count(&self, outcome: Result<(), DropReason>) {
+        if let Err(reason) = outcome {
+            self.drops.drop_shared(reason, 1);
         }
     }
 

@@ -2,64 +2,106 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-
-use crossbeam_channel::Receiver;
+use std::time::Duration;
 
 use super::Handshakes;
-use crate::datapath::handoff::Work;
+use crate::datapath::WorkQueue;
 use crate::sys::clock;
+
+/// Processors for each thread: the others are the workers'. Two of them have one thread.
+const CPUS_PER_THREAD: usize = 4;
+/// Threads beyond these would only wait for each other's locks: eight do some 40,000 handshakes a second.
+const THREAD_COUNT_MAX: usize = 8;
+/// Longest sleep. Whatever comes wakes a thread; this is for what nobody thought of.
+const SLEEP_MAX: Duration = Duration::from_secs(1);
 
 /// Threads that do handshakes beside the workers, until [`Pool::stop`] is called.
 pub struct Pool {
-    stop: crossbeam_channel::Sender<()>,
+    stopping: Arc<AtomicBool>,
+    queue: Arc<WorkQueue>,
     threads: Vec<JoinHandle<()>>,
 }
 
 impl Pool {
-    /// Starts `thread_count` threads that take from `work`.
+    /// How many threads suit a process that may use so many processors.
+    pub fn thread_count(cpu_count: usize) -> usize {
+        (cpu_count / CPUS_PER_THREAD).clamp(1, THREAD_COUNT_MAX)
+    }
+
+    /// Starts `thread_count` threads that take from `queue`.
     ///
     /// # Errors
     /// If the kernel gives no thread.
     pub fn start(
         handshakes: &Arc<Handshakes>,
-        work: &Receiver<Work>,
+        queue: &Arc<WorkQueue>,
         thread_count: usize,
     ) -> std::io::Result<Self> {
-        let (stop, stopped) = crossbeam_channel::bounded::<()>(0);
-        let threads = (0..thread_count)
-            .map(|number| {
-                let (handshakes, work) = (Arc::clone(handshakes), work.clone());
-                let stopped = stopped.clone();
-                std::thread::Builder::new().name(format!("handshake-{number}")).spawn(move || {
-                    loop {
-                        crossbeam_channel::select! {
-                            recv(work) -> work => match work {
-                                Ok(work) => {
-                                    // A message that finds a bug of ours must not end all handshakes.
-                                    let act = || handshakes.work(&work, clock::boot_now());
-                                    if catch_unwind(AssertUnwindSafe(act)).is_err() {
-                                        tracing::error!("a handshake message made us panic");
-                                    }
-                                }
-                                Err(_) => return,
-                            },
-                            recv(stopped) -> _ => return,
-                        }
-                    }
-                })
-            })
-            .collect::<std::io::Result<_>>()?;
-        Ok(Self { stop, threads })
+        let mut pool =
+            Self { stopping: Arc::default(), queue: Arc::clone(queue), threads: Vec::new() };
+        for number in 0..thread_count {
+            let (handshakes, queue) = (Arc::clone(handshakes), Arc::clone(queue));
+            let stopping = Arc::clone(&pool.stopping);
+            let thread = std::thread::Builder::new()
+                .name(format!("handshake-{number}"))
+                .spawn(move || run(&handshakes, &queue, thread_count as u32, &stopping));
+            match thread {
+                Ok(thread) => pool.threads.push(thread),
+                Err(error) => {
+                    pool.stop();
+                    return Err(error);
+                }
+            }
+        }
+        Ok(pool)
     }
 
     /// Ends the threads, each after the message it is at.
     pub fn stop(self) {
-        drop(self.stop);
+        self.stopping.store(true, Ordering::Relaxed);
         for thread in self.threads {
+            // One wake-up may wake one thread only, and another one than this.
+            while !thread.is_finished() {
+                self.queue.wake();
+                std::thread::sleep(Duration::from_millis(1));
+            }
             if thread.join().is_err() {
                 tracing::error!("a handshake thread had panicked");
             }
         }
+    }
+}
+
+fn run(handshakes: &Handshakes, queue: &WorkQueue, thread_count: u32, stopping: &AtomicBool) {
+    while !stopping.load(Ordering::Relaxed) {
+        let begin = clock::boot_now();
+        // A message that finds a bug of ours must not end all handshakes.
+        let turn = || handshakes.turn(queue, begin);
+        match catch_unwind(AssertUnwindSafe(turn)) {
+            Ok(true) => {}
+            Ok(false) => {
+                if let Err(error) = queue.sleep(SLEEP_MAX) {
+                    tracing::error!(%error, "a handshake thread cannot sleep");
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+                continue;
+            }
+            Err(_) => tracing::error!("a handshake message made us panic"),
+        }
+        let end = clock::boot_now();
+        handshakes.worked(end.since(begin) / thread_count, end);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn few_processors_have_one_thread() {
+        let counts = [0, 1, 2, 4, 7, 8, 16, 64, 1024].map(Pool::thread_count);
+        assert_eq!(counts, [1, 1, 1, 1, 1, 2, 4, 8, 8]);
     }
 }

@@ -2,28 +2,70 @@
 
 use std::sync::Arc;
 
-use wg_common::id::WorkerId;
+use wg_common::id::{ReceiverIndex, WorkerId};
 use wg_common::message::{Message, classify};
 use wg_common::outcome::DropReason;
 use wg_common::time::Now;
 
+use super::lanes::Verdict;
 use super::{Cell, Handshakes, Outside, lock};
 use crate::datapath::handoff::HandshakeDatagram;
 use crate::noise::{check_mac1, open_initiation};
 use crate::session::Action;
 
 impl<O: Outside> Handshakes<O> {
-    /// Receives a handshake message.
-    pub(super) fn receive(&self, datagram: &HandshakeDatagram, now: Now) -> Result<(), DropReason> {
+    /// Looks at a handshake message as far as that is cheap, while `behind` others wait, and lets it
+    /// wait for its turn if it is worth that. Nothing is known of its sender yet, so nothing is kept of
+    /// it but the message.
+    pub(super) fn admit(
+        &self,
+        datagram: HandshakeDatagram,
+        behind: usize,
+        now: Now,
+    ) -> Result<(), DropReason> {
         let identity = self.identity().ok_or(DropReason::NoPrivateKey)?;
         let message = datagram.message();
         let kind = classify(message)?;
-        if !matches!(kind, Message::CookieReply(_)) && !check_mac1(&identity, message) {
+        if let Message::CookieReply(index) = kind {
+            let bytes = message.first_chunk().ok_or(DropReason::BadLength)?;
+            return self.owner(index)?.session().handle_cookie_reply(bytes, now);
+        }
+        if !check_mac1(&identity, message) {
             return Err(DropReason::BadMac1);
         }
+        if let Message::Response(index) = kind {
+            self.owner(index)?;
+        }
+        let rng = &mut self.outside.rng();
+        let verdict = lock(&self.lanes).admit(datagram, behind, rng, now);
+        match verdict {
+            Verdict::Waits => Ok(()),
+            Verdict::Displaces => Err(DropReason::Outdated),
+            Verdict::Refused(reason) => Err(reason),
+            Verdict::Demand(cookie) => {
+                let reply = cookie.reply_to(&identity, message, rng);
+                let reply = reply.ok_or(DropReason::BadHandshake)?;
+                if self.outside.send(datagram.worker, &reply, &datagram.from, 0) {
+                    Err(DropReason::CookieDemanded)
+                } else {
+                    Err(DropReason::SocketSend)
+                }
+            }
+        }
+    }
+
+    fn owner(&self, index: ReceiverIndex) -> Result<Arc<Cell>, DropReason> {
+        lock(&self.indexes).owner(index).cloned().ok_or(DropReason::UnknownIndex)
+    }
+
+    /// Handles a handshake message that was admitted.
+    pub(super) fn receive(&self, datagram: &HandshakeDatagram, now: Now) -> Result<(), DropReason> {
+        let identity = self.identity().ok_or(DropReason::NoPrivateKey)?;
+        let message = datagram.message();
         // What a session asks for is done before anyone else can ask it for more: else a keypair
         // could be retired before it is published.
-        match kind {
+        // mac1 is looked at again below: the private key may be another one by now.
+        match classify(message)? {
             Message::Initiation => {
                 let bytes = message.first_chunk().ok_or(DropReason::BadLength)?;
                 let opened = open_initiation(&identity, bytes).map_err(|e| e.drop_reason())?;
@@ -38,8 +80,7 @@ impl<O: Outside> Handshakes<O> {
                 self.received(&cell, message, &actions, worker, now);
             }
             Message::Response(index) => {
-                let cell = lock(&self.indexes).owner(index).cloned();
-                let cell = cell.ok_or(DropReason::UnknownIndex)?;
+                let cell = self.owner(index)?;
                 let bytes = message.first_chunk().ok_or(DropReason::BadLength)?;
                 let mut session = cell.session();
                 let worker = datagram.worker;
@@ -48,7 +89,7 @@ impl<O: Outside> Handshakes<O> {
                 })?;
                 self.received(&cell, message, &actions, worker, now);
             }
-            // Nothing asks for cookies, and no transport data is a handshake message.
+            // Neither waits for a turn.
             Message::CookieReply(_) | Message::Transport(_) => {
                 return Err(DropReason::BadHandshake);
             }

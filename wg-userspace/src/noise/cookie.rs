@@ -1,5 +1,7 @@
 //! Cookies and the reply that carries one (§5.4.7).
 
+use std::net::{IpAddr, SocketAddr};
+
 use chacha20poly1305::{AeadInOut, KeyInit, XChaCha20Poly1305};
 use rand_core::CryptoRng;
 use wg_common::id::ReceiverIndex;
@@ -8,14 +10,17 @@ use wg_common::protocol::{
 };
 use zeroize::{Zeroize, ZeroizeOnDrop};
 
-use super::symmetric::hash;
-use super::{HandshakeError, Identity, RemoteStatic};
+use super::symmetric::{hash, mac};
+use super::{HandshakeError, Identity, RemoteStatic, mac1_of};
 use crate::key::PublicKey;
 
 /// Bytes of a cookie.
 const COOKIE_LEN: usize = 16;
 /// Bytes of the nonce of XChaCha20-Poly1305.
 const NONCE_LEN: usize = 24;
+
+/// Where the sender index of a handshake initiation or response stands.
+const SENDER: usize = 4;
 
 // Where the fields of a cookie reply stand.
 const RECEIVER: usize = 4;
@@ -63,6 +68,19 @@ impl Cookie {
         reply
     }
 
+    /// As [`reply`](Self::reply), to whoever sent `message`; `None` if that is neither a handshake
+    /// initiation nor a response.
+    pub fn reply_to(
+        &self,
+        identity: &Identity,
+        message: &[u8],
+        rng: &mut (impl CryptoRng + ?Sized),
+    ) -> Option<[u8; COOKIE_REPLY_LEN]> {
+        let mac1 = mac1_of(message)?;
+        let sender = ReceiverIndex::from_wire(*message[SENDER..].first_chunk()?);
+        Some(self.reply(identity, sender, &mac1, rng))
+    }
+
     /// Opens a reply to the message that we sent to `remote` with the sender index `sent` and this
     /// mac1 (see [`super::mac1_of`]).
     ///
@@ -97,6 +115,46 @@ impl Cookie {
 impl std::fmt::Debug for Cookie {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("Cookie(…)")
+    }
+}
+
+/// Of what a responder makes its cookies: without it, nobody can tell the cookie of an address.
+/// Wiped on drop.
+#[derive(Zeroize, ZeroizeOnDrop)]
+pub struct CookieSecret([u8; KEY_LEN]);
+
+impl CookieSecret {
+    /// A fresh secret.
+    pub fn generate(rng: &mut (impl CryptoRng + ?Sized)) -> Self {
+        let mut secret = Self([0; KEY_LEN]);
+        rng.fill_bytes(&mut secret.0);
+        secret
+    }
+
+    /// The cookie of an address and port.
+    ///
+    /// The whitepaper's §5.4.7 and the kernel bind it to both: behind one NAT, or on one host, none
+    /// can use another's.
+    pub fn cookie(&self, from: SocketAddr) -> Cookie {
+        let port = from.port().to_be_bytes();
+        Cookie(match from.ip() {
+            IpAddr::V4(ip) => {
+                let [a, b, c, d] = ip.octets();
+                mac(&self.0, &[a, b, c, d, port[0], port[1]])
+            }
+            IpAddr::V6(ip) => {
+                let mut bytes = [0; 18];
+                bytes[..16].copy_from_slice(&ip.octets());
+                bytes[16..].copy_from_slice(&port);
+                mac(&self.0, &bytes)
+            }
+        })
+    }
+}
+
+impl std::fmt::Debug for CookieSecret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("CookieSecret(…)")
     }
 }
 
@@ -156,6 +214,47 @@ mod tests {
         // A reply of somebody else's.
         let reply = cookie.reply(&alice.identity, ALICE_INDEX, &mac1, &mut rng(2));
         assert_eq!(open(&reply, &mac1), Some(HandshakeError::Decrypt));
+    }
+
+    #[test]
+    fn a_reply_goes_to_the_sender_of_either_handshake_message_and_to_none_other() {
+        let [alice, bob] = parties(1, &preshared(7));
+        let cookie = Cookie::from_bytes([9; COOKIE_LEN]);
+        let (_, initiation) = alice.initiate(ALICE_INDEX, 1);
+        let (_, response) = bob.respond(&initiation, BOB_INDEX, 1).unwrap();
+
+        let reply = cookie.reply_to(&bob.identity, &initiation, &mut rng(2)).unwrap();
+        let mac1 = mac1_of(&initiation).unwrap();
+        assert!(Cookie::open_reply(&reply, &alice.remote, ALICE_INDEX, &mac1).is_ok());
+        let reply = cookie.reply_to(&alice.identity, &response, &mut rng(2)).unwrap();
+        let mac1 = mac1_of(&response).unwrap();
+        assert!(Cookie::open_reply(&reply, &bob.remote, BOB_INDEX, &mac1).is_ok());
+
+        for other in [&reply[..], &initiation[..147], &[4; 32], &[]] {
+            assert!(cookie.reply_to(&bob.identity, other, &mut rng(2)).is_none());
+        }
+    }
+
+    #[test]
+    fn a_cookie_is_bound_to_address_port_and_secret() {
+        let [one, other] = [1, 2].map(|seed| CookieSecret::generate(&mut rng(seed)));
+        let cookie =
+            |secret: &CookieSecret, from: &str| *secret.cookie(from.parse().unwrap()).expose();
+        let addresses = [
+            "192.0.2.1:1000",
+            "192.0.2.1:1001",
+            "192.0.2.2:1000",
+            "[2001:db8::1]:1000",
+            "[2001:db8::1]:1001",
+            "[2001:db8::2]:1000",
+            "[::ffff:192.0.2.1]:1000",
+        ];
+        let cookies: std::collections::BTreeSet<_> =
+            addresses.iter().flat_map(|from| [cookie(&one, from), cookie(&other, from)]).collect();
+        assert_eq!(cookies.len(), 2 * addresses.len());
+        assert_eq!(cookie(&one, addresses[0]), cookie(&one, addresses[0]));
+        // A zone and a flow label are no part of an address on the wire.
+        assert_eq!(cookie(&one, "[fe80::1%3]:1000"), cookie(&one, "[fe80::1]:1000"));
     }
 
     proptest! {

@@ -36,6 +36,33 @@ impl X25519 for Dalek {
     }
 }
 
+#[cfg(test)]
+thread_local! {
+    static AGREEMENTS: std::cell::Cell<u64> = const { std::cell::Cell::new(0) };
+}
+
+/// How often this thread has made a shared secret.
+#[cfg(test)]
+pub(crate) fn agreement_count() -> u64 {
+    AGREEMENTS.get()
+}
+
+/// X25519 that counts what it does: the costly steps of a handshake.
+#[cfg(test)]
+pub(super) struct Counted<C>(std::marker::PhantomData<C>);
+
+#[cfg(test)]
+impl<C: X25519> X25519 for Counted<C> {
+    fn public_key(private_key: &PrivateKey) -> PublicKey {
+        C::public_key(private_key)
+    }
+
+    fn shared_secret(private_key: &PrivateKey, public_key: &PublicKey) -> SharedSecret {
+        AGREEMENTS.set(AGREEMENTS.get() + 1);
+        C::shared_secret(private_key, public_key)
+    }
+}
+
 /// The shared secret of a Diffie–Hellman step: all steps of a handshake come through here.
 ///
 /// # Errors

@@ -28,17 +28,21 @@ mod fixture;
 #[cfg(test)]
 mod oracles;
 
+#[cfg(test)]
+pub(crate) use dh::agreement_count;
+
 use wg_common::outcome::DropReason;
 use wg_common::protocol::KEY_LEN;
 use zeroize::Zeroizing;
 
-pub use cookie::Cookie;
+pub use cookie::{Cookie, CookieSecret};
 pub use dh::{Dalek, SharedSecret, X25519};
 pub use handshake::{
     AuthenticInitiation, Established, Initiator, OpenedInitiation, Role, TransportKeys, initiate,
     open_initiation,
 };
 pub use mac::{check_mac1, check_mac2, mac1_of};
+pub use symmetric::mac;
 pub use timestamp::Timestamp;
 
 use crate::key::{PresharedKey, PrivateKey, PublicKey};
@@ -93,6 +97,12 @@ impl Identity {
             private_key,
             public_key,
         }
+    }
+
+    /// One that shows a public key which is not its own, as a liar does.
+    #[cfg(test)]
+    pub(crate) fn claiming(private_key: PrivateKey, public_key: PublicKey) -> Self {
+        Self { public_key, ..Self::new(private_key) }
     }
 
     /// The public key by which others know us.
@@ -158,7 +168,10 @@ impl std::fmt::Debug for RemoteStatic {
 }
 
 /// The curve in use.
+#[cfg(not(test))]
 type Curve = Dalek;
+#[cfg(test)]
+type Curve = dh::Counted<Dalek>;
 
 /// 32 secret bytes, wiped on drop.
 type Secret = Zeroizing<[u8; KEY_LEN]>;

@@ -23,7 +23,7 @@ pub(super) fn hash(parts: &[&[u8]]) -> [u8; KEY_LEN] {
 }
 
 /// Mac (§5.4): keyed BLAKE2s with 16 bytes of output.
-pub(super) fn mac<const KEY: usize>(key: &[u8; KEY], message: &[u8]) -> [u8; MAC_LEN] {
+pub fn mac<const KEY: usize>(key: &[u8; KEY], message: &[u8]) -> [u8; MAC_LEN] {
     const { assert!(KEY <= KEY_LEN) };
     let mut mac = Blake2sMac::<U16>::new_from_slice(key).expect("asserted above");
     mac.update(message);

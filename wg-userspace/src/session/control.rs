@@ -11,9 +11,12 @@ use rand_core::CryptoRng;
 use wg_common::endpoint::Endpoint;
 use wg_common::id::{ReceiverIndex, ShardId};
 use wg_common::outcome::DropReason;
-use wg_common::protocol::{INITIATION_INTERVAL_MIN, INITIATION_LEN, RESPONSE_LEN};
+use wg_common::protocol::{
+    COOKIE_REPLY_LEN, INITIATION_INTERVAL_MIN, INITIATION_LEN, RESPONSE_LEN,
+};
 use wg_common::time::Now;
 
+use super::cookie::PeerCookie;
 use super::timers::{Due, Timers};
 use super::{HotPeer, Keypair, Keypairs};
 use crate::key::PresharedKey;
@@ -116,6 +119,7 @@ pub struct Session {
     /// The keypair that we made as responder and that waits for its first packet.
     awaited: Option<ReceiverIndex>,
     timers: Timers,
+    cookie: PeerCookie,
     /// The greatest timestamp of an initiation that was answered.
     greatest_timestamp: Timestamp,
     /// When an initiation was last answered.
@@ -134,6 +138,7 @@ impl Session {
             published: Vec::new(),
             awaited: None,
             timers: Timers::default(),
+            cookie: PeerCookie::default(),
             greatest_timestamp: Timestamp::default(),
             answered: None,
             last_handshake: None,
@@ -223,13 +228,15 @@ impl Session {
             return Err(DropReason::InitiationFlood);
         }
         let index = ctx.indexes.allocate().ok_or(DropReason::NoIndex)?;
-        let (established, message) = match initiation.respond(remote, index, None, ctx.rng) {
+        let cookie = self.cookie.get(now);
+        let (established, message) = match initiation.respond(remote, index, cookie, ctx.rng) {
             Ok(answer) => answer,
             Err(error) => {
                 ctx.indexes.release(index);
                 return Err(error.drop_reason());
             }
         };
+        self.cookie.message_sent(index, &message);
         (self.greatest_timestamp, self.answered) = (timestamp, Some(now));
         self.timers.response_sent(ctx.rng, now);
         self.peer.activity.authenticated_received(now);
@@ -275,6 +282,21 @@ impl Session {
         }
         self.retire(ctx.indexes);
         Ok(actions)
+    }
+
+    /// Takes the cookie that the peer, under load, wants to see in our next initiation or response.
+    /// Nothing is sent: the handshake is repeated when it is time (§5.3).
+    ///
+    /// # Errors
+    /// [`DropReason::UnknownIndex`] if it does not answer the handshake message that we sent last, or
+    /// is not the first to do so, and what [`HandshakeError`]s count as. Nothing has changed then.
+    pub fn handle_cookie_reply(
+        &mut self,
+        message: &[u8; COOKIE_REPLY_LEN],
+        now: Now,
+    ) -> Result<(), DropReason> {
+        let remote = self.remote.as_ref().ok_or(DropReason::UnknownIndex)?;
+        self.cookie.handle_reply(message, remote, now)
     }
 
     /// Does what is due at `now`; calling it too early does nothing.
@@ -341,6 +363,7 @@ impl Session {
             self.preshared_key = remote.preshared_key().clone();
         }
         self.remote = remote;
+        self.cookie = PeerCookie::default();
     }
 
     /// Ends every keypair and handshake.
@@ -393,8 +416,10 @@ impl Session {
                 None => return actions.push(Action::CountDrop(DropReason::NoIndex)),
             },
         };
-        match initiate(ctx.identity, remote, index, ctx.timestamp, None, ctx.rng) {
+        let cookie = self.cookie.get(now);
+        match initiate(ctx.identity, remote, index, ctx.timestamp, cookie, ctx.rng) {
             Ok((pending, message)) => {
+                self.cookie.message_sent(index, &message);
                 self.pending = Some(Box::new(pending));
                 self.peer.activity.authenticated_sent(now);
                 actions.push(Action::Send { message: HandshakeMessage::new(&message), to });

@@ -18,6 +18,7 @@
 
 mod activity;
 mod control;
+mod cookie;
 mod keypair;
 mod keypairs;
 mod peer;

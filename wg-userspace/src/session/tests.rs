@@ -27,6 +27,8 @@ use crate::aead::{BatchAead, Job, RingAead};
 use crate::key::{PresharedKey, PrivateKey};
 use crate::noise::{Identity, RemoteStatic, Role, Timestamp, open_initiation};
 
+mod cookies;
+
 const START: Now = Now::from_boot_ns(1_000_000_000_000);
 const SECOND: Duration = Duration::from_secs(1);
 const MS: Duration = Duration::from_millis(1);
@@ -275,7 +277,9 @@ impl Side {
                 let message = datagram.first_chunk().unwrap();
                 self.call(now, |session, ctx| session.handle_response(message, ctx, now))
             }
-            Message::CookieReply(_) => unreachable!("nobody is under load"),
+            Message::CookieReply(_) => {
+                self.session.handle_cookie_reply(datagram.first_chunk().unwrap(), now)
+            }
             Message::Transport(index) => self.open(datagram, index, from, now),
         }
     }
