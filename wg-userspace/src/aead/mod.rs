@@ -14,6 +14,7 @@ use ring::aead::{CHACHA20_POLY1305, LessSafeKey, UnboundKey};
 use wg_common::protocol::KEY_LEN;
 #[cfg(doc)]
 use wg_common::protocol::TAG_LEN;
+use zeroize::{Zeroize, Zeroizing};
 
 pub use ring_backend::RingAead;
 
@@ -64,12 +65,20 @@ impl<'a> Job<'a> {
 /// A key for one direction of a keypair; wiped when dropped.
 pub struct AeadKey {
     ring: LessSafeKey,
+    /// The same key once more: `ring` does not give it back, and a hand-over needs it. 32 bytes beside
+    /// the five hundred of `ring`, in memory that holds the key anyway.
+    bytes: Zeroizing<[u8; KEY_LEN]>,
 }
 
 impl AeadKey {
     /// Prepares `key`. The caller's copy stays the caller's to wipe.
     pub fn new(key: &[u8; KEY_LEN]) -> Self {
-        Self { ring: ring_key(key) }
+        Self { ring: ring_key(key), bytes: Zeroizing::new(*key) }
+    }
+
+    /// The secret bytes, to hand the key over to another process of this host.
+    pub fn expose(&self) -> &Zeroizing<[u8; KEY_LEN]> {
+        &self.bytes
     }
 
     /// Writes a key of zeros over this one.
@@ -78,6 +87,7 @@ impl AeadKey {
         // assignment overwrites it; the black box keeps the write, though nothing reads it again.
         self.ring = ring_key(&[0; KEY_LEN]);
         black_box(&mut self.ring);
+        self.bytes.zeroize();
     }
 }
 
@@ -110,8 +120,10 @@ mod tests {
         };
         let mut key = AeadKey::new(&[5; KEY_LEN]);
         assert_ne!(seal(&key), seal(&AeadKey::new(&[0; KEY_LEN])));
+        assert_eq!(**key.expose(), [5; KEY_LEN]);
         key.wipe();
         assert_eq!(seal(&key), seal(&AeadKey::new(&[0; KEY_LEN])));
+        assert_eq!(**key.expose(), [0; KEY_LEN]);
     }
 
     #[test]

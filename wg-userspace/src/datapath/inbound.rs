@@ -24,7 +24,7 @@ use super::shared::Shared;
 use crate::aead::{BatchAead, Job};
 use crate::counters::Path;
 use crate::routing::RoutingTable;
-use crate::session::{HotPeer, Keypair};
+use crate::session::{HotPeer, Receiving};
 use crate::tun::{self, TunQueue};
 
 /// Where opened packets go.
@@ -67,7 +67,9 @@ pub struct Inbound {
 /// A keypair that packets of this batch belong to, and what they did.
 struct Group {
     index: ReceiverIndex,
-    keypair: Arc<Keypair>,
+    /// Held until the batch is done: whoever freezes the keypair then knows that what was accepted has
+    /// been delivered.
+    keypair: Receiving,
     peer: Arc<HotPeer>,
     /// Bytes of accepted messages.
     accepted_bytes: u64,
@@ -146,7 +148,7 @@ impl Inbound {
             let group = &mut groups[candidate.group];
             if !opened {
                 self.counters().drop(DropReason::BadTag, 1);
-            } else if !group.keypair.window().accept(candidate.counter) {
+            } else if !group.keypair.accept(candidate.counter) {
                 self.counters().drop(DropReason::Replay, 1);
             } else {
                 group.accept(&arrivals[candidate.arrival]);
@@ -203,6 +205,7 @@ impl Inbound {
                 if !peer.keypairs.load().contains(&keypair) {
                     return Err(DropReason::UnknownIndex);
                 }
+                let keypair = keypair.receive().ok_or(DropReason::HandedOver)?;
                 groups.push(Group {
                     index,
                     keypair,
@@ -319,7 +322,7 @@ impl Inbound {
         if group.data {
             peer.activity.data_received(now);
         }
-        if peer.confirm(&group.keypair) {
+        if peer.confirm(group.keypair.keypair()) {
             // Staged packets can go, at whichever worker they are.
             self.shared.wake_all();
         }

@@ -177,7 +177,7 @@ impl Shared {
     /// Says that `worker` moves.
     pub fn beat(&self, worker: WorkerId, now: Now) {
         let index = usize::from(worker.0);
-        self.workers[index].heartbeat.store(now.boot_ns(), Ordering::Relaxed);
+        self.workers[index].heartbeat.store(now.boot_ns(), Ordering::Release);
         if let Some(word) = self.kernel_heartbeats.as_ref().and_then(|words| words.get(index)) {
             word.store(now.boot_ns(), Ordering::Relaxed);
         }
@@ -192,6 +192,12 @@ impl Shared {
     pub fn still_for(&self, worker: WorkerId, now: Now) -> Duration {
         let beat = self.workers[usize::from(worker.0)].heartbeat.load(Ordering::Relaxed);
         now.since(Now::from_boot_ns(beat))
+    }
+
+    /// Whether every worker has begun a turn after `at`: what one had sealed before has left, and what it
+    /// had accepted is delivered.
+    pub fn all_turned_since(&self, at: Now) -> bool {
+        self.workers.iter().all(|worker| worker.heartbeat.load(Ordering::Acquire) > at.boot_ns())
     }
 
     /// Has `deputy` read what belongs to `worker`; `None` gives it back.

@@ -535,3 +535,31 @@ fn random_bytes_harm_nothing() {
         gateway.send(&[bytes], START);
     });
 }
+
+#[test]
+fn a_keypair_that_was_handed_over_neither_opens_nor_seals() {
+    let mut gateway = Gateway::new();
+    let keypair = gateway.give_keypair(1, Role::Initiator);
+    let datagrams =
+        datagrams_of(&mut gateway, 1, &[packet(PEER_1, US, 100), packet(PEER_1, US, 101)]);
+    gateway.receive(0, &datagrams[0], START);
+    assert_eq!(gateway.written().len(), 1);
+    let frozen = keypair.freeze().unwrap();
+    assert!(frozen.is_settled(), "no batch is under way");
+    gateway.receive(0, &datagrams[1], START);
+    assert!(gateway.written().is_empty());
+    assert_eq!(gateway.dropped(0, DropReason::HandedOver), 1);
+    gateway.send(&[packet(US, PEER_1, 100)], START);
+    assert!(gateway.sent().is_empty(), "staged");
+}
+
+#[test]
+fn a_turn_has_passed_when_every_worker_began_a_new_one() {
+    let gateway = Gateway::new();
+    let (tick, shared) = (Duration::from_nanos(1), &gateway.shared);
+    assert!(!shared.all_turned_since(START), "a turn that began then may have begun before");
+    shared.beat(WorkerId(0), START + tick);
+    assert!(!shared.all_turned_since(START), "the other worker is at its old turn yet");
+    shared.beat(WorkerId(1), START + tick);
+    assert!(shared.all_turned_since(START) && !shared.all_turned_since(START + tick));
+}

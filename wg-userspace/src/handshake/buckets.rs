@@ -99,8 +99,8 @@ impl SourceBuckets {
     /// The set and the tag of a source.
     fn place(&self, source: IpAddr) -> (usize, u64) {
         let hash = match source.to_canonical() {
-            IpAddr::V4(v4) => mac(&*self.key, &v4.octets()),
-            IpAddr::V6(v6) => mac(&*self.key, &v6.octets()[..8]),
+            IpAddr::V4(v4) => mac::<KEY_LEN>(&self.key, &v4.octets()),
+            IpAddr::V6(v6) => mac::<KEY_LEN>(&self.key, &v6.octets()[..8]),
         };
         let [low, high] = [0, 8].map(|at| {
             u64::from_ne_bytes(*hash[at..].first_chunk().expect("a mac is 16 bytes long"))

@@ -5,7 +5,7 @@
 //! before any message can carry it. A freed slot rests before it is used again, so that packets on
 //! their way to its last user do not meet the next one; the next one has another index.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -25,10 +25,15 @@ pub const REST_TIME: Duration = REJECT_AFTER_TIME.saturating_mul(3);
 /// The receiver indexes of one device. `T` is whom an index belongs to.
 pub struct IndexTable<T> {
     indexes: IndexPermutation,
-    /// The slots that were ever used; the rest of them cost nothing.
+    /// The slots that were ever used, or lie below one that a predecessor had lent; the rest of them
+    /// cost nothing.
     slots: Vec<Slot<T>>,
     /// The slots that are free again, first freed first, and when each may be used.
     resting: VecDeque<(u32, Now)>,
+    /// Slots that were never lent here, but perhaps by a predecessor.
+    gaps: BTreeSet<u32>,
+    /// When whatever a predecessor had lent there has rested.
+    gaps_rest_until: Now,
     /// Where the epochs of fresh slots begin: under a key that outlives us, a restart does not repeat
     /// the indexes before it.
     first_epoch: u32,
@@ -53,6 +58,8 @@ impl<T> IndexTable<T> {
             indexes,
             slots: Vec::new(),
             resting: VecDeque::new(),
+            gaps: BTreeSet::new(),
+            gaps_rest_until: Now::default(),
             first_epoch: rng.next_u32(),
             live,
         }
@@ -71,6 +78,7 @@ impl<T> IndexTable<T> {
                 self.slots.push(Slot { owner: None, epoch: self.first_epoch });
                 self.slots.len() as u32 - 1
             }
+            _ if self.gaps_rest_until <= now => self.gaps.pop_first()?,
             _ => return None,
         };
         let used = &mut self.slots[slot as usize];
@@ -78,6 +86,29 @@ impl<T> IndexTable<T> {
         let index = self.indexes.own_index(slot, used.epoch);
         self.store(slot, index_entry(index));
         Some(index)
+    }
+
+    /// Takes over an index that a predecessor had lent, for `owner`; live when this returns. `true`
+    /// also if it is lent to `owner` already, `false` if its slot is, or was, another's.
+    ///
+    /// Slots below it that nobody takes over rest from `now` on: the predecessor may have lent them.
+    pub fn adopt(&mut self, index: ReceiverIndex, owner: &Arc<T>, now: Now) -> bool {
+        if let Some(known) = self.owner(index) {
+            return Arc::ptr_eq(known, owner);
+        }
+        let Some(slot) = self.indexes.slot_of(index) else { return false };
+        while self.slots.len() <= slot as usize {
+            self.gaps.insert(self.slots.len() as u32);
+            self.gaps_rest_until = now + REST_TIME;
+            self.slots.push(Slot { owner: None, epoch: self.first_epoch });
+        }
+        if !self.gaps.remove(&slot) {
+            return false;
+        }
+        let epoch = self.indexes.parts_of(index).epoch;
+        self.slots[slot as usize] = Slot { owner: Some(Arc::clone(owner)), epoch };
+        self.store(slot, index_entry(index));
+        true
     }
 
     /// Whom `index` belongs to; nobody if its slot has another user by now, or none.
@@ -96,7 +127,7 @@ impl<T> IndexTable<T> {
     /// How many indexes are lent.
     #[cfg(test)]
     pub fn lent_count(&self) -> usize {
-        self.slots.len() - self.resting.len()
+        self.slots.len() - self.resting.len() - self.gaps.len()
     }
 
     /// The slot that is in use under this very index.
@@ -354,5 +385,32 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn an_adopted_index_is_lent_to_nobody_else() {
+        // The predecessor lent slots 1 and 3; of 0 and 2 we know nothing.
+        let indexes = IndexPermutation::new([1, 2, 3, 4], IndexLayout::new(0, 3).unwrap());
+        let index = |slot| indexes.own_index(slot, 0xabc);
+        let slot = |index| indexes.slot_of(index).unwrap();
+        let mut table = IndexTable::new(indexes, None, &mut rand::rngs::StdRng::seed_from_u64(1));
+        let (owner, other) = (Arc::new(0), Arc::new(1));
+        for slot in [1, 3] {
+            assert!(table.adopt(index(slot), &owner, START));
+            assert!(table.adopt(index(slot), &owner, START), "once more");
+            assert!(!table.adopt(index(slot), &other, START), "only its owner has it");
+            assert!(!table.adopt(indexes.own_index(slot, 0xabd), &other, START), "slot in use");
+            assert!(Arc::ptr_eq(table.owner(index(slot)).unwrap(), &owner));
+        }
+        // What was never lent comes first, then what the predecessor may have lent, rested.
+        let fresh = [(); 4].map(|()| slot(table.allocate(&other, START).unwrap()));
+        assert_eq!(fresh, [4, 5, 6, 7]);
+        assert!(table.allocate(&other, START + (REST_TIME - TICK)).is_none());
+        table.release(index(3), START);
+        assert!(!table.adopt(index(3), &owner, START), "it rests");
+        let rested = [(); 3].map(|()| table.allocate(&other, START + REST_TIME).unwrap());
+        assert_eq!(rested.map(slot), [3, 0, 2]);
+        assert_ne!(rested[0], index(3));
+        assert!(table.allocate(&other, START + REST_TIME).is_none());
     }
 }

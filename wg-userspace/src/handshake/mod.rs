@@ -9,6 +9,7 @@
 
 mod buckets;
 mod cookies;
+pub mod handover;
 mod index;
 #[cfg(test)]
 mod index_model;
@@ -112,6 +113,10 @@ impl Indexes for CellIndexes<'_> {
 
     fn release(&mut self, index: ReceiverIndex) {
         lock(self.table).release(index, self.now);
+    }
+
+    fn adopt(&mut self, index: ReceiverIndex) -> bool {
+        lock(self.table).adopt(index, self.cell, self.now)
     }
 
     fn publish(&mut self, keypair: &Arc<Keypair>) {

@@ -71,6 +71,23 @@ impl Activity {
         self.last_received.get()
     }
 
+    /// All moments, for a hand-over at `now`.
+    pub(super) fn moments(&self, now: Now) -> Moments {
+        self.all().map(|moment| moment.0.load(Relaxed).min(now.boot_ns()))
+    }
+
+    /// Goes on from where another process left, but for what has happened here since.
+    pub(super) fn restore(&self, moments: &Moments) {
+        for (moment, &ns) in self.all().into_iter().zip(moments) {
+            // Only from none: the moment may have been set by a worker.
+            let _ = moment.0.compare_exchange(0, ns, Relaxed, Relaxed);
+        }
+    }
+
+    fn all(&self) -> [&Moment; 4] {
+        [&self.unanswered_since, &self.owed_since, &self.last_sent, &self.last_received]
+    }
+
     /// Forgets that packets wait for an answer, if they do so since `since`; newer ones count anew.
     pub(super) fn clear_unanswered(&self, since: Now) {
         self.unanswered_since.clear_if(since);
@@ -81,6 +98,9 @@ impl Activity {
         self.owed_since.clear_if(since);
     }
 }
+
+/// The moments of a peer in a hand-over: boot time in nanoseconds, 0 for none.
+pub(super) type Moments = [u64; 4];
 
 /// Boot time in nanoseconds; 0 for none. Nothing else is read by way of it, so that no ordering is
 /// needed.

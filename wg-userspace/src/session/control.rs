@@ -17,6 +17,7 @@ use wg_common::protocol::{
 use wg_common::time::Now;
 
 use super::cookie::PeerCookie;
+use super::handover::Handover;
 use super::timers::{Due, Timers};
 use super::{HotPeer, Keypair, Keypairs};
 use crate::key::PresharedKey;
@@ -32,6 +33,10 @@ pub trait Indexes {
 
     /// Takes back an index under which no keypair was ever published.
     fn release(&mut self, index: ReceiverIndex);
+
+    /// Takes over an index that the predecessor had lent, or that we have lent ourselves, to the same
+    /// session; it is live when this returns. `false` if it cannot be ours.
+    fn adopt(&mut self, index: ReceiverIndex) -> bool;
 
     /// Lets workers find the keypair by its local index; they do when this returns.
     fn publish(&mut self, keypair: &Arc<Keypair>);
@@ -107,7 +112,7 @@ impl fmt::Debug for HandshakeMessage {
 /// A peer that rests costs no time, and some four hundred bytes of memory.
 #[derive(Debug)]
 pub struct Session {
-    peer: Arc<HotPeer>,
+    pub(super) peer: Arc<HotPeer>,
     /// Kept beside `remote`, which is there only while we have an identity.
     preshared_key: PresharedKey,
     remote: Option<RemoteStatic>,
@@ -115,16 +120,17 @@ pub struct Session {
     pending: Option<Box<Initiator>>,
     /// Keypairs that workers can find: those in the peer's [`Keypairs`], and those that were taken
     /// out since we last looked.
-    published: Vec<Arc<Keypair>>,
+    pub(super) published: Vec<Arc<Keypair>>,
     /// The keypair that we made as responder and that waits for its first packet.
-    awaited: Option<ReceiverIndex>,
-    timers: Timers,
+    pub(super) awaited: Option<ReceiverIndex>,
+    pub(super) timers: Timers,
     cookie: PeerCookie,
     /// The greatest timestamp of an initiation that was answered.
-    greatest_timestamp: Timestamp,
+    pub(super) greatest_timestamp: Timestamp,
     /// When an initiation was last answered.
     answered: Option<Now>,
-    last_handshake: Option<Timestamp>,
+    pub(super) last_handshake: Option<Timestamp>,
+    pub(super) handover: Handover,
 }
 
 impl Session {
@@ -142,6 +148,7 @@ impl Session {
             greatest_timestamp: Timestamp::default(),
             answered: None,
             last_handshake: None,
+            handover: Handover::No,
         }
     }
 
@@ -183,6 +190,9 @@ impl Session {
     /// [`KEEPALIVE_TIMEOUT`](wg_common::protocol::KEEPALIVE_TIMEOUT): who asks again when that has
     /// passed misses nothing. When a worker has confirmed a keypair, it is worth asking at once.
     pub fn poll_timeout(&self) -> Option<Now> {
+        if self.is_handed_over() {
+            return None;
+        }
         if self.is_unsettled(&self.peer.keypairs.load()) {
             return Some(Now::default());
         }
@@ -209,7 +219,7 @@ impl Session {
     /// they do when the first packet proves that this was no replay.
     ///
     /// # Errors
-    /// [`DropReason::OldTimestamp`] for a replay, [`DropReason::InitiationFlood`] if the last one was
+    /// [`DropReason::HandedOver`], [`DropReason::OldTimestamp`] for a replay, [`DropReason::InitiationFlood`] if the last one was
     /// answered just now, [`DropReason::NoIndex`] if no index is free, and what [`HandshakeError`]s
     /// count as. Nothing has changed then.
     pub fn handle_initiation<R: CryptoRng, I: Indexes>(
@@ -219,6 +229,9 @@ impl Session {
         ctx: &mut Context<'_, R, I>,
         now: Now,
     ) -> Result<Vec<Action>, DropReason> {
+        if self.is_handed_over() {
+            return Err(DropReason::HandedOver);
+        }
         let remote = self.remote.as_ref().ok_or(DropReason::NoPrivateKey)?;
         let timestamp = initiation.timestamp();
         if timestamp <= self.greatest_timestamp {
@@ -306,6 +319,9 @@ impl Session {
         now: Now,
     ) -> Vec<Action> {
         let mut actions = Vec::new();
+        if self.is_handed_over() {
+            return actions;
+        }
         // Wiped as soon as they are dead, so that nothing is left of a peer that went silent when the
         // kernel, after three times Reject-After-Time, wipes everything.
         if self.published.iter().any(|keypair| keypair.is_expired(now)) {
@@ -368,8 +384,12 @@ impl Session {
 
     /// Ends every keypair and handshake.
     ///
-    /// The greatest timestamp stays: old initiations are replays as before.
+    /// The greatest timestamp stays: old initiations are replays as before. A session that is handed
+    /// over has ended already, and its indexes are its successor's.
     pub fn clear(&mut self, indexes: &mut impl Indexes) {
+        if self.is_handed_over() {
+            return;
+        }
         self.peer.keypairs.update(Keypairs::cleared);
         self.awaited = None;
         self.abandon(indexes);
@@ -384,6 +404,9 @@ impl Session {
         actions: &mut Vec<Action>,
         now: Now,
     ) {
+        if self.is_handed_over() {
+            return;
+        }
         if self.remote.is_none() || self.peer.endpoint.load().is_none() {
             self.peer.handshake_wanted.store(false, Relaxed);
         } else if self.timers.is_trying() {
@@ -501,7 +524,7 @@ impl Session {
     }
 
     /// Forgets the handshake in flight, if there is one. Who still wants one must ask again.
-    fn abandon(&mut self, indexes: &mut impl Indexes) {
+    pub(super) fn abandon(&mut self, indexes: &mut impl Indexes) {
         if let Some(pending) = self.pending.take() {
             indexes.release(pending.local_index());
         }
@@ -509,7 +532,7 @@ impl Session {
     }
 
     /// Retires keypairs that are no longer among the peer's, whoever took them out.
-    fn retire(&mut self, indexes: &mut impl Indexes) {
+    pub(super) fn retire(&mut self, indexes: &mut impl Indexes) {
         let keypairs = self.peer.keypairs.load();
         for gone in self.published.extract_if(.., |keypair| !keypairs.contains(keypair)) {
             indexes.retire(&gone);

@@ -1,17 +1,15 @@
 //! What one handshake yields: two keys, a sending counter, a replay window.
 
-use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::ops::{Deref, Range};
 use std::sync::{Arc, Weak};
 
-use wg_common::id::{ReceiverIndex, ShardId};
-use wg_common::protocol::{
-    KEEPALIVE_TIMEOUT, REJECT_AFTER_MESSAGES, REJECT_AFTER_TIME, REKEY_AFTER_MESSAGES,
-    REKEY_AFTER_TIME, REKEY_TIMEOUT,
-};
+use wg_common::id::{Counter, ReceiverIndex, ShardId};
+use wg_common::protocol::{KEEPALIVE_TIMEOUT, REJECT_AFTER_TIME, REKEY_AFTER_TIME, REKEY_TIMEOUT};
 use wg_common::time::Now;
 
-use super::{HotPeer, ReplayWindow};
+use super::gates::{ReceiveGate, SendCounter};
+use super::handover::{KeypairExport, Slot};
+use super::{Generation, HotPeer, ReplayWindow};
 use crate::aead::AeadKey;
 use crate::noise::{Established, Role};
 
@@ -25,12 +23,22 @@ pub struct Keypair {
     created: Now,
     home: ShardId,
     peer: Weak<HotPeer>,
+    /// Whose counters we seal with.
+    generation: Generation,
     seal_key: AeadKey,
     open_key: AeadKey,
-    /// The next counter to seal with; moved by whoever sends.
-    sent: CacheLine<AtomicU64>,
+    /// Moved by whoever sends.
+    sent: CacheLine<SendCounter>,
     /// Moved by the home worker.
-    window: CacheLine<ReplayWindow>,
+    received: CacheLine<Received>,
+}
+
+/// Which counters have come, and whether any may.
+#[derive(Debug)]
+struct Received {
+    gate: ReceiveGate,
+    /// Belongs to who is inside the gate; to who has shut it when nobody is.
+    window: ReplayWindow,
 }
 
 /// Keeps what one thread writes apart from what others read. Two lines, as processors fetch pairs.
@@ -66,11 +74,34 @@ impl Keypair {
             created: now,
             home,
             peer,
+            generation: Generation::default(),
             seal_key: AeadKey::new(&established.keys.send),
             open_key: AeadKey::new(&established.keys.receive),
-            sent: CacheLine(AtomicU64::new(0)),
-            window: CacheLine(ReplayWindow::new()),
+            sent: CacheLine(SendCounter::new(Generation::default().counters().start)),
+            received: CacheLine(Received { gate: ReceiveGate::new(), window: ReplayWindow::new() }),
         }
+    }
+
+    /// Takes a keypair over from who exported it, as the next generation; `None` if that was the last.
+    pub(super) fn import(
+        export: KeypairExport,
+        peer: Weak<HotPeer>,
+        home: ShardId,
+    ) -> Option<Self> {
+        let generation = export.generation.successor()?;
+        Some(Self {
+            local_index: export.local_index,
+            remote_index: export.remote_index,
+            role: export.role,
+            created: export.created,
+            home,
+            peer,
+            generation,
+            seal_key: AeadKey::new(&export.seal_key),
+            open_key: AeadKey::new(&export.open_key),
+            sent: CacheLine(SendCounter::new(generation.counters().start)),
+            received: CacheLine(Received { gate: ReceiveGate::new(), window: export.window }),
+        })
     }
 
     /// By which the peer addresses us.
@@ -118,42 +149,54 @@ impl Keypair {
         &self.open_key
     }
 
-    /// Which counters have come. For the home worker only.
-    pub fn window(&self) -> &ReplayWindow {
-        &self.window.0
+    /// The number of its holder: 0, unless it was handed over.
+    pub fn generation(&self) -> Generation {
+        self.generation
     }
 
-    /// Number of counters that have been reserved.
-    pub fn sent(&self) -> u64 {
-        self.sent.0.load(Relaxed)
-    }
-
-    /// Reserves up to `n` counters to seal with: fewer if the limit is near, `None` if it is reached
-    /// (or if `n` is 0). Any thread may seal with what it has reserved.
-    pub fn reserve(&self, n: u64) -> Option<Reserved> {
-        self.reserve_below(REJECT_AFTER_MESSAGES, n)
-    }
-
-    fn reserve_below(&self, limit: u64, n: u64) -> Option<Reserved> {
-        // Not `fetch_add`: threads that find the limit reached would push the counter on, in the
-        // end around to 0. Relaxed, since the counter guards no other memory, and changes of one
-        // atomic have one order for all threads.
-        let mut first = self.sent.0.load(Relaxed);
-        loop {
-            let count = n.min(limit.saturating_sub(first));
-            if count == 0 {
-                return None;
-            }
-            match self.sent.0.compare_exchange_weak(first, first + count, Relaxed, Relaxed) {
-                Ok(_) => return Some(Reserved { first, count }),
-                Err(moved) => first = moved,
-            }
+    /// Receives with it, for as long as the result is held: a batch. For the home worker only; nobody
+    /// else has it then. `None` once it has been frozen.
+    pub fn receive(self: Arc<Self>) -> Option<Receiving> {
+        if self.received.0.gate.enter() {
+            return Some(Receiving(self));
         }
+        debug_assert!(self.is_frozen(), "only the home worker receives");
+        None
+    }
+
+    /// The next counter to seal with: in the first generation, the number of counters that have been
+    /// reserved. `u64::MAX` once it has been frozen.
+    pub fn sent(&self) -> u64 {
+        self.sent.0.next()
+    }
+
+    /// Reserves up to `n` counters to seal with: fewer if the end of its generation's is near, `None` if
+    /// it is reached, if the keypair has been frozen, or if `n` is 0. Any thread may seal with what it
+    /// has reserved.
+    pub fn reserve(&self, n: u64) -> Option<Reserved> {
+        let (first, count) = self.sent.0.take(self.generation.counters().end, n)?;
+        Some(Reserved { first, count })
+    }
+
+    /// Ends sealing and receiving for good, here and in this process, to hand the keypair over: nothing is
+    /// reserved after this, and nobody begins to receive. What was reserved before may yet be sealed and
+    /// sent; who receives now finishes its batch.
+    ///
+    /// `None` for all callers but the first: there is at most one export of a keypair.
+    pub fn freeze(self: &Arc<Self>) -> Option<Frozen> {
+        let next = self.sent.0.stop();
+        self.received.0.gate.shut();
+        Some(Frozen { keypair: Arc::clone(self), next: next? })
+    }
+
+    /// Whether it was frozen.
+    pub fn is_frozen(&self) -> bool {
+        self.received.0.gate.is_shut()
     }
 
     /// Whether it is young enough, and has counters left, to seal.
     pub fn can_seal(&self, now: Now) -> bool {
-        !self.is_expired(now) && self.sent() < REJECT_AFTER_MESSAGES
+        !self.is_expired(now) && self.sent() < self.generation.counters().end
     }
 
     /// Whether it is young enough to open. Counters are the window's matter.
@@ -167,9 +210,10 @@ impl Keypair {
     }
 
     /// Whether who has just sealed with it should ask for a new handshake: the initiator by age, both
-    /// by number of messages (§6.2; so does the kernel).
+    /// by number of messages (§6.2; so does the kernel), or when their generation's counters near their
+    /// end.
     pub fn wants_rekey_to_send(&self, now: Now) -> bool {
-        self.sent() > REKEY_AFTER_MESSAGES
+        self.sent() > self.generation.rekey_after()
             || (self.role == Role::Initiator && now.since(self.created) >= REKEY_AFTER_TIME)
     }
 
@@ -182,11 +226,84 @@ impl Keypair {
     }
 }
 
+/// The right to receive with a keypair, which it dereferences to. One at a time.
+#[derive(Debug)]
+pub struct Receiving(Arc<Keypair>);
+
+impl Receiving {
+    /// Takes note of a counter and says whether it is new, as [`ReplayWindow::accept`].
+    pub fn accept(&mut self, counter: Counter) -> bool {
+        self.0.received.0.window.accept(counter)
+    }
+
+    /// The keypair.
+    pub fn keypair(&self) -> &Arc<Keypair> {
+        &self.0
+    }
+}
+
+impl Deref for Receiving {
+    type Target = Keypair;
+
+    fn deref(&self) -> &Keypair {
+        &self.0
+    }
+}
+
+impl Drop for Receiving {
+    fn drop(&mut self) {
+        self.0.received.0.gate.leave();
+    }
+}
+
+/// A keypair that seals and opens no more here, and can be exported once.
+#[derive(Debug)]
+pub struct Frozen {
+    keypair: Arc<Keypair>,
+    /// Where its sending counter stood.
+    next: u64,
+}
+
+impl Frozen {
+    /// The keypair.
+    pub fn keypair(&self) -> &Arc<Keypair> {
+        &self.keypair
+    }
+
+    /// Whether nobody receives any more, so that the window will not move again.
+    pub fn is_settled(&self) -> bool {
+        self.keypair.received.0.gate.is_settled()
+    }
+
+    /// All there is to know of the keypair, whose place was `slot`. `None` if somebody still receives: then
+    /// nobody will ever have it.
+    pub(super) fn export(self, slot: Slot, now: Now) -> Option<KeypairExport> {
+        if !self.is_settled() {
+            return None;
+        }
+        let Self { keypair, next } = self;
+        Some(KeypairExport {
+            slot,
+            role: keypair.role,
+            generation: keypair.generation,
+            next,
+            local_index: keypair.local_index,
+            remote_index: keypair.remote_index,
+            // Clocks of threads differ by a little; an export is not older than what is in it.
+            created: keypair.created.min(now),
+            seal_key: keypair.seal_key.expose().clone(),
+            open_key: keypair.open_key.expose().clone(),
+            window: keypair.received.0.window.copy(),
+        })
+    }
+}
+
 #[cfg(test)]
 pub(super) mod tests {
     use std::time::Duration;
 
     use proptest::prelude::*;
+    use wg_common::protocol::{REJECT_AFTER_MESSAGES, REKEY_AFTER_MESSAGES};
 
     use super::*;
     use crate::noise::TransportKeys;
@@ -202,10 +319,11 @@ pub(super) mod tests {
         Keypair::new(&established, Weak::new(), ShardId::new(0), created)
     }
 
-    fn at_counter(sent: u64) -> Keypair {
-        let keypair = keypair(0, Role::Responder, START);
-        keypair.sent.0.store(sent, Relaxed);
-        keypair
+    /// A keypair of the generation that has this counter, which is the next.
+    fn at_counter(next: u64) -> Keypair {
+        let generation = Generation::new((next >> 40) as u32).unwrap();
+        let sent = CacheLine(SendCounter::new(next));
+        Keypair { generation, sent, ..keypair(0, Role::Responder, START) }
     }
 
     #[test]
@@ -231,6 +349,29 @@ pub(super) mod tests {
         assert_eq!(keypair.reserve(1), None);
         assert_eq!(keypair.sent(), REJECT_AFTER_MESSAGES);
         assert!(keypair.can_open(START), "receiving has its own counter");
+    }
+
+    #[test]
+    fn reserve_never_leaves_its_generation() {
+        for number in [0, 1, 77] {
+            let Range { start, end } = Generation::new(number).unwrap().counters();
+            let keypair = at_counter(end - 5);
+            assert!(keypair.can_seal(START) && keypair.wants_rekey_to_send(START));
+            assert_eq!(keypair.reserve(64), Some(Reserved { first: end - 5, count: 5 }));
+            assert!(keypair.reserve(1).is_none() && !keypair.can_seal(START));
+            assert!(keypair.can_open(START), "receiving has its own counter");
+            assert!(!at_counter(start).wants_rekey_to_send(START));
+        }
+    }
+
+    #[test]
+    fn a_frozen_keypair_neither_seals_nor_receives() {
+        let keypair = Arc::new(at_counter(5));
+        let frozen = keypair.freeze().unwrap();
+        assert!(keypair.is_frozen() && frozen.is_settled() && frozen.next == 5);
+        assert!(!keypair.can_seal(START) && keypair.reserve(1).is_none());
+        assert!(keypair.clone().receive().is_none());
+        assert!(keypair.freeze().is_none());
     }
 
     proptest! {
@@ -309,8 +450,7 @@ pub(super) mod tests {
     #[test]
     fn both_roles_rekey_after_rekey_after_messages() {
         for role in [Role::Initiator, Role::Responder] {
-            let keypair = keypair(0, role, START);
-            keypair.sent.0.store(REKEY_AFTER_MESSAGES, Relaxed);
+            let keypair = Keypair { role, ..at_counter(REKEY_AFTER_MESSAGES) };
             assert!(!keypair.wants_rekey_to_send(START));
             keypair.reserve(1);
             assert!(keypair.wants_rekey_to_send(START));

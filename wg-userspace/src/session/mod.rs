@@ -15,10 +15,18 @@
 //! [`Keypairs`] is an immutable value. Control installs and removes keypairs, the home worker of one
 //! confirms it, both by a swap that is tried again if the other was faster. `Session` remembers what
 //! it has published and retires what is no longer in the value, whoever took it out.
+//!
+//! [`handover`] moves sessions to another process of the host: what may seal and open stops here before
+//! it begins there.
 
 mod activity;
 mod control;
 mod cookie;
+mod gates;
+mod generation;
+pub mod handover;
+#[cfg(test)]
+mod handover_tests;
 mod keypair;
 mod keypairs;
 mod peer;
@@ -28,9 +36,15 @@ mod slot_table;
 mod tests;
 mod timers;
 
+/// The atomics that [`gates`] uses.
+mod atomic {
+    pub use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+}
+
 pub use activity::Activity;
 pub use control::{Action, Context, HandshakeMessage, Indexes, Session};
-pub use keypair::{Keypair, Reserved};
+pub use generation::Generation;
+pub use keypair::{Frozen, Keypair, Receiving, Reserved};
 pub use keypairs::Keypairs;
 pub use peer::{HotPeer, SharedKeypairs, Transfer};
 pub use replay::ReplayWindow;

@@ -119,6 +119,12 @@ impl Transfer {
         self.tx_bytes.fetch_add(bytes, Relaxed);
     }
 
+    /// Goes on from where another process left; does nothing where these counts are greater.
+    pub(super) fn restore(&self, rx_bytes: u64, tx_bytes: u64) {
+        self.rx_bytes.fetch_max(rx_bytes, Relaxed);
+        self.tx_bytes.fetch_max(tx_bytes, Relaxed);
+    }
+
     /// Bytes received.
     pub fn rx_bytes(&self) -> u64 {
         self.rx_bytes.load(Relaxed)

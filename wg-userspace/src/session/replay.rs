@@ -6,7 +6,8 @@ use wg_common::id::Counter;
 use wg_common::protocol::{REJECT_AFTER_MESSAGES, REPLAY_WINDOW_LEN};
 
 const WORD_BITS: u64 = u64::BITS as u64;
-const WORD_COUNT: usize = (REPLAY_WINDOW_LEN / WORD_BITS) as usize;
+/// Words of 64 counters in a window.
+pub(super) const WORD_COUNT: usize = (REPLAY_WINDOW_LEN / WORD_BITS) as usize;
 const _: () = assert!(
     REPLAY_WINDOW_LEN.is_power_of_two() && REPLAY_WINDOW_LEN.is_multiple_of(WORD_BITS),
     "counters map to bits by their low bits"
@@ -15,8 +16,9 @@ const _: () = assert!(
 /// Remembers which of the last [`REPLAY_WINDOW_LEN`] counters, up to the greatest that has come,
 /// were accepted.
 ///
-/// Only one thread, the keypair's home, may call [`accept`](Self::accept): the window is made of
-/// atomics so that it can live in a shared keypair, not so that two threads could move it.
+/// Only one thread at a time may call [`accept`](Self::accept): the window is made of atomics so that
+/// it can live in a shared keypair, not so that two threads could move it. A keypair's home worker gets
+/// it by [`Keypair::receive`](super::Keypair::receive).
 ///
 /// All 8192 counters are usable; the kernel clears whole words and so has 8128 of as many bits.
 #[derive(Debug)]
@@ -62,6 +64,38 @@ impl ReplayWindow {
         let (word, mask) = place(counter);
         self.seen[word].store(self.seen[word].load(Relaxed) | mask, Relaxed);
         true
+    }
+
+    /// The window as it stands, for its next holder. To be called when nobody moves it any more.
+    pub(super) fn copy(&self) -> Self {
+        let seen = std::array::from_fn(|word| AtomicU64::new(self.seen[word].load(Relaxed)));
+        Self { end: AtomicU64::new(self.end.load(Relaxed)), seen }
+    }
+
+    /// What stands in a window: one more than the greatest accepted counter, and the words of bits.
+    pub(super) fn parts(&self) -> (u64, impl Iterator<Item = u64>) {
+        (self.end.load(Relaxed), self.seen.iter().map(|word| word.load(Relaxed)))
+    }
+
+    /// The window in which these stand; `None` if none can come to hold them.
+    pub(super) fn from_parts(end: u64, seen: [u64; WORD_COUNT]) -> Option<Self> {
+        if end > REJECT_AFTER_MESSAGES {
+            return None;
+        }
+        // The greatest counter was accepted, and none beyond it.
+        if let Some(greatest) = end.checked_sub(1) {
+            let (word, mask) = place(greatest);
+            if seen[word] & mask == 0 {
+                return None;
+            }
+        }
+        if end < REPLAY_WINDOW_LEN {
+            let (word, mask) = place(end);
+            if seen[word] & !(mask - 1) != 0 || seen[word + 1..].iter().any(|&word| word != 0) {
+                return None;
+            }
+        }
+        Some(Self { end: AtomicU64::new(end), seen: seen.map(AtomicU64::new) })
     }
 
     /// Clears the bits of `count` counters from `first` on.
@@ -176,6 +210,60 @@ mod tests {
             assert_eq!(window.would_accept(Counter(counter)), ok, "would_accept({counter})");
             assert_eq!(window.accept(Counter(counter)), ok, "accept({counter})");
         }
+    }
+
+    fn moved(window: &ReplayWindow) -> Option<ReplayWindow> {
+        let (end, seen) = window.parts();
+        ReplayWindow::from_parts(end, seen.collect::<Vec<_>>().try_into().unwrap())
+    }
+
+    proptest! {
+        #[test]
+        fn a_window_that_moved_answers_as_before(start in 0..10 * LEN, steps in steps()) {
+            let window = ReplayWindow::new();
+            let mut greatest = start;
+            let mut counters = vec![start];
+            for step in steps {
+                counters.push(match step {
+                    Step::Back(by) => greatest.saturating_sub(by),
+                    Step::Forward(by) => greatest.saturating_add(by),
+                    Step::Exactly(counter) => counter,
+                });
+                greatest = greatest.max(counters[counters.len() - 1]);
+            }
+            for &counter in &counters {
+                window.accept(Counter(counter));
+            }
+            let moved = moved(&window).expect("what accept makes is consistent");
+            let ends = [window.end.load(Relaxed), moved.end.load(Relaxed)];
+            prop_assert_eq!(ends[0], ends[1]);
+            let around = (ends[0].saturating_sub(LEN + 2)..ends[0] + 2).chain(counters);
+            for counter in around.map(Counter) {
+                prop_assert_eq!(window.would_accept(counter), moved.would_accept(counter));
+            }
+        }
+    }
+
+    #[test]
+    fn windows_that_cannot_be_are_refused() {
+        let seen = |words: &[(usize, u64)]| {
+            let mut seen = [0; WORD_COUNT];
+            words.iter().for_each(|&(word, bits)| seen[word] = bits);
+            seen
+        };
+        let consistent = |end, words: &[_]| ReplayWindow::from_parts(end, seen(words)).is_some();
+        assert!(consistent(0, &[]) && consistent(1, &[(0, 1)]) && consistent(3, &[(0, 0b101)]));
+        assert!(consistent(65, &[(0, 7), (1, 1)]) && consistent(64, &[(0, 1 << 63)]));
+        assert!(!consistent(1, &[]) && !consistent(3, &[(0, 0b11)]), "the greatest has not come");
+        assert!(!consistent(0, &[(0, 1)]) && !consistent(1, &[(0, 3)]), "one beyond it has come");
+        assert!(!consistent(64, &[(0, 1 << 63), (1, 1)]) && !consistent(1, &[(0, 1), (127, 1)]));
+        // Beyond the first round every bit has a meaning.
+        assert!(consistent(LEN + 1, &[(0, u64::MAX), (127, u64::MAX)]));
+        assert!(consistent(LEN, &[(127, u64::MAX)]) && !consistent(LEN, &[(0, 1)]));
+        let last = place(REJECT_AFTER_MESSAGES - 1);
+        assert!(consistent(REJECT_AFTER_MESSAGES, &[last]));
+        let beyond = place(REJECT_AFTER_MESSAGES);
+        assert!(!consistent(REJECT_AFTER_MESSAGES + 1, &[beyond]));
     }
 
     #[test]
