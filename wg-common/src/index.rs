@@ -207,7 +207,8 @@ const fn round(half: u32, key: u32) -> u32 {
     (mixed ^ mixed >> 15).wrapping_mul(MULTIPLIERS[1]) >> 16
 }
 
-/// Odd numbers that mix well together: those of the integer hash `lowbias32` (hash-prospector).
+/// Odd numbers that mix well together, found for a 32-bit integer hash by a search for low bias (the
+/// hash-prospector project; in the public domain).
 const MULTIPLIERS: [u32; 2] = [0x21f0_aaad, 0xd35a_2d97];
 
 #[cfg(test)]

@@ -11,6 +11,7 @@ pub mod device;
 pub mod handshake;
 pub mod host;
 pub mod key;
+pub mod lookup;
 pub mod noise;
 pub mod routing;
 pub mod session;

@@ -222,6 +222,8 @@ fn honest_peers_in_a_flood(test: &str, options: &[&str]) {
     client.event("handshake", LIMIT).unwrap();
     assert!(lab.client.ping(HOST_V4, 3, &[]).unwrap().answered >= 2);
     assert!(!gateway.is_under_load());
+    let mode = options[options.len() - 1];
+    assert_eq!(gateway.status().unwrap()["mode"], mode, "{:?}", gateway.status());
     let (endpoint, _) = gateway.peer("10.9.0.2");
     let late: SocketAddrV4 = format!("{HOST_V4}:{LATE_PORT}").parse().unwrap();
 

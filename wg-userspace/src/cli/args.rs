@@ -1,6 +1,10 @@
 //! The arguments and the environment.
 
-use std::{ffi::OsString, path::Path, str::FromStr};
+use std::{
+    ffi::OsString,
+    path::{Path, PathBuf},
+    str::FromStr,
+};
 
 use clap::{Args, Parser, Subcommand};
 use wg_common::map::HEARTBEATS_LEN;
@@ -72,7 +76,7 @@ pub struct Run {
     pub log: Option<String>,
 }
 
-/// Arguments that choose the data path.
+/// Arguments of every command that starts a daemon: its data path, and where its peers come from.
 #[derive(Args, Clone, Debug, Default, Eq, PartialEq)]
 pub struct DataPathArgs {
     /// NICs on which XDP hands WireGuard datagrams to AF_XDP sockets
@@ -85,6 +89,10 @@ pub struct DataPathArgs {
     #[arg(long, value_name = "N", env = "TIDEGATE_WORKERS",
           value_parser = clap::value_parser!(u16).range(1..=i64::from(HEARTBEATS_LEN)))]
     pub workers: Option<u16>,
+    /// Service that knows peers which are not configured, asked when they knock: HTTP over a Unix
+    /// socket
+    #[arg(long, value_name = "unix:PATH", env = "TIDEGATE_PEER_SOURCE", value_parser = peer_source)]
+    pub peer_source: Option<PathBuf>,
 }
 
 impl DataPathArgs {
@@ -144,6 +152,20 @@ fn parse_nics(text: &str) -> Result<Nics, String> {
         }
     }
     Ok(Nics(nics))
+}
+
+/// The path in `unix:PATH`. The daemon leaves the working directory, so that the path is absolute.
+fn peer_source(text: &str) -> Result<PathBuf, String> {
+    /// Longest path of a Unix socket (`sun_path`), without the zero at its end.
+    const LEN_MAX: usize = 107;
+    let path = text.strip_prefix("unix:").ok_or("a source of peers is `unix:` and a path")?;
+    if !path.starts_with('/') {
+        return Err(format!("the path `{path}` does not begin with `/`"));
+    }
+    if path.len() > LEN_MAX {
+        return Err(format!("the path of a Unix socket has at most {LEN_MAX} bytes"));
+    }
+    Ok(PathBuf::from(path))
 }
 
 /// Checks a filter and turns the words of other WireGuard tools (`verbose`, `silent`) into ours.
@@ -226,6 +248,11 @@ mod tests {
             "tidegate run wg0 --mode generic",
             "tidegate run wg0 --xdp this-name-is-too-long",
             "tidegate run wg0 --log loud",
+            "tidegate run wg0 --peer-source /run/peers.sock",
+            "tidegate run wg0 --peer-source unix:peers.sock",
+            "tidegate run wg0 --peer-source unix:",
+            "tidegate run wg0 --peer-source http://localhost/",
+            "tidegate up wg0 --peer-source unix:run/x",
             "tidegate up",
             "tidegate down",
             "tidegate pubkey key",
@@ -233,6 +260,16 @@ mod tests {
             let error = read(line).expect_err(line);
             assert_eq!(error.exit_code(), 2, "{line}");
         }
+    }
+
+    #[test]
+    fn a_source_of_peers_is_a_unix_socket() {
+        let run = run("tidegate run wg0 --peer-source unix:/run/peers.sock");
+        assert_eq!(run.data_path.peer_source, Some("/run/peers.sock".into()));
+        let error = read("tidegate run wg0 --peer-source tcp:1").unwrap_err().to_string();
+        assert!(error.contains("a source of peers is `unix:` and a path"), "{error}");
+        assert!(peer_source(&format!("unix:/{}", "x".repeat(106))).is_ok());
+        assert!(peer_source(&format!("unix:/{}", "x".repeat(107))).is_err());
     }
 
     #[test]

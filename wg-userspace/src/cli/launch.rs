@@ -6,6 +6,7 @@
 //! that its standard streams are `/dev/null`.
 
 use std::{
+    ffi::OsStr,
     io::{BufRead, BufReader, Write},
     os::unix::process::{CommandExt, ExitStatusExt},
     process::{Child, Command, Stdio},
@@ -101,6 +102,11 @@ fn command(options: &daemon::Options, log: Option<&str>) -> std::io::Result<Comm
     command.arg(format!("--xdp={}", options.xdp.join(",")));
     if let Some(workers) = options.workers {
         command.arg(format!("--workers={workers}"));
+    }
+    if let Some(socket) = &options.peer_source {
+        command
+            .arg("--peer-source")
+            .arg([OsStr::new("unix:"), socket.as_os_str()].join(OsStr::new("")));
     }
     if let Some(log) = log {
         command.arg(format!("--log={log}"));

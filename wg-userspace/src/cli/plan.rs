@@ -104,6 +104,7 @@ fn daemon_options(
         xdp: arguments.xdp().map_or_else(file_nics, <[String]>::to_vec),
         mode: arguments.mode.or(file_mode).unwrap_or(daemon::Mode::Auto),
         workers: arguments.workers.map(usize::from).or(file_workers),
+        peer_source: arguments.peer_source.clone(),
     }
 }
 

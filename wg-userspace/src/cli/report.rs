@@ -77,6 +77,8 @@ pub struct DataPath {
     pub aead: String,
     /// Dropped packets by reason.
     pub drops: BTreeMap<String, u64>,
+    /// What the source of pulled peers said, and what came of it; empty if there is none.
+    pub peer_source: BTreeMap<String, u64>,
     /// What the steer program did with datagrams: events, and drops by reason.
     pub steer: BTreeMap<String, u64>,
     /// Tunnel packets received, by the path that they came: `xsk` or `socket`.

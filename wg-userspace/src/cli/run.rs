@@ -39,6 +39,7 @@ fn options(interface: &str, data_path: &args::DataPathArgs) -> daemon::Options {
         xdp: data_path.xdp().unwrap_or_default().to_vec(),
         mode: data_path.mode.unwrap_or(daemon::Mode::Auto),
         workers: data_path.workers.map(usize::from),
+        peer_source: data_path.peer_source.clone(),
     }
 }
 

@@ -11,6 +11,7 @@ use wg_common::id::{PeerId, WorkerId};
 use zeroize::Zeroizing;
 
 use super::mode::ModeInUse;
+use super::pull::Pulling;
 use super::status::{Nic, Status};
 use super::watchdog::Watchdog;
 use crate::bpf::Steer;
@@ -20,6 +21,7 @@ use crate::datapath::{Shared, SocketGroup};
 use crate::device::{Device, Effect, SetRequest};
 use crate::handshake::Handshakes;
 use crate::host::{AddressChange, LinkChange};
+use crate::key::PublicKey;
 use crate::session::HotPeer;
 use crate::sys::clock;
 use crate::uapi::{self, Errno, PeerStatus};
@@ -29,8 +31,10 @@ use crate::udp::{self, UdpError};
 pub struct Control {
     /// What it shares with the workers.
     pub shared: Arc<Shared>,
-    device: RefCell<Device>,
-    handshakes: Arc<Handshakes>,
+    pub(super) device: RefCell<Device>,
+    pub(super) handshakes: Arc<Handshakes>,
+    /// A source of peers that are not configured, if there is one.
+    pub(super) pulling: Option<Pulling>,
     steer: RefCell<Option<Steer>>,
     mode: ModeInUse,
     nics: Vec<Nic>,
@@ -55,6 +59,7 @@ impl Control {
             shared,
             device: RefCell::default(),
             handshakes,
+            pulling: None,
             steer: RefCell::new(steer),
             mode,
             nics,
@@ -63,6 +68,12 @@ impl Control {
         };
         control.steer_port(None, control.shared.sockets.load().port);
         control
+    }
+
+    /// Has peers that nobody configured pulled from a source when they knock.
+    #[must_use]
+    pub fn with_pulling(self, pulling: Option<Pulling>) -> Self {
+        Self { pulling, ..self }
     }
 
     /// The back end in use.
@@ -75,6 +86,7 @@ impl Control {
         let now = clock::boot_now();
         self.watchdog.borrow_mut().look(&self.shared, &self.handshakes, now);
         self.handshakes.tick(now);
+        self.pull_tick(now);
     }
 
     /// Follows a change of the host's addresses.
@@ -126,17 +138,19 @@ impl Control {
         }
     }
 
-    fn carry_out(&self, effect: Effect) {
+    pub(super) fn carry_out(&self, effect: Effect) {
         let now = clock::boot_now();
         match effect {
             Effect::PrivateKey(key) => self.handshakes.set_private_key(key, now),
             // The sockets were opened and marked before anything was changed.
             Effect::ListenPort(_) | Effect::FwMark(_) => {}
             Effect::PeerAdded { id, public_key } => {
-                let hot = Arc::new(HotPeer::new(id, self.shared.device, public_key));
-                self.handshakes.add_peer(hot);
+                self.handshakes.add_peer(self.hot_peer(id, public_key));
             }
-            Effect::PeerRemoved { id, .. } => self.handshakes.remove_peer(id, now),
+            Effect::PeerRemoved { id, public_key } => {
+                self.peer_leaves(id, &public_key, now);
+                self.handshakes.remove_peer(id, now);
+            }
             Effect::Endpoint { id, addr } => self.set_endpoint(id, addr),
             Effect::Preshared { id, key } => self.handshakes.set_preshared_key(id, key),
             Effect::PersistentKeepalive { id, seconds } => {
@@ -147,6 +161,10 @@ impl Control {
                 self.shared.routing.store(self.device.borrow().allowed_ips().snapshot());
             }
         }
+    }
+
+    pub(super) fn hot_peer(&self, id: PeerId, public_key: PublicKey) -> Arc<HotPeer> {
+        Arc::new(HotPeer::new(id, self.shared.device, public_key))
     }
 
     fn set_endpoint(&self, peer: PeerId, addr: SocketAddr) {
@@ -203,10 +221,12 @@ impl uapi::Handler for Control {
             _ => {}
         }
         self.fwmark.set(mark);
+        let named: Vec<_> = request.peers.iter().map(|peer| peer.public_key).collect();
         let effects = self.device.borrow_mut().apply(request);
         for effect in effects {
             self.carry_out(effect);
         }
+        self.peers_configured(&named);
         Ok(())
     }
 
@@ -234,6 +254,7 @@ impl uapi::Handler for Control {
             aead: self.aead.to_owned(),
             paths: Path::ALL.iter().map(|&path| (path.name(), totals.received(path))).collect(),
             drops: totals.drops().map(|(reason, count)| (reason.name(), count)).collect(),
+            peer_source: self.pulling.as_ref().map(Pulling::status).unwrap_or_default(),
             steer: counted
                 .map(|counted| {
                     let events = counted.events().map(|(event, count)| (event.name(), count));

@@ -1,15 +1,18 @@
 //! Start, signals, stop; carries changes of the device to every other room.
 //!
 //! The one place that knows every room: [`start`] opens the edges and starts the workers,
-//! [`control`] answers wg(8) and applies changes, [`watchdog`] finds stuck workers, [`status`] says
+//! [`control`] answers wg(8) and applies changes, [`pull`] adds peers that knock, [`watchdog`] finds stuck workers, [`status`] says
 //! how things stand. Everything here runs on one thread; it may be slow and must be right.
 
 mod control;
 mod mode;
+mod pull;
+mod pulled;
 mod start;
 mod status;
 mod watchdog;
 
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -17,7 +20,9 @@ use std::time::Duration;
 use anyhow::Context as _;
 use tokio::signal::unix::{SignalKind, signal};
 
+use self::pull::PullEvents;
 use crate::host::Host;
+use crate::sys::clock;
 use crate::uapi;
 
 pub use mode::{Mode, ModeInUse};
@@ -38,6 +43,8 @@ pub struct Options {
     pub mode: Mode,
     /// Number of workers; the CPUs this process may run on if not given.
     pub workers: Option<usize>,
+    /// Unix socket of the service that knows peers which are not configured.
+    pub peer_source: Option<PathBuf>,
 }
 
 /// Why a daemon did not start, where the caller can do something about it.
@@ -92,6 +99,9 @@ async fn serve(options: Options, ready: impl FnOnce()) -> anyhow::Result<()> {
                 if let Some(log) = &mut running.steer_log {
                     log.flush();
                 }
+            }
+            event = PullEvents::next(&mut running.pull_events) => {
+                control.pull_event(event, clock::boot_now());
             }
             change = running.addresses.next(), if follow_addresses => match change {
                 Ok(change) => control.address_changed(change),

@@ -15,6 +15,7 @@ use wg_common::map::{QUEUES_LEN, QueueEntry, QueueKey};
 
 use super::control::Control;
 use super::mode::{Mode, ModeInUse};
+use super::pull::{PullEvents, Pulling};
 use super::status::Nic;
 use super::{Error, Options};
 use crate::aead::{BatchAead, RingAead};
@@ -22,8 +23,9 @@ use crate::bpf::{LogReader, Steer, SteerOptions};
 use crate::datapath::handoff::Mesh;
 use crate::datapath::shared::PARCEL_RING_LEN;
 use crate::datapath::{Shared, SocketGroup, Worker, WorkerEdges, XskPort};
-use crate::handshake::{Handshakes, Os, Pool};
+use crate::handshake::{Handshakes, Os, Pool, source};
 use crate::host::{AddressWatch, Host, Link, LinkWatch};
+use crate::lookup::HttpSource;
 use crate::sys::{affinity, clock, random};
 use crate::tun::{Tun, TunError};
 use crate::udp;
@@ -42,6 +44,8 @@ pub struct Running {
     pub link: LinkWatch,
     /// Log lines of the kernel side, if it is loaded.
     pub steer_log: Option<LogReader>,
+    /// What happens around pulled peers, if there is a source of them.
+    pub pull_events: Option<PullEvents>,
     workers: Vec<JoinHandle<()>>,
     pool: Pool,
 }
@@ -103,12 +107,16 @@ pub async fn start(options: &Options, host: &Host) -> anyhow::Result<Running> {
     let (shared, work) =
         Shared::new(DeviceId(0), worker_count, tun.into_queues(), sockets, heartbeats, indexes)
             .context("preparing the workers")?;
-    let handshakes = Arc::new(Handshakes::new(
-        Arc::clone(&shared),
-        Os::new(Arc::clone(&shared)),
-        aead,
-        live_indexes,
-    ));
+    let outside = Os::new(Arc::clone(&shared));
+    let mut handshakes = Handshakes::new(Arc::clone(&shared), outside, aead, live_indexes);
+    let (mut pulling, mut pull_events) = (None, None);
+    if let Some(socket) = &options.peer_source {
+        let (http, reports) = HttpSource::new(socket);
+        let (events, notify) = PullEvents::new(reports);
+        handshakes = handshakes.with_source(source::Limits::default(), notify);
+        (pulling, pull_events) = (Some(Pulling::new(Box::new(http))), Some(events));
+    }
+    let handshakes = Arc::new(handshakes);
     let pool = Pool::start(&handshakes, &work, Pool::thread_count(cpus.len()))
         .context("starting the handshake pool")?;
 
@@ -139,8 +147,9 @@ pub async fn start(options: &Options, host: &Host) -> anyhow::Result<Running> {
     let steer_log = kernel.steer.as_mut().and_then(Steer::log_reader);
     let addresses = AddressWatch::new(host.clone())?;
     let link = LinkWatch::new(host.clone(), tun_index)?;
-    let control = Rc::new(Control::new(shared, handshakes, kernel.steer, mode, nics, aead.name()));
-    Ok(Running { control, addresses, link, steer_log, workers, pool })
+    let control = Control::new(shared, handshakes, kernel.steer, mode, nics, aead.name());
+    let control = Rc::new(control.with_pulling(pulling));
+    Ok(Running { control, addresses, link, steer_log, pull_events, workers, pool })
 }
 
 /// A key for receiver indexes, another one at each start: indexes from before mean nothing.

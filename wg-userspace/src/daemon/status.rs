@@ -24,6 +24,8 @@ pub struct Status {
     pub paths: BTreeMap<&'static str, u64>,
     /// Packets dropped by this process, by reason; without zeros.
     pub drops: BTreeMap<&'static str, u64>,
+    /// What the source of pulled peers said, and what came of it; empty if there is none.
+    pub peer_source: BTreeMap<&'static str, u64>,
     /// What the steer program counted: events, and drops by reason (without zeros).
     pub steer: BTreeMap<&'static str, u64>,
 }

@@ -12,6 +12,7 @@
 //! one thing: what is set to the value that it has is not a change, so that a configuration that is
 //! applied again disturbs nobody.
 
+mod source;
 #[cfg(test)]
 mod tests;
 
@@ -25,6 +26,8 @@ use wg_common::id::PeerId;
 use crate::config::{Config, Endpoint};
 use crate::key::{PresharedKey, PrivateKey, PublicKey};
 use crate::routing::AllowedIps;
+
+pub use source::{KnownPeer, Lookup, PeerSource, PullError, Tai64N};
 
 /// One WireGuard device. New, it has no key, no port and no peers.
 #[derive(Debug, Default)]
@@ -48,6 +51,8 @@ pub struct Peer {
     pub endpoint: Option<SocketAddr>,
     /// In seconds; 0: off.
     pub persistent_keepalive: u16,
+    /// It came from a [`PeerSource`], and no request has named it since: it may go when it is idle.
+    pub pulled: bool,
 }
 
 /// What is to change on a device. What is `None` stays.
@@ -84,6 +89,8 @@ pub struct PeerChange {
     pub replace_allowed_ips: bool,
     /// In this order.
     pub allowed_ips: Vec<AllowedIpChange>,
+    /// A new peer is marked as pulled. Any other change takes the mark away.
+    pub pulled: bool,
 }
 
 /// One prefix more or less for a peer. Host bits are ignored.
@@ -179,6 +186,7 @@ impl PeerChange {
             persistent_keepalive: None,
             replace_allowed_ips: false,
             allowed_ips: Vec::new(),
+            pulled: false,
         }
     }
 }
@@ -315,6 +323,7 @@ impl Change<'_> {
             None => (self.add(change.public_key), true),
         };
         let peer = self.device.peers.get_mut(id);
+        peer.pulled = change.pulled && (is_new || peer.pulled);
         if let Some(key) = change.preshared_key
             && peer.preshared_key != key
         {
@@ -397,6 +406,7 @@ impl Peers {
             preshared_key: PresharedKey::default(),
             endpoint: None,
             persistent_keepalive: 0,
+            pulled: false,
         };
         let age = self.added_count;
         self.added_count += 1;

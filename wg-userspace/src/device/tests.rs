@@ -244,6 +244,7 @@ fn any_request() -> impl Strategy<Value = SetRequest> {
             persistent_keepalive: Some(dice.into()),
             replace_allowed_ips,
             allowed_ips,
+            pulled: false,
         },
     );
     let private_key = prop::option::of(prop::option::of((0..5_u8).prop_map(private)));
@@ -275,8 +276,13 @@ impl Follower {
             Effect::FwMark(mark) => self.fwmark = mark,
             Effect::PeerAdded { id, public_key } => {
                 let preshared_key = PresharedKey::default();
-                let peer =
-                    Peer { public_key, preshared_key, endpoint: None, persistent_keepalive: 0 };
+                let peer = Peer {
+                    public_key,
+                    preshared_key,
+                    endpoint: None,
+                    persistent_keepalive: 0,
+                    pulled: false,
+                };
                 assert!(self.peers.insert(id, peer).is_none(), "slot {id} is in use");
             }
             Effect::PeerRemoved { id, public_key } => {

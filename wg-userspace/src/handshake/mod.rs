@@ -13,11 +13,13 @@ pub mod handover;
 mod index;
 #[cfg(test)]
 mod index_model;
+mod knock;
 mod lanes;
 mod load;
 mod outside;
 mod pool;
 mod receive;
+pub mod source;
 #[cfg(test)]
 mod tests;
 mod timers;
@@ -33,6 +35,7 @@ use wg_common::protocol::{HANDSHAKE_TOS, TAG_LEN, TRANSPORT_HEADER_LEN, TRANSPOR
 use wg_common::time::Now;
 
 use self::index::IndexTable;
+use self::knock::Gate;
 use self::lanes::Lanes;
 use crate::aead::{BatchAead, Job};
 use crate::counters::Counters;
@@ -40,10 +43,11 @@ use crate::datapath::encap::transport_header;
 use crate::datapath::handoff::{HandshakeDatagram, Work};
 use crate::datapath::{Shared, WorkQueue};
 use crate::key::{PresharedKey, PrivateKey, PublicKey};
-use crate::noise::{Identity, RemoteStatic};
+use crate::noise::{Identity, RemoteStatic, Timestamp};
 use crate::session::{Action, Context, HotPeer, Indexes, Keypair, Session};
 use crate::sys::SharedWords;
 
+pub use knock::{Notice, Notify};
 pub use outside::{Os, Outside};
 pub use pool::Pool;
 
@@ -65,6 +69,8 @@ pub struct Handshakes<O = Os> {
     awake: Mutex<Vec<Arc<Cell>>>,
     /// Drops counted by any thread of this room.
     drops: Counters,
+    /// What becomes of unknown senders, if there is a source to look them up in.
+    gate: Option<Gate>,
 }
 
 #[derive(Default)]
@@ -150,6 +156,7 @@ impl<O: Outside> Handshakes<O> {
             lanes: Mutex::new(lanes),
             awake: Mutex::default(),
             drops: Counters::default(),
+            gate: None,
         }
     }
 
@@ -190,11 +197,19 @@ impl<O: Outside> Handshakes<O> {
 
     /// Begins to serve a peer. `hot` is published to the workers.
     pub fn add_peer(&self, hot: Arc<HotPeer>) {
+        self.add_known_peer(hot, Timestamp::default());
+    }
+
+    /// As [`add_peer`](Self::add_peer), for a peer whose initiations had timestamps up to
+    /// `greatest_timestamp` before we knew it: they are replays from the beginning.
+    pub fn add_known_peer(&self, hot: Arc<HotPeer>, greatest_timestamp: Timestamp) {
         let remote = self
             .identity()
             .map(|identity| RemoteStatic::new(&identity, hot.public_key, PresharedKey::default()));
+        let mut session = Session::new(Arc::clone(&hot), remote);
+        session.raise_greatest_timestamp(greatest_timestamp);
         let cell = Arc::new(Cell {
-            session: Mutex::new(Session::new(Arc::clone(&hot), remote)),
+            session: Mutex::new(session),
             awake: AtomicBool::new(false),
             hot: Arc::clone(&hot),
         });
@@ -262,24 +277,22 @@ impl<O: Outside> Handshakes<O> {
             admitted += 1;
             self.count(self.admit(datagram, queue.datagram_count(), now));
         }
-        let (next, more) = {
-            let mut lanes = lock(&self.lanes);
-            (lanes.next(now), lanes.len() > 0)
-        };
-        if more {
-            // Other threads of the pool can handle it meanwhile.
+        if lock(&self.lanes).len() > 1 {
+            // Other threads of the pool can take a part.
             queue.wake();
         }
-        if let Some(datagram) = &next {
-            self.count(self.receive(datagram, now));
-        }
-        need.is_some() || admitted > 0 || next.is_some()
+        let handled = self.handle_next(now);
+        need.is_some() || admitted > 0 || handled
     }
 
-    /// Does what a worker left, at once, but for messages: they wait for a [`turn`](Self::turn).
+    /// Does at once what a worker left. A message takes part in the order of those that wait: under
+    /// load another one may be handled now, and this one in a later [`turn`](Self::turn).
     pub fn work(&self, work: &Work, now: Now) {
         match work {
-            Work::Datagram(datagram) => self.count(self.admit(*datagram, 0, now)),
+            Work::Datagram(datagram) => {
+                self.count(self.admit(*datagram, 0, now));
+                self.handle_next(now);
+            }
             Work::Initiate(_, peer) => {
                 if let Some(cell) = self.cell(*peer) {
                     self.initiate(&cell, now);
@@ -297,6 +310,15 @@ impl<O: Outside> Handshakes<O> {
     /// Whether cookies are demanded.
     pub fn is_under_load(&self, now: Now) -> bool {
         lock(&self.lanes).is_under_load(now)
+    }
+
+    /// Handles one of the messages that wait, if there is one whose turn it is.
+    fn handle_next(&self, now: Now) -> bool {
+        let next = lock(&self.lanes).next(now);
+        if let Some(datagram) = &next {
+            self.count(self.receive(datagram, now));
+        }
+        next.is_some()
     }
 
     fn recall(&self, now: Now) -> Option<HandshakeDatagram> {
@@ -365,6 +387,7 @@ impl<O: Outside> Handshakes<O> {
                 Action::CountDrop(reason) => self.drops.drop_shared(*reason, 1),
             }
         }
+        self.tell_of_keypair(cell, actions);
     }
 
     /// Sends a transport message without a packet, if there is a keypair to seal it with.

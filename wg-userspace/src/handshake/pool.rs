@@ -97,7 +97,48 @@ fn run(handshakes: &Handshakes, queue: &WorkQueue, thread_count: u32, stopping: 
 
 #[cfg(test)]
 mod tests {
+    use wg_common::endpoint::Endpoint;
+    use wg_common::id::{DeviceId, WorkerId};
+    use wg_common::outcome::DropReason;
+
     use super::*;
+    use crate::aead::RingAead;
+    use crate::counters::Totals;
+    use crate::datapath::handoff::{HandshakeDatagram, Work};
+    use crate::datapath::{Shared, SocketGroup};
+    use crate::handshake::Os;
+    use wg_common::index::{IndexLayout, IndexPermutation};
+
+    #[test]
+    fn threads_wake_for_work_and_stop_when_told() {
+        const COUNT: u64 = 1000;
+        let sockets = SocketGroup { port: 51820, of_worker: Vec::new() };
+        let (shared, queue) = Shared::new(
+            DeviceId(0),
+            1,
+            Vec::new(),
+            sockets,
+            None,
+            IndexPermutation::new([1, 2, 3, 4], IndexLayout::DEFAULT),
+        )
+        .unwrap();
+        let os = Os::new(Arc::clone(&shared));
+        let handshakes = Arc::new(Handshakes::new(Arc::clone(&shared), os, &RingAead, None));
+        let pool = Pool::start(&handshakes, &queue, 3).unwrap();
+        let from = Endpoint::configured("192.0.2.1:1".parse().unwrap());
+        let datagram = HandshakeDatagram::new(DeviceId(0), &[1; 148], from, WorkerId(0)).unwrap();
+        let dropped = || Totals::sum([handshakes.drops()]).dropped(DropReason::NoPrivateKey);
+        for number in 1..=COUNT {
+            shared.hand_off(Work::Datagram(datagram));
+            if number % 100 == 0 {
+                while dropped() < number {
+                    std::thread::yield_now();
+                }
+            }
+        }
+        pool.stop();
+        assert_eq!(dropped(), COUNT);
+    }
 
     #[test]
     fn few_processors_have_one_thread() {

@@ -69,7 +69,9 @@ impl<O: Outside> Handshakes<O> {
             Message::Initiation => {
                 let bytes = message.first_chunk().ok_or(DropReason::BadLength)?;
                 let opened = open_initiation(&identity, bytes).map_err(|e| e.drop_reason())?;
-                let cell = self.cell_by_key(&opened.sender()).ok_or(DropReason::BadHandshake)?;
+                let Some(cell) = self.cell_by_key(&opened.sender()) else {
+                    return Err(self.unknown_sender(&identity, opened, datagram, now));
+                };
                 let mut session = cell.session();
                 let remote = session.remote().ok_or(DropReason::BadHandshake)?;
                 let authentic = opened.authenticate(remote).map_err(|e| e.drop_reason())?;

@@ -104,6 +104,11 @@ impl AllowedIps {
         }
     }
 
+    /// Who owns this very prefix. Host bits of `net` are ignored.
+    pub fn owner(&self, net: IpNet) -> Option<PeerId> {
+        self.prefixes.owner(net.trunc())
+    }
+
     /// The prefixes of `peer`, in the order in which it got them (as the kernel lists them).
     pub fn of_peer(&self, peer: PeerId) -> impl Iterator<Item = IpNet> {
         self.prefixes.of_peer(peer)

@@ -125,8 +125,10 @@ pub struct Session {
     pub(super) awaited: Option<ReceiverIndex>,
     pub(super) timers: Timers,
     cookie: PeerCookie,
-    /// The greatest timestamp of an initiation that was answered.
+    /// The greatest timestamp of an initiation that was answered, here or by whom we have it from.
     pub(super) greatest_timestamp: Timestamp,
+    /// When the keypair that was made last dies, or died.
+    keypairs_until: Option<Now>,
     /// When an initiation was last answered.
     answered: Option<Now>,
     pub(super) last_handshake: Option<Timestamp>,
@@ -146,6 +148,7 @@ impl Session {
             timers: Timers::default(),
             cookie: PeerCookie::default(),
             greatest_timestamp: Timestamp::default(),
+            keypairs_until: None,
             answered: None,
             last_handshake: None,
             handover: Handover::No,
@@ -176,6 +179,24 @@ impl Session {
     /// packet after we responded.
     pub fn last_handshake(&self) -> Option<Timestamp> {
         self.last_handshake
+    }
+
+    /// The greatest timestamp of an initiation that was answered; initiations that are not newer are
+    /// replays.
+    pub fn greatest_timestamp(&self) -> Timestamp {
+        self.greatest_timestamp
+    }
+
+    /// Takes note of a timestamp that the peer's initiations had before this session began. A lesser
+    /// one than we know of changes nothing.
+    pub fn raise_greatest_timestamp(&mut self, seen: Timestamp) {
+        self.greatest_timestamp = self.greatest_timestamp.max(seen);
+    }
+
+    /// When the last keypair that was made dies, or died; not before `now` while a timer runs. None if
+    /// there never was anything.
+    pub fn busy_until(&self, now: Now) -> Option<Now> {
+        self.keypairs_until.max(self.is_awake().then_some(now))
     }
 
     /// Whether there is a timer that runs. An idle peer has none, and needs no calls.
@@ -482,6 +503,7 @@ impl Session {
     ) {
         let peer = Arc::downgrade(&self.peer);
         let keypair = Arc::new(Keypair::new(established, peer, ctx.home, now));
+        self.keypairs_until = Some(keypair.expires());
         self.published.push(Arc::clone(&keypair));
         ctx.indexes.publish(&keypair);
         let before = self.peer.keypairs.update(|k| transition(k, Arc::clone(&keypair)));

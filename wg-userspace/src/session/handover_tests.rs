@@ -615,7 +615,7 @@ fn a_thread_that_receives_while_a_keypair_freezes_accepts_what_the_window_knows(
         let (accepted, mut memory) = std::thread::scope(|scope| {
             let worker = scope.spawn(|| {
                 let mut accepted = Vec::new();
-                for first in (0..).step_by(16) {
+                for first in (0..200_000).step_by(16) {
                     let Some(mut receiving) = Arc::clone(&keypair).receive() else { break };
                     // Every other one comes, newest first.
                     let batch = (first..first + 16).rev().step_by(2);

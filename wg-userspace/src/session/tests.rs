@@ -620,7 +620,7 @@ fn an_idle_peer_sleeps() {
     let side = lonely();
     assert_eq!(side.session.poll_timeout(), None);
     assert!(!side.session.is_awake());
-    assert!(size_of::<Session>() <= 432, "{} bytes", size_of::<Session>());
+    assert!(size_of::<Session>() <= 448, "{} bytes", size_of::<Session>());
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -632,6 +632,38 @@ fn initiation(pair: &mut Pair, now: Now) -> Vec<u8> {
     pair.sides[A].clear();
     pair.sides[A].initiate(now);
     pair.sides[A].outbox.pop().unwrap().0
+}
+
+#[test]
+fn a_timestamp_from_before_this_session_makes_replays_too() {
+    let mut pair = Pair::new();
+    let old = initiation(&mut pair, START);
+    let new = initiation(&mut pair, START + SECOND);
+    let (b, from) = (&mut pair.sides[B], address(1));
+    b.session.raise_greatest_timestamp(wall(START));
+    b.session.raise_greatest_timestamp(Timestamp::default());
+    assert_eq!(b.session.greatest_timestamp(), wall(START), "a lesser one changes nothing");
+    assert_eq!(b.receive(&old, from, START + SECOND), Err(DropReason::OldTimestamp));
+    assert_eq!(b.receive(&new, from, START + SECOND), Ok(()));
+    assert_eq!(b.session.greatest_timestamp(), wall(START + SECOND));
+}
+
+#[test]
+fn a_peer_is_busy_until_its_last_keypair_dies() {
+    let mut pair = Pair::new();
+    let initiation = initiation(&mut pair, START);
+    let b = &mut pair.sides[B];
+    assert_eq!(b.session.busy_until(START), None);
+    b.receive(&initiation, address(1), START).unwrap();
+    let end = START + REJECT_AFTER_TIME;
+    assert_eq!(b.session.busy_until(START), Some(end));
+    // It is remembered when nothing is left of it.
+    b.clear();
+    assert_eq!(b.session.busy_until(end + SECOND), Some(end));
+    // Whoever tries to reach the peer keeps it.
+    b.set_endpoint(address(1));
+    b.initiate(end + SECOND);
+    assert_eq!(b.session.busy_until(end + SECOND), Some(end + SECOND));
 }
 
 #[test]

@@ -436,6 +436,7 @@ mod tests {
                         persistent_keepalive,
                         replace_allowed_ips,
                         allowed_ips,
+                        pulled: false,
                     }
                 },
             )
