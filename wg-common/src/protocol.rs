@@ -83,3 +83,35 @@ pub const HANDSHAKE_QUEUE_LEN: usize = 4096;
 pub const SOURCE_MESSAGES_PER_SECOND: u32 = 20;
 /// Under load, handshake messages of one source at once (the kernel's `PACKETS_BURSTABLE`).
 pub const SOURCE_MESSAGES_BURST: u32 = 5;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn limits_are_the_whitepapers() {
+        assert_eq!(u128::from(REKEY_AFTER_MESSAGES), 1 << 60);
+        assert_eq!(u128::from(REJECT_AFTER_MESSAGES), (1 << 64) - (1 << 13) - 1);
+        let seconds = [
+            (REKEY_AFTER_TIME, 120),
+            (REJECT_AFTER_TIME, 180),
+            (REKEY_ATTEMPT_TIME, 90),
+            (REKEY_TIMEOUT, 5),
+            (KEEPALIVE_TIMEOUT, 10),
+        ];
+        for (time, seconds) in seconds {
+            assert_eq!(time, Duration::from_secs(seconds));
+        }
+    }
+
+    #[test]
+    fn jitter_is_the_kernels_third_of_a_second() {
+        assert_eq!(REKEY_TIMEOUT_JITTER_MAX, Duration::from_millis(1000 / 3));
+    }
+
+    #[test]
+    fn the_last_counters_never_leave_the_window_behind() {
+        // However far a window moves, its highest counter does not come round to 0.
+        assert!(REJECT_AFTER_MESSAGES.checked_add(REPLAY_WINDOW_LEN).is_some());
+    }
+}

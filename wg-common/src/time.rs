@@ -27,6 +27,20 @@ impl Now {
     }
 }
 
+/// All clocks at about one moment: in truth one after the other, in the order of the fields, and the
+/// thread may have been kept waiting anywhere between them.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Reading {
+    /// Boot time before the others were read.
+    pub before: Now,
+    /// Nanoseconds of monotonic time: as boot time, but it stands still while the host sleeps.
+    pub monotonic_ns: u64,
+    /// Nanoseconds of real time since 1970.
+    pub real_ns: u64,
+    /// Boot time after the others were read.
+    pub after: Now,
+}
+
 impl Add<Duration> for Now {
     type Output = Now;
 

@@ -157,7 +157,7 @@ fn what_comes_later_is_refused_with_its_position() {
 #[test]
 fn what_does_not_exist_has_a_code_of_its_own() {
     let missing = format!("tg{}", std::process::id());
-    for command in ["up", "down", "show"] {
+    for command in ["up", "down", "show", "quiesce"] {
         let output = tidegate(&[command, &missing]);
         assert_eq!(code(&output), 5, "{command}: {}", stderr(&output));
         assert!(stderr(&output).contains(&missing), "{}", stderr(&output));
@@ -175,7 +175,8 @@ fn a_file_must_be_named_like_an_interface() {
     }
 }
 
-/// Answers `get=1` on a socket as a daemon would; says to anything else that it is invalid.
+/// Answers `get=1` on a socket as a daemon would, and one that gives its status says of a pause that
+/// two workers stand still; says to anything else that it is invalid.
 struct MockDaemon {
     dir: tempfile::TempDir,
 }
@@ -196,6 +197,10 @@ impl MockDaemon {
                 let answer = match (request.as_slice(), status) {
                     (b"get=1\n\n", _) => format!("{answer}errno=0\n\n"),
                     (b"tidegate=status\n\n", Some(json)) => format!("{json}\nerrno=0\n\n"),
+                    (b"tidegate=resume\n\n", Some(_)) => "errno=0\n\n".to_owned(),
+                    (b"tidegate=quiesce\n\n", Some(_)) => {
+                        "{\"stuck_workers\":2}\nerrno=0\n\n".to_owned()
+                    }
                     // A probe connects and hangs up.
                     (b"", _) => String::new(),
                     _ => "errno=-22\n\n".to_owned(),
@@ -286,6 +291,7 @@ fn show_has_the_data_path_and_json() {
         return;
     }
     let status = r#"{"mode":"native","reason":"asked for","workers":2,
+        "quiesced":{"seconds_left":90},"sessions_cleared":{"slept":1},
         "nics":[{"name":"eth0","queues":2,"zero_copy":false}],
         "drops":{"replay":3},"steer":{"steered":9},"paths":{"xsk":7,"socket":1}}"#;
     let daemon = MockDaemon::start(device(), Some(status));
@@ -295,6 +301,8 @@ fn show_has_the_data_path_and_json() {
         "\n  received by: socket 1, xsk 7\n",
         "\n  steer: steered 9\n",
         "\n  drops: replay 3\n",
+        "\n  quiesced: for 1 minute, 30 seconds\n",
+        "\n  sessions cleared: slept 1\n",
     ] {
         assert!(stdout(&text).contains(line), "{line} in {}", stdout(&text));
     }
@@ -311,6 +319,24 @@ fn show_has_the_data_path_and_json() {
     assert_eq!(peer["rx_bytes"], 1024);
     assert_eq!(peer["has_preshared_key"], true);
     assert!(!json.to_string().contains("private_key"), "no secret key is shown: {json}");
+}
+
+#[test]
+fn quiesce_says_what_it_could_not_do() {
+    if skips("quiesce_says_what_it_could_not_do", without_root()) {
+        return;
+    }
+    let daemon = MockDaemon::start(device(), Some("{}"));
+    let stuck = daemon.shell("{ \"$TIDEGATE\" quiesce wg0; test $? = 6; }");
+    assert!(
+        stderr(&stuck).contains("wg0: quiesced, but 2 workers do not move"),
+        "{}",
+        stderr(&stuck)
+    );
+    daemon.shell("\"$TIDEGATE\" quiesce wg0 --resume");
+    let other = MockDaemon::start(device(), None);
+    let refused = other.shell("{ \"$TIDEGATE\" quiesce wg0; test $? = 1; }");
+    assert!(stderr(&refused).contains("does not do that"), "{}", stderr(&refused));
 }
 
 #[test]

@@ -49,6 +49,8 @@ pub enum Command {
     },
     /// Show interfaces, their peers and the data path in use
     Show(Show),
+    /// End all keys of an interface and make none until it is resumed: for a snapshot of this machine
+    Quiesce(Quiesce),
     /// Print a new private key
     Genkey,
     /// Print a new preshared key
@@ -121,6 +123,20 @@ pub struct Show {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
+}
+
+/// Arguments of `quiesce`.
+#[derive(Args, Debug)]
+pub struct Quiesce {
+    /// Name of the interface
+    #[arg(value_name = "IF")]
+    pub interface: InterfaceName,
+    /// Go on: there may be keys and handshakes again
+    #[arg(long, conflicts_with = "seconds")]
+    pub resume: bool,
+    /// Go on by itself after so many seconds
+    #[arg(long = "for", value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..))]
+    pub seconds: Option<u32>,
 }
 
 /// Reads the arguments; their first is the name that this program was called by.
@@ -256,6 +272,11 @@ mod tests {
             "tidegate up",
             "tidegate down",
             "tidegate pubkey key",
+            "tidegate quiesce",
+            "tidegate quiesce a/b",
+            "tidegate quiesce wg0 wg1",
+            "tidegate quiesce wg0 --for 0",
+            "tidegate quiesce wg0 --for 5 --resume",
         ] {
             let error = read(line).expect_err(line);
             assert_eq!(error.exit_code(), 2, "{line}");

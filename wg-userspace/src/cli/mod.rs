@@ -11,6 +11,7 @@ mod keys;
 mod launch;
 mod name;
 mod plan;
+mod quiesce;
 mod report;
 mod resolve;
 mod run;
@@ -24,7 +25,7 @@ use std::{ffi::OsString, io::Write as _, process::ExitCode};
 use args::Command;
 pub use failure::Code;
 use failure::Failure;
-pub use report::{DataPath, Interface, Nic, Peer, Report};
+pub use report::{DataPath, Interface, Nic, Peer, Quiesced, Report};
 
 /// The whole program: reads the arguments of this process, does what they say, prints errors.
 pub fn main() -> ExitCode {
@@ -43,6 +44,7 @@ pub fn main() -> ExitCode {
         Command::Up(arguments) => up::up(arguments),
         Command::Down { what } => down::down(&what),
         Command::Show(arguments) => show::show(&arguments),
+        Command::Quiesce(arguments) => quiesce::quiesce(&arguments),
         Command::Genkey => keys::genkey(),
         Command::Genpsk => keys::genpsk(),
         Command::Pubkey => keys::pubkey(),

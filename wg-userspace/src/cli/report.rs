@@ -75,6 +75,10 @@ pub struct DataPath {
     pub under_load: bool,
     /// Back end that seals and opens.
     pub aead: String,
+    /// Whether, and for how long, the device makes no keys.
+    pub quiesced: Option<Quiesced>,
+    /// How often all sessions were cleared, by why.
+    pub sessions_cleared: BTreeMap<String, u64>,
     /// Dropped packets by reason.
     pub drops: BTreeMap<String, u64>,
     /// What the source of pulled peers said, and what came of it; empty if there is none.
@@ -83,6 +87,14 @@ pub struct DataPath {
     pub steer: BTreeMap<String, u64>,
     /// Tunnel packets received, by the path that they came: `xsk` or `socket`.
     pub paths: BTreeMap<String, u64>,
+}
+
+/// A pause without keys.
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(default)]
+pub struct Quiesced {
+    /// Seconds that are left of it; nothing if it lasts until somebody resumes.
+    pub seconds_left: Option<u64>,
 }
 
 /// A NIC from which XDP steers.

@@ -33,7 +33,8 @@ pub fn show(arguments: &Show) -> Result<Code, Failure> {
     }
 }
 
-fn not_found(name: &InterfaceName) -> Failure {
+/// Nobody serves this interface.
+pub fn not_found(name: &InterfaceName) -> Failure {
     let path = socket::path(name);
     let line = format_args!("no daemon of an interface {name} listens at {}", path.display());
     Failure::new(Code::Existence, line)

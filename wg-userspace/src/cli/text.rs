@@ -94,9 +94,19 @@ fn peer(peer: &Peer, paint: Paint, now_unix_s: u64) -> String {
 
 fn data_path(path: &DataPath, paint: Paint) -> String {
     let mut text = paint.line("data path", &path.to_string());
-    for (word, counters) in
-        [("received by", &path.paths), ("steer", &path.steer), ("drops", &path.drops)]
-    {
+    if let Some(quiesced) = &path.quiesced {
+        let until = match quiesced.seconds_left {
+            None => "until it is resumed".to_owned(),
+            Some(seconds) => format!("for {}", duration(seconds, paint)),
+        };
+        text += &paint.line("quiesced", &until);
+    }
+    for (word, counters) in [
+        ("received by", &path.paths),
+        ("steer", &path.steer),
+        ("drops", &path.drops),
+        ("sessions cleared", &path.sessions_cleared),
+    ] {
         let counted: Vec<String> = counters
             .iter()
             .filter(|&(_, &count)| count != 0)
@@ -219,6 +229,21 @@ mod tests {
              eth1 (1 queue, copy), 2 workers (1 stuck), under load\n  \
              received by: xsk 12\n  steer: steered 7\n  drops: bad_tag 1, replay 3\n"
         );
+    }
+
+    #[test]
+    fn a_pause_is_shown_with_its_time() {
+        let show = |json: &str| data_path(&serde_json::from_str(json).unwrap(), PLAIN);
+        let path = "  data path: udp, 1 worker\n";
+        let endless = show(r#"{"mode":"udp","workers":1,"quiesced":{"seconds_left":null}}"#);
+        assert_eq!(endless, format!("{path}  quiesced: until it is resumed\n"));
+        let short = show(
+            r#"{"mode":"udp","workers":1,"quiesced":{"seconds_left":61},
+                "sessions_cleared":{"slept":2}}"#,
+        );
+        let expected = "  quiesced: for 1 minute, 1 second\n  sessions cleared: slept 2\n";
+        assert_eq!(short, format!("{path}{expected}"));
+        assert_eq!(show(r#"{"mode":"udp","workers":1,"quiesced":null}"#), path);
     }
 
     #[test]

@@ -1,18 +1,20 @@
 //! Answers wg(8) and carries each change of the device to the rooms that it concerns.
 
 use std::cell::{Cell, RefCell};
-use std::net::SocketAddr;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use wg_common::endpoint::Endpoint;
 use wg_common::id::{PeerId, WorkerId};
+use wg_common::time::Now;
 use zeroize::Zeroizing;
 
+use super::effects::carry_out;
 use super::mode::ModeInUse;
 use super::pull::Pulling;
-use super::status::{Nic, Status};
+use super::quiesce;
+use super::status::{Nic, Quiesced, Status};
 use super::watchdog::Watchdog;
 use crate::bpf::Steer;
 use crate::counters::{Path, Totals};
@@ -22,10 +24,13 @@ use crate::device::{Device, Effect, SetRequest};
 use crate::handshake::Handshakes;
 use crate::host::{AddressChange, LinkChange};
 use crate::key::PublicKey;
-use crate::session::HotPeer;
+use crate::session::{Break, Continuity, HotPeer};
 use crate::sys::clock;
 use crate::uapi::{self, Errno, PeerStatus};
 use crate::udp::{self, UdpError};
+
+/// The watchdog looks at the workers this often, and what nobody tells is noticed.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 /// The control plane of one device.
 pub struct Control {
@@ -41,6 +46,13 @@ pub struct Control {
     aead: &'static str,
     fwmark: Cell<u32>,
     watchdog: RefCell<Watchdog>,
+    continuity: RefCell<Continuity>,
+    /// When this thread last looked at timers and workers.
+    ticked: Cell<Now>,
+    /// Sessions were cleared for everything that ended keypairs before.
+    cleared: Cell<Now>,
+    /// How often all sessions were cleared, and why.
+    clearings: RefCell<BTreeMap<&'static str, u64>>,
 }
 
 impl Control {
@@ -65,6 +77,10 @@ impl Control {
             nics,
             aead,
             fwmark: Cell::new(0),
+            continuity: RefCell::default(),
+            ticked: Cell::default(),
+            cleared: Cell::default(),
+            clearings: RefCell::default(),
         };
         control.steer_port(None, control.shared.sockets.load().port);
         control
@@ -81,12 +97,74 @@ impl Control {
         &self.mode
     }
 
-    /// Runs what is due. To be called several times a second.
+    /// Runs what is due. To be called when [`sleep_time`](Self::sleep_time) is over.
     pub fn tick(&self) {
-        let now = clock::boot_now();
+        let now = self.shared.now_of(&mut self.continuity.borrow_mut(), &clock::reading());
+        self.ticked.set(now);
+        self.follow_break();
+        if quiesce::is_over(&self.shared, now) {
+            self.resume();
+        }
         self.watchdog.borrow_mut().look(&self.shared, &self.handshakes, now);
         self.handshakes.tick(now);
         self.pull_tick(now);
+    }
+
+    /// How long there is nothing to do for [`tick`](Self::tick), if nothing is heard from
+    /// [`sooner`](Self::sooner).
+    pub fn sleep_time(&self) -> Duration {
+        sleep_time(self.handshakes.next_timeout(), self.ticked.get(), clock::boot_now())
+    }
+
+    /// Waits until there is something to do sooner than was said.
+    pub async fn sooner(&self) {
+        self.handshakes.sooner().await;
+    }
+
+    /// This virtual machine is a copy, or went back: what it seals with now, another one may have used.
+    pub fn cloned(&self) {
+        self.shared.end_keypairs(clock::boot_now());
+        self.shared.wake_all();
+        self.clear_sessions("cloned");
+    }
+
+    /// If some thread has seen a break of time, ends all that was before it. No keypair of before is
+    /// used any more already.
+    fn follow_break(&self) {
+        if self.shared.keys_not_before() <= self.cleared.get() {
+            return;
+        }
+        let broken = self.shared.latest_break();
+        let why = match broken.as_deref() {
+            Some(Break::Slept { time, .. }) => {
+                tracing::info!(?time, "the host slept");
+                "slept"
+            }
+            Some(Break::Leapt { by_ns, .. }) => {
+                let by_s = by_ns / 1_000_000_000;
+                tracing::warn!(by_s, "the clock leapt: this may be a clone, or an older snapshot");
+                "clock_leapt"
+            }
+            // The keypairs' end is told before its reason.
+            None => return,
+        };
+        self.clear_sessions(why);
+    }
+
+    /// Ends every keypair and handshake, and begins anew with peers that there is a reason to reach.
+    fn clear_sessions(&self, why: &'static str) {
+        // New handshakes must not begin before the moment from which they count.
+        let not_before = self.shared.keys_not_before();
+        self.cleared.set(not_before);
+        tracing::info!(why, "all sessions are cleared");
+        *self.clearings.borrow_mut().entry(why).or_default() += 1;
+        self.handshakes.clear_sessions(clock::boot_now().max(not_before));
+    }
+
+    fn resume(&self) {
+        tracing::info!("goes on: there may be handshakes again");
+        self.shared.set_quiesced_until(Now::default());
+        self.handshakes.resume(clock::boot_now());
     }
 
     /// Follows a change of the host's addresses.
@@ -140,38 +218,23 @@ impl Control {
 
     pub(super) fn carry_out(&self, effect: Effect) {
         let now = clock::boot_now();
-        match effect {
-            Effect::PrivateKey(key) => self.handshakes.set_private_key(key, now),
-            // The sockets were opened and marked before anything was changed.
-            Effect::ListenPort(_) | Effect::FwMark(_) => {}
-            Effect::PeerAdded { id, public_key } => {
-                self.handshakes.add_peer(self.hot_peer(id, public_key));
-            }
-            Effect::PeerRemoved { id, public_key } => {
-                self.peer_leaves(id, &public_key, now);
-                self.handshakes.remove_peer(id, now);
-            }
-            Effect::Endpoint { id, addr } => self.set_endpoint(id, addr),
-            Effect::Preshared { id, key } => self.handshakes.set_preshared_key(id, key),
-            Effect::PersistentKeepalive { id, seconds } => {
-                let interval = (seconds > 0).then(|| Duration::from_secs(seconds.into()));
-                self.handshakes.set_persistent_keepalive(id, interval, now);
-            }
-            Effect::RoutingChanged => {
-                self.shared.routing.store(self.device.borrow().allowed_ips().snapshot());
-            }
+        if let Effect::PeerRemoved { id, public_key } = &effect {
+            self.peer_leaves(*id, public_key, now);
         }
+        carry_out(effect, &self.device.borrow(), &self.handshakes, &self.shared, now);
     }
 
     pub(super) fn hot_peer(&self, id: PeerId, public_key: PublicKey) -> Arc<HotPeer> {
         Arc::new(HotPeer::new(id, self.shared.device, public_key))
     }
+}
 
-    fn set_endpoint(&self, peer: PeerId, addr: SocketAddr) {
-        if let Some(cell) = self.handshakes.cell(peer) {
-            cell.hot.endpoint.store(Some(Arc::new(Endpoint::configured(addr))));
-        }
-    }
+/// How long to sleep at `now` if the next timer runs out at `next` and workers were looked at when
+/// `ticked`.
+fn sleep_time(next: Option<Now>, ticked: Now, now: Now) -> Duration {
+    let look = ticked + LOOK_EVERY;
+    // A clock that went back makes nobody sleep for longer.
+    next.map_or(look, |next| next.min(look)).since(now).min(LOOK_EVERY)
 }
 
 /// What a request is answered with if sockets cannot be had, or be marked.
@@ -230,6 +293,22 @@ impl uapi::Handler for Control {
         Ok(())
     }
 
+    async fn quiesce(&self, time: Option<Duration>) -> Result<serde_json::Value, Errno> {
+        let begun = quiesce::begin(&self.shared, time, clock::boot_now());
+        tracing::info!(seconds = time.map(|time| time.as_secs()), "quiesces");
+        self.clear_sessions("quiesced");
+        let stuck = quiesce::settled(&self.shared, begun.turns).await;
+        if stuck > 0 {
+            tracing::warn!(stuck, "quiesced, but workers that stand still may hold keys");
+        }
+        Ok(serde_json::json!({ "stuck_workers": stuck }))
+    }
+
+    fn resume(&self) -> Result<(), Errno> {
+        Control::resume(self);
+        Ok(())
+    }
+
     fn status(&self) -> serde_json::Value {
         let now = clock::boot_now();
         let workers = self.shared.workers.iter().map(|worker| &worker.counters);
@@ -255,6 +334,8 @@ impl uapi::Handler for Control {
             paths: Path::ALL.iter().map(|&path| (path.name(), totals.received(path))).collect(),
             drops: totals.drops().map(|(reason, count)| (reason.name(), count)).collect(),
             peer_source: self.pulling.as_ref().map(Pulling::status).unwrap_or_default(),
+            quiesced: Quiesced::of(self.shared.quiesced_until(), now),
+            sessions_cleared: self.clearings.borrow().clone(),
             steer: counted
                 .map(|counted| {
                     let events = counted.events().map(|(event, count)| (event.name(), count));
@@ -264,5 +345,30 @@ impl uapi::Handler for Control {
                 .unwrap_or_default(),
         };
         serde_json::to_value(status).expect("a status is plain data")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_sleeps_until_the_next_timer_and_never_past_a_look_at_the_workers() {
+        const MS: Duration = Duration::from_millis(1);
+        let ticked = Now::from_boot_ns(1_000_000_000_000);
+        let now = ticked + MS * 40;
+        for (next, time) in [
+            (None, MS * 60),
+            (Some(ticked + MS * 5000), MS * 60),
+            (Some(ticked + MS * 90), MS * 50),
+            (Some(now + Duration::from_nanos(1)), Duration::from_nanos(1)),
+            (Some(now), Duration::ZERO),
+            (Some(Now::default()), Duration::ZERO),
+        ] {
+            assert_eq!(sleep_time(next, ticked, now), time, "{next:?}");
+        }
+        assert_eq!(sleep_time(None, ticked, ticked), LOOK_EVERY, "an idle daemon does not spin");
+        let back = Now::from_boot_ns(1);
+        assert_eq!(sleep_time(None, ticked, back), LOOK_EVERY);
     }
 }

@@ -1,13 +1,16 @@
 //! Start, signals, stop; carries changes of the device to every other room.
 //!
 //! The one place that knows every room: [`start`] opens the edges and starts the workers,
-//! [`control`] answers wg(8) and applies changes, [`pull`] adds peers that knock, [`watchdog`] finds stuck workers, [`status`] says
-//! how things stand. Everything here runs on one thread; it may be slow and must be right.
+//! [`control`] answers wg(8) and applies changes, [`effects`] carries them to sessions and workers,
+//! [`pull`] adds peers that knock, [`quiesce`] pauses, [`watchdog`] finds stuck workers, [`status`]
+//! says how things stand. Everything here runs on one thread; it may be slow and must be right.
 
 mod control;
+mod effects;
 mod mode;
 mod pull;
 mod pulled;
+mod quiesce;
 mod start;
 mod status;
 mod watchdog;
@@ -21,16 +24,16 @@ use anyhow::Context as _;
 use tokio::signal::unix::{SignalKind, signal};
 
 use self::pull::PullEvents;
-use crate::host::Host;
+use crate::host::{CloneWatch, Host};
 use crate::sys::clock;
 use crate::uapi;
 
+pub use effects::carry_out;
 pub use mode::{Mode, ModeInUse};
+pub use watchdog::Watchdog;
 
 /// How long workers may take to stop before they are left alone.
 const STOP_TIMEOUT: Duration = Duration::from_secs(2);
-/// Timers of sessions and the watchdog are looked at this often.
-const TICK: Duration = Duration::from_millis(100);
 
 /// What a daemon is started with; everything else comes through the UAPI socket.
 #[derive(Clone, Debug)]
@@ -83,8 +86,11 @@ async fn serve(options: Options, ready: impl FnOnce()) -> anyhow::Result<()> {
     let server = uapi::Server::bind(&options.interface)
         .with_context(|| format!("opening the UAPI socket of {}", options.interface))?;
     let mut serving = tokio::task::spawn_local(server.serve(Rc::clone(&control)));
-    let mut tick = tokio::time::interval(TICK);
-    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
+    let mut clones = CloneWatch::new()
+        .inspect_err(
+            |error| tracing::warn!(%error, "clones of this machine are seen by its clock only"),
+        )
+        .ok();
     tracing::info!(interface = options.interface, mode = control.mode().name(), "up");
     ready();
     let mut follow_addresses = true;
@@ -94,7 +100,7 @@ async fn serve(options: Options, ready: impl FnOnce()) -> anyhow::Result<()> {
             _ = terminate.recv() => break Ok(()),
             _ = interrupt.recv() => break Ok(()),
             end = &mut serving => break Err(anyhow::anyhow!("the UAPI server has ended: {end:?}")),
-            _ = tick.tick() => {
+            () = tokio::time::sleep(control.sleep_time()) => {
                 control.tick();
                 if let Some(log) = &mut running.steer_log {
                     log.flush();
@@ -103,6 +109,15 @@ async fn serve(options: Options, ready: impl FnOnce()) -> anyhow::Result<()> {
             event = PullEvents::next(&mut running.pull_events) => {
                 control.pull_event(event, clock::boot_now());
             }
+            // The time to sleep is asked for anew.
+            () = control.sooner() => {}
+            told = next_clone(clones.as_ref()) => match told {
+                Ok(()) => control.cloned(),
+                Err(error) => {
+                    tracing::warn!(%error, "clones of this machine are seen by its clock only");
+                    clones = None;
+                }
+            },
             change = running.addresses.next(), if follow_addresses => match change {
                 Ok(change) => control.address_changed(change),
                 Err(error) => {
@@ -134,4 +149,12 @@ async fn serve(options: Options, ready: impl FnOnce()) -> anyhow::Result<()> {
     running.stop(STOP_TIMEOUT);
     tracing::info!(interface = options.interface, "down");
     outcome
+}
+
+/// Waits for the next clone; for ever if nobody tells.
+async fn next_clone(watch: Option<&CloneWatch>) -> std::io::Result<()> {
+    match watch {
+        Some(watch) => watch.next().await,
+        None => std::future::pending().await,
+    }
 }

@@ -499,6 +499,8 @@ mod tests {
             let hot = Arc::clone(&self.control.handshakes.cell(id).unwrap().hot);
             let next = hot.keypairs.load().next.clone().unwrap();
             assert!(hot.confirm(&next));
+            self.work.push(Work::Confirmed(id));
+            while self.control.handshakes.turn(&self.work, self.now) {}
         }
 
         fn dropped(&self, reason: DropReason) -> u64 {

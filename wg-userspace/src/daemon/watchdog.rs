@@ -10,7 +10,7 @@ use wg_common::id::WorkerId;
 use wg_common::time::Now;
 
 use crate::datapath::Shared;
-use crate::handshake::Handshakes;
+use crate::handshake::{Handshakes, Outside};
 
 /// A worker that stands still for longer loses its peers. One that was only kept off its core for a
 /// moment keeps them: handshaking anew with all of them would cost more than the pause.
@@ -35,7 +35,7 @@ impl Watchdog {
     }
 
     /// Looks once at every worker. To be called several times a second.
-    pub fn look(&mut self, shared: &Shared, handshakes: &Handshakes, now: Now) {
+    pub fn look<O: Outside>(&mut self, shared: &Shared, handshakes: &Handshakes<O>, now: Now) {
         let pause = now.since(self.looked);
         self.looked = now;
         if pause > LATE_AFTER {

@@ -22,6 +22,8 @@ pub enum Work {
     Datagram(HandshakeDatagram),
     /// Packets wait for a keypair with this peer, or its keypair grows old.
     Initiate(DeviceId, PeerId),
+    /// The first packet of a keypair has come from this peer. Who is not told notices it later.
+    Confirmed(PeerId),
 }
 
 /// A handshake message as it arrived.

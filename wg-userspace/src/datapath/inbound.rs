@@ -181,7 +181,11 @@ impl Inbound {
         groups: &mut ArrayVec<Group, BATCH_LEN>,
         now: Now,
     ) -> Result<Triage, DropReason> {
-        let index = match classify(datagram.bytes)? {
+        let message = classify(datagram.bytes)?;
+        if self.shared.is_quiesced(now) {
+            return Err(DropReason::Quiesced);
+        }
+        let index = match message {
             Message::Transport(index) => index,
             Message::Initiation | Message::Response(_) | Message::CookieReply(_) => {
                 return Ok(Triage::Handshake);
@@ -197,7 +201,7 @@ impl Inbound {
                 if home != self.id {
                     return Ok(Triage::ElsewhereAtHome(home));
                 }
-                if !keypair.can_open(now) {
+                if !keypair.can_open(now) || !self.shared.may_use(&keypair) {
                     return Err(DropReason::KeyExpired);
                 }
                 let peer = keypair.peer().ok_or(DropReason::UnknownIndex)?;
@@ -325,6 +329,8 @@ impl Inbound {
         if peer.confirm(group.keypair.keypair()) {
             // Staged packets can go, at whichever worker they are.
             self.shared.wake_all();
+            // If the queue is full, control notices it when it asks next.
+            self.shared.hand_off(Work::Confirmed(peer.id));
         }
         if peer.endpoint.load().as_deref() != Some(&endpoint) {
             tracing::debug!(peer = %peer.id, endpoint = %endpoint.remote, "endpoint moved");

@@ -182,7 +182,13 @@ impl Outbound {
         if self.staging.is_empty() {
             return false;
         }
-        let Some(peer) = self.staging.ready(now) else {
+        if self.shared.is_quiesced(now) {
+            self.staging.clear(counters(&self.shared, self.id), DropReason::Quiesced);
+            return false;
+        }
+        self.staging.drop_given_up(counters(&self.shared, self.id));
+        let ready = self.staging.ready(|peer| self.shared.sealing_keypair(peer, now).is_some());
+        let Some(peer) = ready else {
             let peers = &self.shared.peers;
             let is_peer = |peer: &Arc<HotPeer>| {
                 peers.get(peer.id.0 as usize).is_some_and(|known| Arc::ptr_eq(&known, peer))
@@ -200,7 +206,7 @@ impl Outbound {
         }
         let mut groups = ArrayVec::new();
         let mut packets = ArrayVec::new();
-        match group_of(&peer, &mut groups, false, now) {
+        match group_of(&self.shared, &peer, &mut groups, false, now) {
             Ok(group) => {
                 groups[group].count = lens.len() as u64;
                 packets.extend(lens.iter().enumerate().map(|(slot, &len)| Outgoing {
@@ -217,6 +223,10 @@ impl Outbound {
 
     /// Finds the peers of the packets in the first slots, then seals and sends them.
     fn route(&mut self, lens: &[usize], socket: &impl DatagramSink, now: Now) {
+        if self.shared.is_quiesced(now) {
+            counters(&self.shared, self.id).drop(DropReason::Quiesced, lens.len() as u64);
+            return;
+        }
         let mut groups: ArrayVec<Group, BATCH_LEN> = ArrayVec::new();
         let mut packets: ArrayVec<Outgoing, BATCH_LEN> = ArrayVec::new();
         let mut dropped: ArrayVec<DropReason, BATCH_LEN> = ArrayVec::new();
@@ -260,7 +270,7 @@ impl Outbound {
             return Ok(group);
         }
         let peer = self.shared.peers.get(peer.0 as usize).ok_or(DropReason::NoPeer)?;
-        group_of(&peer, groups, self.staging.holds(&peer), now)
+        group_of(&self.shared, &peer, groups, self.staging.holds(&peer), now)
     }
 
     fn seal_and_send(
@@ -346,7 +356,7 @@ impl Outbound {
     fn reserve(&self, group: &mut Group, now: Now) {
         let Some(keypair) = &group.keypair else {
             // With one, these packets only wait behind others that are staged.
-            if group.peer.keypairs.load().seals_with(now).is_none() {
+            if self.shared.sealing_keypair(&group.peer, now).is_none() {
                 self.shared.want_handshake(&group.peer);
             }
             return;
@@ -364,14 +374,14 @@ impl Outbound {
 /// Opens a group for `peer`, which has none yet. `behind_staged` packets wait for those that are staged
 /// already: the next flush takes them all, in order.
 fn group_of(
+    shared: &Shared,
     peer: &Arc<HotPeer>,
     groups: &mut ArrayVec<Group, BATCH_LEN>,
     behind_staged: bool,
     now: Now,
 ) -> Result<usize, DropReason> {
     let endpoint = **peer.endpoint.load().as_ref().ok_or(DropReason::NoEndpoint)?;
-    let keypairs = peer.keypairs.load();
-    let keypair = if behind_staged { None } else { keypairs.seals_with(now).cloned() };
+    let keypair = if behind_staged { None } else { shared.sealing_keypair(peer, now) };
     groups.push(Group {
         peer: Arc::clone(peer),
         keypair,

@@ -4,18 +4,18 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use wg_common::id::{DeviceId, PeerId, ReceiverIndex, ShardId, WorkerId};
 use wg_common::index::IndexPermutation;
 use wg_common::map::HEARTBEAT_STALE_NS;
 use wg_common::protocol::{DEFAULT_MTU, HANDSHAKE_QUEUE_LEN};
-use wg_common::time::Now;
+use wg_common::time::{Now, Reading};
 
 use super::WorkQueue;
 use super::handoff::{ParcelPool, Work};
 use crate::counters::Counters;
 use crate::routing::RoutingTable;
-use crate::session::{HotPeer, Keypair, SlotTable};
+use crate::session::{Break, Continuity, HotPeer, Keypair, SlotTable};
 use crate::sys::{EventFd, SharedWords};
 use crate::tun::TunQueue;
 use crate::udp::UdpSockets;
@@ -58,6 +58,13 @@ pub struct Shared {
     pub stopping: AtomicBool,
     /// The TUN device is gone.
     pub tun_gone: AtomicBool,
+    /// Boot time in nanoseconds: keypairs whose handshake began before neither seal nor open. Only
+    /// grows.
+    keys_not_before: AtomicU64,
+    /// The latest break of time that was seen.
+    latest_break: ArcSwapOption<Break>,
+    /// Boot time in nanoseconds until which there are to be no keypairs; 0 if there may be.
+    quiesced_until: AtomicU64,
     work: Arc<WorkQueue>,
     /// The heartbeats as the kernel side sees them, if there is one.
     kernel_heartbeats: Option<Arc<SharedWords>>,
@@ -73,6 +80,8 @@ pub struct WorkerShared {
     pub parcels: ParcelPool,
     /// Boot time in nanoseconds at which it last moved.
     heartbeat: AtomicU64,
+    /// Number of turns that it has begun.
+    turns: AtomicU64,
     /// Who reads its sockets and TUN queue while it is stuck: worker number + 1, or 0.
     deputy: AtomicU16,
 }
@@ -99,6 +108,32 @@ impl Shared {
         kernel_heartbeats: Option<Arc<SharedWords>>,
         indexes: IndexPermutation,
     ) -> std::io::Result<(Arc<Self>, Arc<WorkQueue>)> {
+        let parcel_len = DATAGRAM_LEN_MAX;
+        Self::with_parcels(
+            device,
+            worker_count,
+            tun_queues,
+            sockets,
+            kernel_heartbeats,
+            indexes,
+            parcel_len,
+        )
+    }
+
+    /// As [`Shared::new`], but no datagram that goes from worker to worker is longer than `parcel_len`:
+    /// for who has many devices in one process.
+    ///
+    /// # Errors
+    /// If the kernel gives no event descriptor.
+    pub fn with_parcels(
+        device: DeviceId,
+        worker_count: usize,
+        tun_queues: Vec<TunQueue>,
+        sockets: SocketGroup,
+        kernel_heartbeats: Option<Arc<SharedWords>>,
+        indexes: IndexPermutation,
+        parcel_len: usize,
+    ) -> std::io::Result<(Arc<Self>, Arc<WorkQueue>)> {
         let work = Arc::new(WorkQueue::new(HANDSHAKE_QUEUE_LEN, NEED_QUEUE_LEN)?);
         let parcel_count = if worker_count > 1 { PARCEL_COUNT } else { 0 };
         let workers = (0..worker_count)
@@ -106,8 +141,9 @@ impl Shared {
                 Ok(WorkerShared {
                     counters: Counters::default(),
                     wake: EventFd::new()?,
-                    parcels: ParcelPool::new(parcel_count, DATAGRAM_LEN_MAX),
+                    parcels: ParcelPool::new(parcel_count, parcel_len),
                     heartbeat: AtomicU64::new(0),
+                    turns: AtomicU64::new(0),
                     deputy: AtomicU16::new(0),
                 })
             })
@@ -126,6 +162,9 @@ impl Shared {
             deputies_epoch: AtomicU32::new(0),
             stopping: AtomicBool::new(false),
             tun_gone: AtomicBool::new(false),
+            keys_not_before: AtomicU64::new(0),
+            latest_break: ArcSwapOption::empty(),
+            quiesced_until: AtomicU64::new(0),
             work: Arc::clone(&work),
             kernel_heartbeats,
         };
@@ -230,6 +269,75 @@ impl Shared {
             // The next packet asks again.
             peer.handshake_wanted.store(false, Ordering::Relaxed);
         }
+    }
+
+    /// The present moment, of a reading that no earlier turn of this thread has made. If it shows that
+    /// the host slept or is not the one that it was, no keypair from before seals or opens any more
+    /// when this returns.
+    pub fn now_of(&self, continuity: &mut Continuity, reading: &Reading) -> Now {
+        if let Some(broken) = continuity.observe(reading)
+            // Every thread sees it; only the first ends keypairs, since the others may be late and
+            // there may be new ones by then.
+            && !self.latest_break.load().as_ref().is_some_and(|latest| latest.is_same(&broken))
+        {
+            self.end_keypairs(reading.after);
+            self.latest_break.store(Some(Arc::new(broken)));
+            self.wake_all();
+        }
+        reading.after
+    }
+
+    /// The latest break of time that a thread has seen, if there was one.
+    pub fn latest_break(&self) -> Option<Arc<Break>> {
+        self.latest_break.load_full()
+    }
+
+    /// From the next turn of each worker on, no keypair whose handshake began before `now` seals or
+    /// opens.
+    pub fn end_keypairs(&self, now: Now) {
+        self.keys_not_before.fetch_max(now.boot_ns(), Ordering::SeqCst);
+    }
+
+    /// The moment before which no handshake may have begun whose keypair is used.
+    pub fn keys_not_before(&self) -> Now {
+        Now::from_boot_ns(self.keys_not_before.load(Ordering::SeqCst))
+    }
+
+    /// Whether a keypair may be used, as far as it is not too old.
+    pub fn may_use(&self, keypair: &Keypair) -> bool {
+        keypair.begun() >= self.keys_not_before()
+    }
+
+    /// What seals for `peer` now, if anything does.
+    pub fn sealing_keypair(&self, peer: &HotPeer, now: Now) -> Option<Arc<Keypair>> {
+        let keypairs = peer.keypairs.load();
+        keypairs.seals_with(now).filter(|keypair| self.may_use(keypair)).cloned()
+    }
+
+    /// Lets there be no keypairs until then; the beginning of time lets there be some again.
+    pub fn set_quiesced_until(&self, until: Now) {
+        self.quiesced_until.store(until.boot_ns(), Ordering::SeqCst);
+    }
+
+    /// Until when there are to be no keypairs; the beginning of time if there may be.
+    pub fn quiesced_until(&self) -> Now {
+        Now::from_boot_ns(self.quiesced_until.load(Ordering::SeqCst))
+    }
+
+    /// Whether there are to be no keypairs.
+    pub fn is_quiesced(&self, now: Now) -> bool {
+        now < self.quiesced_until()
+    }
+
+    /// Says that `worker` begins a turn: what it seals and opens in it obeys what it reads from now on.
+    pub fn begin_turn(&self, worker: WorkerId) {
+        self.workers[usize::from(worker.0)].turns.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// Number of turns that `worker` has begun. Once it grows, whatever was stored before it was read is
+    /// obeyed.
+    pub fn turns(&self, worker: WorkerId) -> u64 {
+        self.workers[usize::from(worker.0)].turns.load(Ordering::SeqCst)
     }
 
     /// Wakes every worker: something it must look at has changed.

@@ -13,8 +13,10 @@ use wg_common::endpoint::{Endpoint, LocalSource};
 use wg_common::id::{DeviceId, PeerId, ReceiverIndex, ShardId, WorkerId};
 use wg_common::index::{IndexLayout, IndexPermutation};
 use wg_common::outcome::DropReason;
-use wg_common::protocol::{REJECT_AFTER_TIME, STAGED_PACKETS_MAX};
-use wg_common::time::Now;
+use wg_common::protocol::{
+    REJECT_AFTER_MESSAGES, REJECT_AFTER_TIME, REKEY_ATTEMPT_TIME, STAGED_PACKETS_MAX,
+};
+use wg_common::time::{Now, Reading};
 
 use super::WorkQueue;
 use super::handoff::{Mesh, Parcel, Work};
@@ -26,7 +28,7 @@ use crate::counters::Path;
 use crate::key::PublicKey;
 use crate::noise::{Established, Role, TransportKeys};
 use crate::routing::AllowedIps;
-use crate::session::{HotPeer, Keypair};
+use crate::session::{Continuity, HotPeer, Keypair};
 
 const START: Now = Now::from_boot_ns(1_000_000_000);
 static AEAD: RingAead = RingAead;
@@ -468,10 +470,143 @@ fn staging_is_bounded_and_the_oldest_makes_room() {
     gateway.send(&packets, START);
     assert_eq!(gateway.dropped(0, DropReason::StagedFull), 3);
     assert_eq!(gateway.peer(1).staged.load(Ordering::Relaxed) as usize, STAGED_PACKETS_MAX);
-    let late = START + Duration::from_secs(91);
-    assert!(!gateway.outbound.flush_staged(&gateway.wire, late));
-    assert_eq!(gateway.dropped(0, DropReason::HandshakeFailed) as usize, STAGED_PACKETS_MAX);
+}
+
+#[test]
+fn staged_packets_are_dropped_when_the_handshake_is_given_up_and_not_before() {
+    let mut gateway = Gateway::new();
+    gateway.send(&[packet(US, PEER_1, 60), packet(US, PEER_1, 60)], START);
+    // The attempt was renewed: it lasts for longer than the first packet would have waited.
+    let late = START + (REKEY_ATTEMPT_TIME - Duration::from_secs(1));
+    gateway.send(&[packet(US, PEER_1, 60)], late);
+    let later = START + REKEY_ATTEMPT_TIME + Duration::from_secs(20);
+    assert!(!gateway.outbound.flush_staged(&gateway.wire, later));
+    assert_eq!(gateway.peer(1).staged.load(Ordering::Relaxed), 3);
+    gateway.peer(1).give_up_count.fetch_add(1, Ordering::Relaxed);
+    // What comes after waits for the next one.
+    gateway.send(&[packet(US, PEER_1, 60)], later);
+    assert_eq!(gateway.dropped(0, DropReason::HandshakeFailed), 3);
+    assert_eq!(gateway.peer(1).staged.load(Ordering::Relaxed), 1);
+    gateway.peer(1).give_up_count.fetch_add(1, Ordering::Relaxed);
+    assert!(!gateway.outbound.flush_staged(&gateway.wire, later));
+    assert_eq!(gateway.dropped(0, DropReason::HandshakeFailed), 4);
     assert_eq!(gateway.peer(1).staged.load(Ordering::Relaxed), 0);
+}
+
+#[test]
+fn staged_packets_that_nobody_gives_up_do_not_stay_for_ever() {
+    let mut gateway = Gateway::new();
+    gateway.send(&[packet(US, PEER_1, 60)], START);
+    let late = START + REKEY_ATTEMPT_TIME + Duration::from_secs(16);
+    assert!(!gateway.outbound.flush_staged(&gateway.wire, late));
+    assert_eq!(gateway.dropped(0, DropReason::HandshakeFailed), 1);
+    assert_eq!(gateway.peer(1).staged.load(Ordering::Relaxed), 0);
+}
+
+#[test]
+fn counters_end_at_reject_after_messages() {
+    let mut gateway = Gateway::new();
+    let keypair = gateway.give_keypair(1, Role::Initiator);
+    let seal = |counter: u64| {
+        let mut message = vec![0; 32];
+        let header = super::encap::transport_header(keypair.local_index(), counter);
+        message[..16].copy_from_slice(&header);
+        let key = crate::aead::AeadKey::new(&[1; 32]);
+        let mut jobs = [crate::aead::Job::new(&key, counter, &mut message[16..])];
+        crate::aead::BatchAead::seal(&AEAD, &mut jobs);
+        message
+    };
+    gateway.receive(0, &seal(REJECT_AFTER_MESSAGES), START);
+    gateway.receive(0, &seal(u64::MAX), START);
+    assert_eq!(gateway.dropped(0, DropReason::KeyExpired), 2);
+    gateway.receive(0, &seal(REJECT_AFTER_MESSAGES - 1), START);
+    assert_eq!(gateway.peer(1).transfer.rx_bytes(), 32);
+    assert_eq!(gateway.dropped(0, DropReason::KeyExpired), 2);
+}
+
+#[test]
+fn the_first_packet_tells_control_that_the_keypair_is_confirmed() {
+    let mut gateway = Gateway::new();
+    gateway.give_keypair(1, Role::Initiator);
+    let datagrams =
+        datagrams_of(&mut gateway, 1, &[packet(PEER_1, US, 40), packet(PEER_1, US, 40)]);
+    gateway.peer(1).keypairs.update(|keypairs| {
+        let next = keypairs.current.clone().unwrap();
+        keypairs.cleared().installed_by_responder(next)
+    });
+    gateway.receive(0, &datagrams[0], START);
+    assert!(matches!(gateway.work.take(), Some(Work::Confirmed(PeerId(1)))));
+    gateway.receive(0, &datagrams[1], START);
+    assert!(gateway.work.take().is_none(), "once");
+}
+
+/// What a worker reads at `now` if its host has slept for `slept` in all, and its real time was set
+/// forward by `set`.
+fn reading(now: Now, slept: Duration, set: Duration) -> Reading {
+    let [slept, set] = [slept, set].map(|time| time.as_nanos() as u64);
+    let real_ns = 1_700_000_000_000_000_000 + now.boot_ns() + set;
+    Reading { before: now, monotonic_ns: now.boot_ns() - slept, real_ns, after: now }
+}
+
+fn after_a_break(slept: Duration, set: Duration) {
+    let mut gateway = Gateway::new();
+    gateway.give_keypair(1, Role::Initiator);
+    let datagrams =
+        datagrams_of(&mut gateway, 1, &[packet(PEER_1, US, 40), packet(PEER_1, US, 40)]);
+    let mut continuity = Continuity::default();
+    let zero = Duration::ZERO;
+    let now = gateway.shared.now_of(&mut continuity, &reading(START, zero, zero));
+    gateway.receive(0, &datagrams[0], now);
+    gateway.send(&[packet(US, PEER_1, 40)], now);
+    assert_eq!((gateway.written().len(), gateway.sent().len()), (1, 1));
+    // The next turn of the same worker, before control has looked at anything.
+    let later = START + slept + Duration::from_millis(1);
+    let now = gateway.shared.now_of(&mut continuity, &reading(later, slept, set));
+    gateway.receive(0, &datagrams[1], now);
+    gateway.send(&[packet(US, PEER_1, 40)], now);
+    assert_eq!((gateway.written().len(), gateway.sent().len()), (0, 0));
+    assert_eq!(gateway.dropped(0, DropReason::KeyExpired), 1);
+    assert!(matches!(gateway.work.take(), Some(Work::Initiate(_, PeerId(1)))));
+    assert_eq!(gateway.peer(1).staged.load(Ordering::Relaxed), 1);
+}
+
+#[test]
+fn after_a_sleep_the_first_turn_neither_seals_nor_opens_with_what_was_before() {
+    after_a_break(Duration::from_secs(5), Duration::ZERO);
+}
+
+#[test]
+fn after_a_clone_whose_clock_was_set_nothing_of_before_is_used() {
+    after_a_break(Duration::ZERO, Duration::from_secs(5));
+}
+
+#[test]
+fn a_quiesced_device_drops_and_counts_everything() {
+    let mut gateway = Gateway::new();
+    gateway.give_keypair(1, Role::Initiator);
+    let datagram = datagrams_of(&mut gateway, 1, &[packet(PEER_1, US, 40)]).remove(0);
+    gateway.send(&[packet(US, [10, 0, 0, 9], 40)], START);
+    assert_eq!(gateway.peer(2).staged.load(Ordering::Relaxed), 1);
+    while gateway.work.take().is_some() {}
+
+    gateway.shared.set_quiesced_until(START + Duration::from_secs(9));
+    let mut initiation = vec![0; 148];
+    initiation[0] = 1;
+    gateway.receive(0, &datagram, START);
+    gateway.receive(0, &initiation, START);
+    gateway.send(&[packet(US, PEER_1, 40), packet(US, PEER_1, 40)], START);
+    assert!(!gateway.outbound.flush_staged(&gateway.wire, START));
+    assert_eq!(gateway.dropped(0, DropReason::Quiesced), 1 + 1 + 2 + 1);
+    assert_eq!(gateway.peer(2).staged.load(Ordering::Relaxed), 0);
+    assert!(gateway.written().is_empty() && gateway.sent().is_empty());
+    assert!(gateway.work.take().is_none(), "and control has nothing to do");
+    // Garbage is still what it is.
+    gateway.receive(0, &[4, 0, 0], START);
+    assert_eq!(gateway.dropped(0, DropReason::BadLength), 1);
+
+    let over = START + Duration::from_secs(9);
+    gateway.receive(0, &datagram, over);
+    assert_eq!(gateway.written().len(), 1);
 }
 
 #[test]

@@ -21,6 +21,7 @@ use super::outbound::Outbound;
 use super::shared::{Shared, SocketGroup};
 use crate::aead::BatchAead;
 use crate::counters::Path;
+use crate::session::Continuity;
 use crate::sys::clock;
 use crate::sys::mmsg::ReceiveBatch;
 use crate::sys::wait::{PollFd, PollFlags, poll};
@@ -75,6 +76,7 @@ pub struct Worker {
     flushed: Now,
     /// When the kernel was last asked what it dropped before the XSKs.
     asked: Now,
+    continuity: Continuity,
     #[cfg(debug_assertions)]
     stall: Option<Stall>,
 }
@@ -120,6 +122,7 @@ impl Worker {
             flush: false,
             flushed: Now::default(),
             asked: Now::default(),
+            continuity: Continuity::default(),
             shared,
             #[cfg(debug_assertions)]
             stall: Stall::from_env(id),
@@ -133,11 +136,13 @@ impl Worker {
             && !self.shared.tun_gone.load(Ordering::Relaxed)
         {
             self.wait(if more { Duration::ZERO } else { SLEEP_MAX });
-            let now = clock::boot_now();
             #[cfg(debug_assertions)]
             if let Some(stall) = &mut self.stall {
-                stall.hold(&self.shared, now);
+                stall.hold(&self.shared, clock::boot_now());
             }
+            self.shared.begin_turn(self.id);
+            // Before anything is sealed or opened.
+            let now = self.shared.now_of(&mut self.continuity, &clock::reading());
             self.shared.beat(self.id, now);
             self.follow_control();
             more = self.turn(now);

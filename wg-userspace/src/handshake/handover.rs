@@ -92,8 +92,7 @@ impl<O: Outside> Handshakes<O> {
             all.taken += imported.taken;
             all.refused += imported.refused;
             self.execute(&cell, &imported.actions, WorkerId(0), now);
-            drop(session);
-            self.awaken(&cell);
+            self.awaken(&cell, &session, now);
         }
         self.resume_all(now);
         Ok(all)
@@ -106,8 +105,7 @@ impl<O: Outside> Handshakes<O> {
             let mut session = cell.session();
             if session.is_handed_over() {
                 session.resume(&mut self.indexes_of(&cell, now));
-                drop(session);
-                self.awaken(&cell);
+                self.awaken(&cell, &session, now);
             }
         }
     }

@@ -116,18 +116,17 @@ impl<T> IndexTable<T> {
         self.slots[self.slot_in_use(index)? as usize].owner.as_ref()
     }
 
+    /// Number of indexes that are lent.
+    pub fn lent_count(&self) -> usize {
+        self.slots.len() - self.resting.len() - self.gaps.len()
+    }
+
     /// Frees `index`; its slot begins to rest. Freeing twice does nothing.
     pub fn release(&mut self, index: ReceiverIndex, now: Now) {
         let Some(slot) = self.slot_in_use(index) else { return };
         self.store(slot, 0);
         self.slots[slot as usize].owner = None;
         self.resting.push_back((slot, now + REST_TIME));
-    }
-
-    /// How many indexes are lent.
-    #[cfg(test)]
-    pub fn lent_count(&self) -> usize {
-        self.slots.len() - self.resting.len() - self.gaps.len()
     }
 
     /// The slot that is in use under this very index.

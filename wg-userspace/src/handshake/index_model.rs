@@ -305,6 +305,7 @@ impl Outside for Network {
 struct Lab {
     network: Network,
     gateway: Arc<Handshakes<Network>>,
+    queue: Arc<WorkQueue>,
     /// Slot → its index.
     used: BTreeMap<usize, u64>,
     /// Slots that were used and are free, first freed first, with the time they were freed.
@@ -373,7 +374,8 @@ impl Lab {
         let indexes = IndexPermutation::new([seed as u32, 2, 3, 4], layout);
         let live = Arc::new(SharedWords::private(layout.slot_count() as usize).unwrap());
         let sockets = SocketGroup { port: 51820, of_worker: Vec::new() };
-        let (shared, _) = Shared::new(DeviceId(0), 1, Vec::new(), sockets, None, indexes).unwrap();
+        let (shared, queue) =
+            Shared::new(DeviceId(0), 1, Vec::new(), sockets, None, indexes).unwrap();
         let inbound = Inbound::new(WorkerId(0), Arc::clone(&shared), &AEAD, vec![None]);
         let own = private_key(PEER_COUNT);
         let public_key = own.public_key();
@@ -404,7 +406,7 @@ impl Lab {
         let gateway = Arc::new(Handshakes::new(shared, network.clone(), &AEAD, Some(live)));
         assert!(network.gateway.set(Arc::downgrade(&gateway)).is_ok());
         gateway.set_private_key(Some(own), START);
-        let lab = Self { network, gateway, used: BTreeMap::new(), freed: VecDeque::new() };
+        let lab = Self { network, gateway, queue, used: BTreeMap::new(), freed: VecDeque::new() };
         for peer in 0..PEER_COUNT {
             lab.add(peer);
         }
@@ -475,7 +477,10 @@ impl Lab {
                     world.flying.push((now + *delay, *peer, index, message));
                 }
             }
-            Step::Tick => self.gateway.tick(now),
+            Step::Tick => {
+                while self.gateway.turn(&self.queue, now) {}
+                self.gateway.tick(now);
+            }
             Step::Pass(time) => self.pass(now + *time),
             Step::Readd(peer) => {
                 self.world().models[*peer] = Model::default();
@@ -585,6 +590,7 @@ impl Lab {
     /// When sessions have had their turn, nothing is live but what they hold.
     fn settle(&mut self) {
         let now = self.world().now;
+        while self.gateway.turn(&self.queue, now) {}
         self.gateway.tick(now);
         self.watch();
         let held: usize = (0..PEER_COUNT)

@@ -18,13 +18,15 @@ mod lanes;
 mod load;
 mod outside;
 mod pool;
+#[cfg(test)]
+mod pool_tests;
 mod receive;
 pub mod source;
-#[cfg(test)]
-mod tests;
 mod timers;
+#[cfg(test)]
+mod timers_tests;
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -37,6 +39,7 @@ use wg_common::time::Now;
 use self::index::IndexTable;
 use self::knock::Gate;
 use self::lanes::Lanes;
+use self::timers::{Alarms, Pace, Place};
 use crate::aead::{BatchAead, Job};
 use crate::counters::Counters;
 use crate::datapath::encap::transport_header;
@@ -65,8 +68,11 @@ pub struct Handshakes<O = Os> {
     indexes: Mutex<IndexTable<Cell>>,
     /// Messages that wait to be handled. The lock is held for a moment, and with it no other is taken.
     lanes: Mutex<Lanes>,
-    /// Cells with a timer that may run.
-    awake: Mutex<Vec<Arc<Cell>>>,
+    /// Cells that want to be called, and when.
+    alarms: Mutex<Alarms>,
+    /// Something has to be done sooner than whoever calls [`Handshakes::tick`] was told.
+    sooner: tokio::sync::Notify,
+    pace: Mutex<Pace>,
     /// Drops counted by any thread of this room.
     drops: Counters,
     /// What becomes of unknown senders, if there is a source to look them up in.
@@ -84,7 +90,7 @@ pub struct Cell {
     /// The half that workers read.
     pub hot: Arc<HotPeer>,
     session: Mutex<Session>,
-    awake: AtomicBool,
+    place: Place,
 }
 
 impl Cell {
@@ -154,7 +160,9 @@ impl<O: Outside> Handshakes<O> {
             cells: RwLock::default(),
             indexes: Mutex::new(indexes),
             lanes: Mutex::new(lanes),
-            awake: Mutex::default(),
+            alarms: Mutex::default(),
+            sooner: tokio::sync::Notify::new(),
+            pace: Mutex::default(),
             drops: Counters::default(),
             gate: None,
         }
@@ -178,8 +186,23 @@ impl<O: Outside> Handshakes<O> {
         self.cells.read().unwrap_or_else(PoisonError::into_inner).by_key.get(key).cloned()
     }
 
+    /// All cells, in order of their ids: the same input is always answered in the same order.
     fn all_cells(&self) -> Vec<Arc<Cell>> {
-        self.cells.read().unwrap_or_else(PoisonError::into_inner).by_id.values().cloned().collect()
+        let cells = self.cells.read().unwrap_or_else(PoisonError::into_inner);
+        let mut all: Vec<_> = cells.by_id.values().cloned().collect();
+        drop(cells);
+        all.sort_unstable_by_key(|cell| cell.hot.id);
+        all
+    }
+
+    /// Number of peers that have a session.
+    pub fn cell_count(&self) -> usize {
+        self.cells.read().unwrap_or_else(PoisonError::into_inner).by_id.len()
+    }
+
+    /// Number of receiver indexes in use.
+    pub fn index_count(&self) -> usize {
+        lock(&self.indexes).lent_count()
     }
 
     /// Gives the device another private key, or none. Sessions under the old one end.
@@ -192,6 +215,7 @@ impl<O: Outside> Handshakes<O> {
                 RemoteStatic::new(identity, cell.hot.public_key, session.preshared_key().clone())
             });
             session.set_remote(remote, &mut self.indexes_of(&cell, now));
+            self.revive(&cell, &mut session, now);
         }
     }
 
@@ -206,11 +230,15 @@ impl<O: Outside> Handshakes<O> {
         let remote = self
             .identity()
             .map(|identity| RemoteStatic::new(&identity, hot.public_key, PresharedKey::default()));
+        self.add_cell(hot, remote, greatest_timestamp);
+    }
+
+    fn add_cell(&self, hot: Arc<HotPeer>, remote: Option<RemoteStatic>, greatest: Timestamp) {
         let mut session = Session::new(Arc::clone(&hot), remote);
-        session.raise_greatest_timestamp(greatest_timestamp);
+        session.raise_greatest_timestamp(greatest);
         let cell = Arc::new(Cell {
             session: Mutex::new(session),
-            awake: AtomicBool::new(false),
+            place: Place::none(),
             hot: Arc::clone(&hot),
         });
         let mut cells = self.cells.write().unwrap_or_else(PoisonError::into_inner);
@@ -229,8 +257,8 @@ impl<O: Outside> Handshakes<O> {
         drop(cells);
         let mut session = cell.session();
         session.set_remote(None, &mut self.indexes_of(&cell, now));
-        // Else its timer would keep the cell awake for ever.
-        session.set_persistent_keepalive(None, now);
+        // Whoever has found the cell before cannot wake it again: without a remote there are no timers.
+        self.awaken(&cell, &session, now);
     }
 
     /// Gives a peer another preshared key; the next handshake uses it.
@@ -240,12 +268,57 @@ impl<O: Outside> Handshakes<O> {
         }
     }
 
-    /// Gives a peer a persistent keepalive interval; zero switches it off.
+    /// Gives a peer a persistent keepalive interval; zero switches it off. The first one is sent at
+    /// once, or when it is this peer's turn if many are given one.
     pub fn set_persistent_keepalive(&self, peer: PeerId, interval: Option<Duration>, now: Now) {
         if let Some(cell) = self.cell(peer) {
-            cell.session().set_persistent_keepalive(interval, now);
-            self.awaken(&cell);
+            let mut session = cell.session();
+            let is_new = session.persistent_keepalive().is_none();
+            let first = interval.filter(|_| is_new).map(|interval| self.pace(interval, now));
+            session.set_persistent_keepalive(interval, first.unwrap_or(now));
+            self.awaken(&cell, &session, now);
         }
+    }
+
+    /// Ends every keypair and handshake. Peers for whom packets wait, and those with a persistent
+    /// keepalive, are handshaken with anew, unless the device is quiesced.
+    pub fn clear_sessions(&self, now: Now) {
+        for cell in self.all_cells() {
+            let mut session = cell.session();
+            session.clear(&mut self.indexes_of(&cell, now));
+            self.revive(&cell, &mut session, now);
+        }
+    }
+
+    /// Goes on after the device was quiesced.
+    pub fn resume(&self, now: Now) {
+        for cell in self.all_cells() {
+            self.revive(&cell, &mut cell.session(), now);
+        }
+    }
+
+    /// Has a session that has neither keypair nor handshake reach for its peer, if it has reason to.
+    fn revive(&self, cell: &Arc<Cell>, session: &mut Session, now: Now) {
+        if let Some(interval) = session.persistent_keepalive() {
+            session.restart_persistent_keepalive(self.pace(interval, now));
+        }
+        if cell.hot.staged.load(Ordering::Relaxed) > 0 {
+            self.initiate_locked(cell, session, now);
+        }
+        self.awaken(cell, session, now);
+    }
+
+    /// Locks the session of a cell for a handshake.
+    ///
+    /// Whoever quiesces the device says so first and then locks every session once: who has the lock
+    /// after him gets [`DropReason::Quiesced`] here, and what is done before him he ends.
+    fn session_for_handshake<'a>(
+        &self,
+        cell: &'a Cell,
+        now: Now,
+    ) -> Result<MutexGuard<'a, Session>, DropReason> {
+        let session = cell.session();
+        if self.shared.is_quiesced(now) { Err(DropReason::Quiesced) } else { Ok(session) }
     }
 
     /// Handshakes anew with every peer that has a keypair in use at home at `worker`.
@@ -298,6 +371,11 @@ impl<O: Outside> Handshakes<O> {
                     self.initiate(&cell, now);
                 }
             }
+            Work::Confirmed(peer) => {
+                if let Some(cell) = self.cell(*peer) {
+                    self.handle_timeout(&cell, now);
+                }
+            }
         }
     }
 
@@ -332,9 +410,15 @@ impl<O: Outside> Handshakes<O> {
     }
 
     fn initiate(&self, cell: &Arc<Cell>, now: Now) {
-        // The session first: the identity that is read then is the one its remote was made for.
         let mut session = cell.session();
-        let Some(identity) = self.identity() else {
+        self.initiate_locked(cell, &mut session, now);
+        self.awaken(cell, &session, now);
+    }
+
+    fn initiate_locked(&self, cell: &Arc<Cell>, session: &mut Session, now: Now) {
+        // The session was locked first: the identity that is read now is the one its remote was made for.
+        let identity = if self.shared.is_quiesced(now) { None } else { self.identity() };
+        let Some(identity) = identity else {
             cell.hot.handshake_wanted.store(false, Ordering::Relaxed);
             return;
         };
@@ -342,8 +426,6 @@ impl<O: Outside> Handshakes<O> {
             session.initiate(context, now)
         });
         self.execute(cell, &actions, WorkerId(0), now);
-        drop(session);
-        self.awaken(cell);
     }
 
     fn indexes_of<'a>(&'a self, cell: &'a Arc<Cell>, now: Now) -> CellIndexes<'a> {
@@ -383,7 +465,11 @@ impl<O: Outside> Handshakes<O> {
                     }
                 }
                 Action::SendKeepalive => self.send_keepalive(&cell.hot, worker, now),
-                Action::Flush | Action::DropStaged => self.shared.wake_all(),
+                Action::Flush => self.shared.wake_all(),
+                Action::DropStaged => {
+                    cell.hot.give_up_count.fetch_add(1, Ordering::Relaxed);
+                    self.shared.wake_all();
+                }
                 Action::CountDrop(reason) => self.drops.drop_shared(*reason, 1),
             }
         }
@@ -393,8 +479,7 @@ impl<O: Outside> Handshakes<O> {
     /// Sends a transport message without a packet, if there is a keypair to seal it with.
     fn send_keepalive(&self, peer: &HotPeer, worker: WorkerId, now: Now) {
         let Some(endpoint) = peer.endpoint.load_full() else { return };
-        let keypairs = peer.keypairs.load();
-        let Some(keypair) = keypairs.seals_with(now) else { return };
+        let Some(keypair) = self.shared.sealing_keypair(peer, now) else { return };
         let Some(reserved) = keypair.reserve(1) else { return };
         let mut message = [0; TRANSPORT_OVERHEAD];
         message[..TRANSPORT_HEADER_LEN]

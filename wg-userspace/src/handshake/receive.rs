@@ -11,7 +11,7 @@ use super::lanes::Verdict;
 use super::{Cell, Handshakes, Outside, lock};
 use crate::datapath::handoff::HandshakeDatagram;
 use crate::noise::{check_mac1, open_initiation};
-use crate::session::Action;
+use crate::session::{Action, Session};
 
 impl<O: Outside> Handshakes<O> {
     /// Looks at a handshake message as far as that is cheap, while `behind` others wait, and lets it
@@ -72,24 +72,24 @@ impl<O: Outside> Handshakes<O> {
                 let Some(cell) = self.cell_by_key(&opened.sender()) else {
                     return Err(self.unknown_sender(&identity, opened, datagram, now));
                 };
-                let mut session = cell.session();
+                let mut session = self.session_for_handshake(&cell, now)?;
                 let remote = session.remote().ok_or(DropReason::BadHandshake)?;
                 let authentic = opened.authenticate(remote).map_err(|e| e.drop_reason())?;
                 let worker = datagram.worker;
                 let actions = self.with_context(&cell, &identity, worker, now, |context| {
                     session.handle_initiation(authentic, datagram.from, context, now)
                 })?;
-                self.received(&cell, message, &actions, worker, now);
+                self.received(&cell, &session, message, &actions, worker, now);
             }
             Message::Response(index) => {
                 let cell = self.owner(index)?;
                 let bytes = message.first_chunk().ok_or(DropReason::BadLength)?;
-                let mut session = cell.session();
+                let mut session = self.session_for_handshake(&cell, now)?;
                 let worker = datagram.worker;
                 let actions = self.with_context(&cell, &identity, worker, now, |context| {
                     session.handle_response(bytes, context, now)
                 })?;
-                self.received(&cell, message, &actions, worker, now);
+                self.received(&cell, &session, message, &actions, worker, now);
             }
             // Neither waits for a turn.
             Message::CookieReply(_) | Message::Transport(_) => {
@@ -102,6 +102,7 @@ impl<O: Outside> Handshakes<O> {
     fn received(
         &self,
         cell: &Arc<Cell>,
+        session: &Session,
         message: &[u8],
         actions: &[Action],
         worker: WorkerId,
@@ -109,6 +110,6 @@ impl<O: Outside> Handshakes<O> {
     ) {
         cell.hot.transfer.received(message.len() as u64);
         self.execute(cell, actions, worker, now);
-        self.awaken(cell);
+        self.awaken(cell, session, now);
     }
 }

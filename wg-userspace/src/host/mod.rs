@@ -2,10 +2,12 @@
 //!
 //! One [`Host`] is one netlink socket in the network namespace of the thread that made it; its
 //! requests run on the tokio runtime that was current then. [`AddressWatch`] tells which
-//! addresses the host has, for the steer program; [`LinkWatch`] what becomes of the TUN device. This room does not know what a device or a
+//! addresses the host has, for the steer program; [`LinkWatch`] what becomes of the TUN device;
+//! [`CloneWatch`] whether this virtual machine is a copy. This room does not know what a device or a
 //! peer is: it is told names, prefixes and numbers.
 
 mod address_watch;
+mod clone_watch;
 mod link_watch;
 mod route;
 
@@ -26,6 +28,7 @@ use rtnetlink::{LinkGetRequest, LinkUnspec, RouteMessageBuilder};
 use rustix::io::Errno;
 
 pub use address_watch::{AddressChange, AddressWatch};
+pub use clone_watch::CloneWatch;
 pub use link_watch::{LinkChange, LinkWatch};
 pub use route::missing_routes;
 

@@ -141,6 +141,14 @@ impl RemoteStatic {
         }
     }
 
+    /// One with whom no handshake succeeds, for tests of many: it costs no multiplication.
+    #[cfg(test)]
+    pub(crate) fn unreachable(public_key: PublicKey) -> Self {
+        let mac1_key = mac::mac1_key(&public_key);
+        let preshared_key = PresharedKey::default();
+        Self { mac1_key, static_static: None, public_key, preshared_key }
+    }
+
     /// The peer's public key.
     pub const fn public_key(&self) -> &PublicKey {
         &self.public_key

@@ -88,6 +88,12 @@ impl Activity {
         [&self.unanswered_since, &self.owed_since, &self.last_sent, &self.last_received]
     }
 
+    /// Forgets what waits for an answer, and what is owed one: there is nothing to seal it with.
+    pub(super) fn forget(&self) {
+        self.unanswered_since.clear();
+        self.owed_since.clear();
+    }
+
     /// Forgets that packets wait for an answer, if they do so since `since`; newer ones count anew.
     pub(super) fn clear_unanswered(&self, since: Now) {
         self.unanswered_since.clear_if(since);

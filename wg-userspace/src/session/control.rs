@@ -12,7 +12,7 @@ use wg_common::endpoint::Endpoint;
 use wg_common::id::{ReceiverIndex, ShardId};
 use wg_common::outcome::DropReason;
 use wg_common::protocol::{
-    COOKIE_REPLY_LEN, INITIATION_INTERVAL_MIN, INITIATION_LEN, RESPONSE_LEN,
+    COOKIE_REPLY_LEN, INITIATION_INTERVAL_MIN, INITIATION_LEN, KEEPALIVE_TIMEOUT, RESPONSE_LEN,
 };
 use wg_common::time::Now;
 
@@ -106,6 +106,14 @@ impl fmt::Debug for HandshakeMessage {
     }
 }
 
+/// A handshake that we have begun.
+#[derive(Debug)]
+struct Pending {
+    initiator: Initiator,
+    /// When its newest initiation, with all that is secret in it, was made.
+    begun: Now,
+}
+
 /// A peer as control sees it. Everything that happens to it is a call; what is to be done about it
 /// comes back as [`Action`]s.
 ///
@@ -117,7 +125,7 @@ pub struct Session {
     preshared_key: PresharedKey,
     remote: Option<RemoteStatic>,
     /// The handshake that waits for its response.
-    pending: Option<Box<Initiator>>,
+    pending: Option<Box<Pending>>,
     /// Keypairs that workers can find: those in the peer's [`Keypairs`], and those that were taken
     /// out since we last looked.
     pub(super) published: Vec<Arc<Keypair>>,
@@ -172,7 +180,7 @@ impl Session {
 
     /// The index by which a response finds this session, while one is awaited.
     pub fn pending_index(&self) -> Option<ReceiverIndex> {
-        self.pending.as_ref().map(|pending| pending.local_index())
+        self.pending.as_ref().map(|pending| pending.initiator.local_index())
     }
 
     /// When the last handshake was completed, by the wall clock: when its response came, or the first
@@ -214,11 +222,21 @@ impl Session {
         if self.is_handed_over() {
             return None;
         }
+        // Nothing can come of any timer.
+        self.remote.as_ref()?;
         if self.is_unsettled(&self.peer.keypairs.load()) {
             return Some(Now::default());
         }
         let expiry = self.published.iter().map(|keypair| keypair.expires()).min();
         [self.timers.poll(&self.peer.activity), expiry].into_iter().flatten().min()
+    }
+
+    /// The moment at which [`handle_timeout`](Self::handle_timeout) must be called if nothing else is
+    /// until then: when [`poll_timeout`](Self::poll_timeout) says, or when it is to be asked again.
+    pub fn wake_at(&self, now: Now) -> Option<Now> {
+        // Without a keypair there is no traffic that could arm a timer.
+        let ask = self.published.first().map(|_| now + KEEPALIVE_TIMEOUT);
+        [self.poll_timeout(), ask].into_iter().flatten().min()
     }
 
     /// Begins a handshake: there are packets and no keypair, or a keypair that wants to be replaced.
@@ -278,7 +296,7 @@ impl Session {
 
         let mut actions = Vec::new();
         let install = Keypairs::installed_by_responder;
-        self.install(&established, install, ctx, &mut actions, now);
+        self.install(&established, now, install, ctx, &mut actions, now);
         self.awaited = Some(index);
         actions.push(Action::Send { message: HandshakeMessage::new(&message), to: from });
         self.retire(ctx.indexes);
@@ -298,16 +316,18 @@ impl Session {
     ) -> Result<Vec<Action>, DropReason> {
         let (pending, remote) =
             self.pending.as_ref().zip(self.remote.as_ref()).ok_or(DropReason::UnknownIndex)?;
-        let established =
-            pending.finish(ctx.identity, remote, message).map_err(HandshakeError::drop_reason)?;
+        let established = pending
+            .initiator
+            .finish(ctx.identity, remote, message)
+            .map_err(HandshakeError::drop_reason)?;
+        let begun = pending.begun;
         // Its index is the keypair's from now on.
         self.pending = None;
         self.peer.activity.authenticated_received(now);
 
         let mut actions = Vec::new();
         let install = Keypairs::installed_by_initiator;
-        self.install(&established, install, ctx, &mut actions, now);
-        self.awaited = None;
+        self.install(&established, begun, install, ctx, &mut actions, now);
         self.complete(ctx);
         actions.push(Action::Flush);
         // The responder must not send before it has received something.
@@ -379,9 +399,19 @@ impl Session {
     }
 
     /// Sends a keepalive whenever there was no traffic for `interval` (`None` or zero: never); the
-    /// first one at `now`, if that is new.
-    pub fn set_persistent_keepalive(&mut self, interval: Option<Duration>, now: Now) {
-        self.timers.set_persistent_keepalive(interval.filter(|i| !i.is_zero()), now);
+    /// first one at `first`, if that is new.
+    pub fn set_persistent_keepalive(&mut self, interval: Option<Duration>, first: Now) {
+        self.timers.set_persistent_keepalive(interval.filter(|i| !i.is_zero()), first);
+    }
+
+    /// Has the next persistent keepalive sent at `first`, whatever traffic there was.
+    pub fn restart_persistent_keepalive(&mut self, first: Now) {
+        self.timers.restart_persistent_keepalive(first);
+    }
+
+    /// The interval of persistent keepalives, if there are any.
+    pub fn persistent_keepalive(&self) -> Option<Duration> {
+        self.timers.persistent_keepalive()
     }
 
     /// Replaces the preshared key. Keypairs stay; the next handshake message uses it.
@@ -403,7 +433,8 @@ impl Session {
         self.cookie = PeerCookie::default();
     }
 
-    /// Ends every keypair and handshake.
+    /// Ends every keypair and handshake, and what they have promised: no answer is owed or awaited any
+    /// more. Who is to be reached again must be told, by [`initiate`](Self::initiate).
     ///
     /// The greatest timestamp stays: old initiations are replays as before. A session that is handed
     /// over has ended already, and its indexes are its successor's.
@@ -412,6 +443,7 @@ impl Session {
             return;
         }
         self.peer.keypairs.update(Keypairs::cleared);
+        self.peer.activity.forget();
         self.awaited = None;
         self.abandon(indexes);
         self.timers.cleared();
@@ -454,7 +486,7 @@ impl Session {
         // A repeated initiation keeps its index: a freed one rests for minutes, and peers that never
         // answer would let all of them rest.
         let index = match self.pending.take() {
-            Some(pending) => pending.local_index(),
+            Some(pending) => pending.initiator.local_index(),
             None => match ctx.indexes.allocate() {
                 Some(index) => index,
                 None => return actions.push(Action::CountDrop(DropReason::NoIndex)),
@@ -462,9 +494,9 @@ impl Session {
         };
         let cookie = self.cookie.get(now);
         match initiate(ctx.identity, remote, index, ctx.timestamp, cookie, ctx.rng) {
-            Ok((pending, message)) => {
+            Ok((initiator, message)) => {
                 self.cookie.message_sent(index, &message);
-                self.pending = Some(Box::new(pending));
+                self.pending = Some(Box::new(Pending { initiator, begun: now }));
                 self.peer.activity.authenticated_sent(now);
                 actions.push(Action::Send { message: HandshakeMessage::new(&message), to });
             }
@@ -496,13 +528,14 @@ impl Session {
     fn install<R, I: Indexes>(
         &mut self,
         established: &Established,
+        begun: Now,
         transition: impl Fn(&Keypairs, Arc<Keypair>) -> Keypairs,
         ctx: &mut Context<'_, R, I>,
         actions: &mut Vec<Action>,
         now: Now,
     ) {
         let peer = Arc::downgrade(&self.peer);
-        let keypair = Arc::new(Keypair::new(established, peer, ctx.home, now));
+        let keypair = Arc::new(Keypair::new(established, peer, ctx.home, now).begun_at(begun));
         self.keypairs_until = Some(keypair.expires());
         self.published.push(Arc::clone(&keypair));
         ctx.indexes.publish(&keypair);
@@ -548,7 +581,7 @@ impl Session {
     /// Forgets the handshake in flight, if there is one. Who still wants one must ask again.
     pub(super) fn abandon(&mut self, indexes: &mut impl Indexes) {
         if let Some(pending) = self.pending.take() {
-            indexes.release(pending.local_index());
+            indexes.release(pending.initiator.local_index());
         }
         self.peer.handshake_wanted.store(false, Relaxed);
     }

@@ -91,6 +91,7 @@ pub(super) struct KeypairExport {
     pub next: u64,
     pub local_index: ReceiverIndex,
     pub remote_index: ReceiverIndex,
+    pub begun: Now,
     pub created: Now,
     pub seal_key: Zeroizing<[u8; KEY_LEN]>,
     pub open_key: Zeroizing<[u8; KEY_LEN]>,

@@ -18,7 +18,7 @@ use super::{
     Action, Generation, HotPeer, Indexes, Keypair, Keypairs, Receiving, ReplayWindow, Session,
 };
 use crate::key::PublicKey;
-use crate::noise::{Established, Role, Timestamp, TransportKeys};
+use crate::noise::{Established, RemoteStatic, Role, Timestamp, TransportKeys};
 
 const START: Now = Now::from_boot_ns(1_000_000_000_000);
 /// What the wall clock says.
@@ -67,7 +67,11 @@ fn keys(number: u8) -> TransportKeys {
 impl Process {
     fn new() -> Self {
         let peer = Arc::new(HotPeer::new(PeerId(1), DeviceId(0), PEER));
-        Self { session: Session::new(peer, None), indexes: Published::default(), inside: None }
+        Self {
+            session: Session::new(peer, Some(RemoteStatic::unreachable(PEER))),
+            indexes: Published::default(),
+            inside: None,
+        }
     }
 
     /// The keypair with key `number`, as a handshake would make it, in the place that `transition` says.
@@ -730,7 +734,7 @@ fn bytes_that_end_early_are_refused() {
 fn every_field_is_checked() {
     use ImportError::{Digest, Magic, Truncated, Twice, Value, Version};
     const KEYPAIR_AT: usize = PEERS_AT + 32 + 23 + 21 + 12 + 13 + 16 + 32 + 1;
-    const KEYPAIR_LEN: usize = 1 + 1 + 4 + 8 + 4 + 4 + 8 + 64 + 8 + 1024;
+    const KEYPAIR_LEN: usize = 1 + 1 + 4 + 8 + 4 + 4 + 8 + 8 + 64 + 8 + 1024;
     const PEER_LEN: usize = KEYPAIR_AT - PEERS_AT + 3 * KEYPAIR_LEN;
     let late = (START + SECOND).boot_ns().to_le_bytes();
     let old = 5_u64.to_le_bytes();
@@ -760,9 +764,10 @@ fn every_field_is_checked() {
         (KEYPAIR_AT + 6, &[255; 8], Value("sending counter")),
         (KEYPAIR_AT + KEYPAIR_LEN + 14, &[0x12, 0, 0, 0], Twice("receiver index")),
         (KEYPAIR_AT + 22, &late, Value("age of a keypair")),
-        (KEYPAIR_AT + 22, &old, Value("age of a keypair")),
-        (KEYPAIR_AT + 94, &[255; 8], Value("replay window")),
-        (KEYPAIR_AT + 94, &[0; 8], Value("replay window")),
+        (KEYPAIR_AT + 30, &late, Value("age of a keypair")),
+        (KEYPAIR_AT + 30, &old, Value("age of a keypair")),
+        (KEYPAIR_AT + 102, &[255; 8], Value("replay window")),
+        (KEYPAIR_AT + 102, &[0; 8], Value("replay window")),
     ];
     for &(at, bytes, error) in table {
         let mut body = body();

@@ -21,6 +21,7 @@ pub struct Keypair {
     remote_index: ReceiverIndex,
     role: Role,
     created: Now,
+    begun: Now,
     home: ShardId,
     peer: Weak<HotPeer>,
     /// Whose counters we seal with.
@@ -72,6 +73,7 @@ impl Keypair {
             remote_index: established.remote_index,
             role: established.role,
             created: now,
+            begun: now,
             home,
             peer,
             generation: Generation::default(),
@@ -94,6 +96,7 @@ impl Keypair {
             remote_index: export.remote_index,
             role: export.role,
             created: export.created,
+            begun: export.begun,
             home,
             peer,
             generation,
@@ -102,6 +105,17 @@ impl Keypair {
             sent: CacheLine(SendCounter::new(generation.counters().start)),
             received: CacheLine(Received { gate: ReceiveGate::new(), window: export.window }),
         })
+    }
+
+    /// The same keypair, but its handshake had begun before it was finished.
+    #[must_use]
+    pub fn begun_at(self, begun: Now) -> Self {
+        Self { begun: begun.min(self.created), ..self }
+    }
+
+    /// When our part of the handshake began: nothing that is secret in this keypair is older.
+    pub fn begun(&self) -> Now {
+        self.begun
     }
 
     /// By which the peer addresses us.
@@ -290,6 +304,7 @@ impl Frozen {
             local_index: keypair.local_index,
             remote_index: keypair.remote_index,
             // Clocks of threads differ by a little; an export is not older than what is in it.
+            begun: keypair.begun.min(now),
             created: keypair.created.min(now),
             seal_key: keypair.seal_key.expose().clone(),
             open_key: keypair.open_key.expose().clone(),

@@ -20,6 +20,7 @@
 //! it begins there.
 
 mod activity;
+mod continuity;
 mod control;
 mod cookie;
 mod gates;
@@ -35,6 +36,7 @@ mod slot_table;
 #[cfg(test)]
 mod tests;
 mod timers;
+mod wheel;
 
 /// The atomics that [`gates`] uses.
 mod atomic {
@@ -42,6 +44,7 @@ mod atomic {
 }
 
 pub use activity::Activity;
+pub use continuity::{Break, Continuity};
 pub use control::{Action, Context, HandshakeMessage, Indexes, Session};
 pub use generation::Generation;
 pub use keypair::{Frozen, Keypair, Receiving, Reserved};
@@ -49,3 +52,4 @@ pub use keypairs::Keypairs;
 pub use peer::{HotPeer, SharedKeypairs, Transfer};
 pub use replay::ReplayWindow;
 pub use slot_table::SlotTable;
+pub use wheel::{TICK, Token, Wheel};

@@ -30,6 +30,8 @@ pub struct HotPeer {
     pub transfer: Transfer,
     /// Packets that wait for a keypair, at all workers.
     pub staged: AtomicU32,
+    /// How many handshakes were given up: what was staged before the latest of them is to be dropped.
+    pub give_up_count: AtomicU32,
     /// Set by a worker that asks control for a handshake; cleared by control when it wants to be
     /// asked again.
     pub handshake_wanted: AtomicBool,
@@ -53,6 +55,7 @@ impl HotPeer {
             activity: Activity::default(),
             transfer: Transfer::default(),
             staged: AtomicU32::new(0),
+            give_up_count: AtomicU32::new(0),
             handshake_wanted: AtomicBool::new(false),
             last_worker: AtomicU16::new(Self::NO_WORKER),
         }

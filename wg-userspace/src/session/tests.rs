@@ -17,8 +17,8 @@ use wg_common::message::{Message, classify};
 use wg_common::outcome::DropReason;
 use wg_common::protocol::{
     KEEPALIVE_TIMEOUT, PADDING_MULTIPLE, REJECT_AFTER_MESSAGES, REJECT_AFTER_TIME,
-    REKEY_AFTER_TIME, REKEY_ATTEMPT_TIME, REKEY_TIMEOUT, REKEY_TIMEOUT_JITTER_MAX, TAG_LEN,
-    TRANSPORT_HEADER_LEN, TRANSPORT_MIN_LEN, TYPE_TRANSPORT,
+    REKEY_AFTER_MESSAGES, REKEY_AFTER_TIME, REKEY_ATTEMPT_TIME, REKEY_TIMEOUT,
+    REKEY_TIMEOUT_JITTER_MAX, TAG_LEN, TRANSPORT_HEADER_LEN, TRANSPORT_MIN_LEN, TYPE_TRANSPORT,
 };
 use wg_common::time::Now;
 
@@ -924,6 +924,46 @@ fn received_data_makes_the_initiator_rekey_when_little_time_is_left() {
 }
 
 #[test]
+fn more_than_rekey_after_messages_begin_a_handshake_in_both_roles() {
+    for side in [A, B] {
+        let mut pair = Pair::connected();
+        pair.run(SECOND * 10); // past Rekey-Timeout
+        let current = pair.sides[side].peer().keypairs.load().current.clone().unwrap();
+        let before = pair.sides[side].initiations.len();
+        // A holder's counters are fewer than the whitepaper's, and it wants a rekey before they end.
+        let rekey_after = current.generation().rekey_after();
+        assert!(rekey_after <= REKEY_AFTER_MESSAGES);
+        // This leaves one counter to send without a handshake.
+        current.reserve(rekey_after - 1 - current.sent()).unwrap();
+        pair.send(side, b"packet");
+        assert_eq!(pair.sides[side].initiations.len(), before);
+        pair.send(side, b"packet");
+        assert_eq!(pair.sides[side].initiations.len(), before + 1);
+        pair.run(SECOND);
+        assert_eq!(pair.received(1 - side), 2, "they were sent all the same");
+    }
+}
+
+#[test]
+fn at_reject_after_messages_packets_wait_for_the_next_keypair() {
+    let mut pair = Pair::connected();
+    pair.run(SECOND * 10);
+    let current = pair.sides[B].peer().keypairs.load().current.clone().unwrap();
+    let end = current.generation().counters().end;
+    assert!(end <= REJECT_AFTER_MESSAGES);
+    current.reserve(end - 1 - current.sent()).unwrap();
+    pair.send(B, b"the last");
+    assert_eq!(current.sent(), end);
+    assert!(pair.sides[B].staged.is_empty());
+    pair.send(B, b"one more");
+    assert_eq!(pair.sides[B].staged.len(), 1);
+    pair.run(SECOND);
+    assert!(pair.sides[B].staged.is_empty());
+    assert_eq!(pair.received(A), 2);
+    assert_eq!(current.sent(), end);
+}
+
+#[test]
 fn an_idle_tunnel_does_not_rekey() {
     let mut pair = Pair::connected();
     pair.run(SECOND * 600);
@@ -967,10 +1007,15 @@ fn clearing_ends_everything_at_once() {
     let mut pair = Pair::connected();
     pair.run(SECOND * 10);
     pair.sides[A].initiate(pair.now);
+    pair.sides[A].peer().activity.data_received(pair.now);
+    pair.sides[A].peer().activity.data_sent(pair.now);
+    pair.sides[A].peer().activity.data_received(pair.now);
     let now = pair.now;
     pair.sides[A].clear();
     assert!(pair.sides[A].indexes.table.is_empty() && pair.sides[A].indexes.live.is_empty());
     assert!(!pair.sides[A].session.is_awake());
+    let activity = &pair.sides[A].peer().activity;
+    assert_eq!((activity.unanswered_since(), activity.owed_since()), (None, None));
     pair.sides[A].outbox.clear();
     pair.sides[A].initiate(now + MS * 20);
     assert_eq!(pair.sides[A].outbox.len(), 1, "Rekey-Timeout does not hold for what is gone");
@@ -1054,6 +1099,24 @@ fn unanswered_data_leads_to_a_new_handshake() {
     assert_eq!(pair.sides[A].initiations.len(), 2);
     let begun = pair.sides[A].initiations[1];
     assert!(within(begun, sent + NEW_HANDSHAKE, REKEY_TIMEOUT_JITTER_MAX));
+}
+
+#[test]
+fn the_handshake_after_silence_is_jittered() {
+    let mut waits = BTreeSet::new();
+    for seed in 0..20 {
+        let mut pair = Pair::new();
+        pair.sides[A].rng = StdRng::seed_from_u64(seed);
+        pair.sides[A].initiate(START);
+        pair.run(SECOND * 20);
+        pair.weather.lost_percent = 100;
+        let sent = pair.now;
+        pair.send(A, b"packet");
+        pair.run(SECOND * 16);
+        waits.insert(*pair.sides[A].initiations.last().unwrap() - sent);
+    }
+    assert!(waits.len() > 10);
+    assert!(waits.iter().all(|wait| *wait >= NEW_HANDSHAKE));
 }
 
 #[test]
@@ -1172,6 +1235,41 @@ fn persistent_keepalive_keeps_a_tunnel_alive() {
     pair.run(SECOND);
     assert!(pair.sides[B].initiations.is_empty(), "it always had a keypair");
     assert_eq!(pair.received(A), 20);
+}
+
+#[test]
+fn clock_jumping_forward_by_hours_ends_all_keys_and_a_packet_begins_anew() {
+    let mut pair = Pair::connected();
+    pair.sides[A].session.set_persistent_keepalive(Some(SECOND * 25), pair.now);
+    pair.run(SECOND * 2);
+    pair.send(A, b"packet"); // it waits for an answer across the jump
+    pair.sides[B].peer().endpoint.store(Some(Arc::new(address(1))));
+    pair.wire.clear();
+    let sent = pair.sides.each_ref().map(|side| side.initiations.len());
+    pair.now = pair.now + SECOND * 3600 * 5;
+    for side in &mut pair.sides {
+        assert!(side.peer().keypairs.load().seals_with(pair.now).is_none(), "before any timer ran");
+        side.handle_timeout(pair.now);
+        assert!(side.indexes.table.is_empty());
+    }
+    // What was due many times is done once.
+    assert_eq!(pair.sides[A].initiations.len(), sent[A] + 1);
+    assert_eq!(pair.sides[B].initiations.len(), sent[B]);
+    pair.run(SECOND);
+    pair.send(B, b"packet");
+    pair.run(SECOND);
+    assert_eq!(pair.received(A), 1);
+}
+
+#[test]
+fn a_handshake_in_flight_when_the_clock_jumps_forward_is_given_up() {
+    let mut side = lonely();
+    side.send(b"packet", START);
+    let later = START + SECOND * 3600;
+    side.handle_timeout(later);
+    assert_eq!((side.dropped_staged, side.session.pending_index()), (1, None));
+    side.send(b"packet", later);
+    assert_eq!(side.initiations, [START, later]);
 }
 
 #[test]

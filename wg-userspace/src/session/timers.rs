@@ -121,14 +121,26 @@ impl Timers {
         self.handshake_sent = None;
     }
 
-    /// Sends a keepalive whenever there was no traffic for `interval`; the first one at `now`, unless
+    /// Sends a keepalive whenever there was no traffic for `interval`; the first one at `first`, unless
     /// there was an interval before.
-    pub fn set_persistent_keepalive(&mut self, interval: Option<Duration>, now: Now) {
+    pub fn set_persistent_keepalive(&mut self, interval: Option<Duration>, first: Now) {
         let before = self.persistent.take();
         self.persistent = interval.map(|interval| match before {
             Some(persistent) => Persistent { interval, ..persistent },
-            None => Persistent { interval, at: now, is_first: true },
+            None => Persistent { interval, at: first, is_first: true },
         });
+    }
+
+    /// Has the next persistent keepalive sent at `first`, if there are any.
+    pub fn restart_persistent_keepalive(&mut self, first: Now) {
+        if let Some(persistent) = &mut self.persistent {
+            (persistent.at, persistent.is_first) = (first, true);
+        }
+    }
+
+    /// The interval of persistent keepalives, if there are any.
+    pub fn persistent_keepalive(&self) -> Option<Duration> {
+        self.persistent.as_ref().map(|persistent| persistent.interval)
     }
 
     /// When [`take_due`](Self::take_due) gives something, if nothing is sent or received until then.

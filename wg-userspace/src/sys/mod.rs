@@ -15,6 +15,7 @@ pub mod netns;
 pub mod random;
 pub mod socket;
 pub mod tuntap;
+pub mod uevent;
 pub mod wait;
 pub mod xdp;
 

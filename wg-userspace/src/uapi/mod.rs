@@ -4,7 +4,8 @@
 //! Requests and answers are lines of `key=value` and end with an empty line. [`SetParser`] makes a
 //! [`SetRequest`](crate::device::SetRequest) of the lines after `set=1`; [`format_get`] writes what
 //! answers `get=1`; both are pure. [`Server`] is not: it owns the socket `/var/run/wireguard/IF.sock` and asks a [`Handler`],
-//! which is `daemon`. Of our own is the request `tidegate=status`, answered with one line of JSON.
+//! which is `daemon`. Of our own are the requests `tidegate=status` and `tidegate=quiesce`
+//! (a line `seconds=N` may follow), answered with one line of JSON, and `tidegate=resume`.
 //!
 //! A request that fails changes nothing: it is read to its end before the handler sees it.
 

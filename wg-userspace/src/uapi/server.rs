@@ -47,6 +47,22 @@ pub trait Handler {
 
     /// What answers `tidegate=status`.
     fn status(&self) -> serde_json::Value;
+
+    /// Ends every keypair and makes none for `time`, or until [`resume`](Self::resume). Answers when
+    /// nothing seals any more, with what answers `tidegate=quiesce`.
+    ///
+    /// # Errors
+    /// What the client is told.
+    fn quiesce(
+        &self,
+        time: Option<Duration>,
+    ) -> impl Future<Output = Result<serde_json::Value, Errno>>;
+
+    /// Lets there be keypairs again.
+    ///
+    /// # Errors
+    /// What the client is told.
+    fn resume(&self) -> Result<(), Errno>;
 }
 
 /// Why there is no socket.
@@ -148,7 +164,7 @@ impl Server {
 
     /// Answers clients until it is dropped, several at a time.
     ///
-    /// The handler is called on this task and never by two clients at once.
+    /// The handler is called on this task. While it waits, others may call it.
     pub async fn serve<H: Handler>(self, handler: Rc<H>) -> Infallible {
         let mut clients = FuturesUnordered::new();
         loop {
@@ -250,10 +266,45 @@ impl Client<'_> {
                     self.outcome(Ok(())).await?;
                     true
                 }
+                Line::Text("tidegate=quiesce") => {
+                    let answer = match self.quiesce_time().await? {
+                        Ok(time) => handler.quiesce(time).await,
+                        Err(errno) => Err(errno),
+                    };
+                    if let Ok(answer) = &answer {
+                        self.write(&format!("{answer}\n")).await?;
+                    }
+                    self.outcome(answer.map(|_| ())).await?;
+                    true
+                }
+                Line::Text("tidegate=resume") => {
+                    self.outcome(handler.resume()).await?;
+                    true
+                }
                 Line::Text(_) | Line::NoText => false,
             };
             if !is_understood {
                 return self.outcome(Err(Errno::EPROTO)).await;
+            }
+        }
+    }
+
+    /// Reads what follows `tidegate=quiesce`: nothing, or how many seconds it is to last.
+    async fn quiesce_time(&mut self) -> io::Result<Result<Option<Duration>, Errno>> {
+        let mut time = Ok(None);
+        loop {
+            match self.lines.next().await? {
+                Line::Text("") | Line::End => return Ok(time),
+                Line::Text(line) => {
+                    let seconds = line.strip_prefix("seconds=").and_then(|s| s.parse::<u32>().ok());
+                    time = match (time, seconds) {
+                        (Ok(_), Some(seconds)) if seconds > 0 => {
+                            Ok(Some(Duration::from_secs(seconds.into())))
+                        }
+                        _ => Err(Errno::EINVAL),
+                    };
+                }
+                Line::NoText => time = Err(Errno::EPROTO),
             }
         }
     }

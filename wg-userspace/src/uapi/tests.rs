@@ -23,6 +23,8 @@ struct Bare {
     device: RefCell<Device>,
     request_count: Cell<u32>,
     refuses: Cell<bool>,
+    /// The time of the last pause, `None` after it was resumed.
+    quiesced: Cell<Option<Option<Duration>>>,
 }
 
 impl Handler for Bare {
@@ -46,6 +48,17 @@ impl Handler for Bare {
 
     fn status(&self) -> serde_json::Value {
         serde_json::json!({ "mode": "native", "lines": "a\nb" })
+    }
+
+    async fn quiesce(&self, time: Option<Duration>) -> Result<serde_json::Value, Errno> {
+        tokio::task::yield_now().await;
+        self.quiesced.set(Some(time));
+        Ok(serde_json::json!({ "stuck_workers": 0 }))
+    }
+
+    fn resume(&self) -> Result<(), Errno> {
+        self.quiesced.set(None);
+        Ok(())
     }
 }
 
@@ -88,6 +101,27 @@ fn requests_are_answered_one_after_the_other() {
              {\"lines\":\"a\\nb\",\"mode\":\"native\"}\nerrno=0\n\nerrno=-22\n\n\
              listen_port=7\nerrno=0\n\n";
         assert_eq!(answer, expected);
+    });
+}
+
+#[test]
+fn a_device_is_quiesced_and_resumed() {
+    let handler = Rc::new(Bare::default());
+    with_server(&handler, async |path| {
+        let done = "{\"stuck_workers\":0}\nerrno=0\n\n";
+        assert_eq!(ask(&path, "tidegate=quiesce\n\n").await, done);
+        assert_eq!(handler.quiesced.get(), Some(None));
+        let then_get = "tidegate=quiesce\nseconds=30\n\nget=1\n\n";
+        let answer = ask(&path, then_get).await;
+        assert_eq!(answer, format!("{done}listen_port=0\nerrno=0\n\n"));
+        assert_eq!(handler.quiesced.get(), Some(Some(Duration::from_secs(30))));
+        assert_eq!(ask(&path, "tidegate=resume\n\n").await, "errno=0\n\n");
+        assert_eq!(handler.quiesced.get(), None);
+        for wrong in ["seconds=0", "seconds=x", "seconds=-1", "second=1", "seconds=99999999999"] {
+            let request = format!("tidegate=quiesce\n{wrong}\n\n");
+            assert_eq!(ask(&path, &request).await, "errno=-22\n\n", "{wrong}");
+        }
+        assert_eq!(handler.quiesced.get(), None);
     });
 }
 

@@ -6,8 +6,8 @@
 //! peer      public key 32, endpoint: family 1, address 16, port 2, scope 4, and ours: family 1,
 //!           address 16, interface 4; greatest timestamp 12, last handshake: 0 or 1, timestamp 12;
 //!           bytes rx 8, tx 8; moments 4 × 8 (0: none), number of keypairs 1, keypairs
-//! keypair   slot 1, role 1, generation 4, counter 8, local index 4, remote index 4, created 8,
-//!           key to seal 32, to open 32, window: end 8, words 128 × 8
+//! keypair   slot 1, role 1, generation 4, counter 8, local index 4, remote index 4, begun 8,
+//!           created 8, key to seal 32, to open 32, window: end 8, words 128 × 8
 //! ```
 //!
 //! A value has one form: what is absent is zero, lists are in order, nothing follows. Moments are boot
@@ -41,7 +41,7 @@ pub const INDEX_KEY_LEN_MAX: usize = 64;
 const DEVICE_LEN: usize = 8 + 4 + 8 + KEY_LEN + 1 + 4 + DIGEST_LEN;
 /// Bytes of a peer without keypairs.
 const PEER_LEN: usize = KEY_LEN + 23 + 21 + TIMESTAMP_LEN + 1 + TIMESTAMP_LEN + 16 + 4 * 8 + 1;
-const KEYPAIR_LEN: usize = 1 + 1 + 4 + 8 + 4 + 4 + 8 + 2 * KEY_LEN + 8 + 8 * WORD_COUNT;
+const KEYPAIR_LEN: usize = 1 + 1 + 4 + 8 + 4 + 4 + 8 + 8 + 2 * KEY_LEN + 8 + 8 * WORD_COUNT;
 
 /// Why bytes are not the hand-over of a device.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
@@ -206,6 +206,7 @@ fn write_keypair(to: &mut Vec<u8>, keypair: &KeypairExport) {
     to.extend_from_slice(&keypair.next.to_le_bytes());
     to.extend_from_slice(&keypair.local_index.value().to_le_bytes());
     to.extend_from_slice(&keypair.remote_index.value().to_le_bytes());
+    to.extend_from_slice(&keypair.begun.boot_ns().to_le_bytes());
     to.extend_from_slice(&keypair.created.boot_ns().to_le_bytes());
     to.extend_from_slice(keypair.seal_key.as_slice());
     to.extend_from_slice(keypair.open_key.as_slice());
@@ -406,8 +407,8 @@ fn read_keypair(from: &mut Reader<'_>, exported: Now) -> Result<KeypairExport, I
     let counters = generation.counters();
     check(counters.start <= next && next <= counters.end, "sending counter")?;
     let (local_index, remote_index) = (from.index()?, from.index()?);
-    let created = Now::from_boot_ns(from.u64()?);
-    check(created <= exported, "age of a keypair")?;
+    let (begun, created) = (Now::from_boot_ns(from.u64()?), Now::from_boot_ns(from.u64()?));
+    check(begun <= created && created <= exported, "age of a keypair")?;
     // Dead ones are not exported: an exporter that lives longer than its clock says is not ours.
     check(exported.since(created) < REJECT_AFTER_TIME, "age of a keypair")?;
     let (seal_key, open_key) = (from.secret()?, from.secret()?);
@@ -424,6 +425,7 @@ fn read_keypair(from: &mut Reader<'_>, exported: Now) -> Result<KeypairExport, I
         next,
         local_index,
         remote_index,
+        begun,
         created,
         seal_key,
         open_key,

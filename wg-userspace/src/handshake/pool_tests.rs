@@ -363,7 +363,7 @@ fn what_did_not_authenticate_changes_nothing() {
     let state = || {
         let indexes = lock(&gateway.handshakes.indexes).lent_count();
         let session = format!("{:?}", cell.session());
-        (indexes, session, lock(&gateway.handshakes.awake).len())
+        (indexes, session, gateway.handshakes.awake_count())
     };
     let before = state();
     let mut altered = Client::new(2).initiation(None);
