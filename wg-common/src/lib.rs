@@ -6,6 +6,7 @@
 
 pub mod endpoint;
 pub mod headers;
+pub mod icmp;
 pub mod id;
 pub mod index;
 pub mod map;
@@ -13,3 +14,4 @@ pub mod message;
 pub mod outcome;
 pub mod protocol;
 pub mod time;
+pub mod upper;

@@ -298,6 +298,7 @@ fn a_source_that_is_down_harms_no_configured_peer() {
     stranger.wg(&["set", interface, "private-key", file.to_str().unwrap()]);
     stranger.wg(&["set", interface, "peer", gateway_key, "endpoint", &endpoint]);
     stranger.wg(&["set", interface, "peer", gateway_key, "persistent-keepalive", "1"]);
+    lab.client.run("ip", &["link", "set", interface, "up"]).unwrap();
     lab::wait_for("a failure", LIMIT, || {
         Ok((gateway.number("peer_source/failed") >= 1).then_some(()))
     })

@@ -2,10 +2,14 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::net::IpAddr;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
+use arrayvec::ArrayVec;
+use hashbrown::HashSet;
+use wg_common::endpoint::LocalSource;
 use wg_common::id::{PeerId, WorkerId};
 use wg_common::time::Now;
 use zeroize::Zeroizing;
@@ -22,7 +26,7 @@ use crate::datapath::shared::PEER_COUNT_MAX;
 use crate::datapath::{Shared, SocketGroup};
 use crate::device::{Device, Effect, SetRequest};
 use crate::handshake::Handshakes;
-use crate::host::{AddressChange, LinkChange};
+use crate::host::{AddressChange, Host, HostError, LinkChange};
 use crate::key::PublicKey;
 use crate::session::{Break, Continuity, HotPeer};
 use crate::sys::clock;
@@ -31,6 +35,11 @@ use crate::udp::{self, UdpError};
 
 /// The watchdog looks at the workers this often, and what nobody tells is noticed.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// Listen ports that are remembered as ours.
+const FORMER_SOCKETS_MAX: usize = 8;
+/// A worker that closes sockets gets these tries, and this time between them, to be done with it.
+const CLOSE_TRIES: u32 = 50;
+const CLOSE_WAIT: Duration = Duration::from_millis(1);
 
 /// The control plane of one device.
 pub struct Control {
@@ -45,6 +54,8 @@ pub struct Control {
     nics: Vec<Nic>,
     aead: &'static str,
     fwmark: Cell<u32>,
+    /// Sockets before the present ones, with their port; workers may use them yet.
+    former_sockets: RefCell<ArrayVec<(u16, Weak<SocketGroup>), FORMER_SOCKETS_MAX>>,
     watchdog: RefCell<Watchdog>,
     continuity: RefCell<Continuity>,
     /// When this thread last looked at timers and workers.
@@ -81,6 +92,7 @@ impl Control {
             ticked: Cell::default(),
             cleared: Cell::default(),
             clearings: RefCell::default(),
+            former_sockets: RefCell::default(),
         };
         control.steer_port(None, control.shared.sockets.load().port);
         control
@@ -169,6 +181,12 @@ impl Control {
 
     /// Follows a change of the host's addresses.
     pub fn address_changed(&self, change: AddressChange) {
+        let mut addresses = HashSet::clone(&self.shared.host_addresses.load());
+        match change {
+            AddressChange::Added(address) => addresses.insert(address),
+            AddressChange::Removed(address) => addresses.remove(&address),
+        };
+        self.shared.host_addresses.store(Arc::new(addresses));
         let mut steer = self.steer.borrow_mut();
         let Some(steer) = steer.as_mut() else { return };
         let (what, outcome) = match change {
@@ -184,11 +202,48 @@ impl Control {
     /// Follows a change of the TUN device.
     pub fn link_changed(&self, change: LinkChange) {
         match change {
-            LinkChange::Mtu(mtu) => self.shared.mtu.store(mtu as usize, Ordering::Relaxed),
-            // A device that went to another namespace is gone only from ours.
-            LinkChange::Gone if self.shared.tun_queues[0].device().is_ok() => {}
+            LinkChange::Is { mtu, is_up } => {
+                self.shared.mtu.store(mtu as usize, Ordering::Relaxed);
+                self.set_up(is_up);
+            }
             LinkChange::Gone => self.shared.report_tun_gone(),
         }
+    }
+
+    /// Follows the TUN device up or down.
+    pub fn set_up(&self, is_up: bool) {
+        if self.shared.up.swap(is_up, Ordering::Relaxed) == is_up {
+            return;
+        }
+        let now = clock::boot_now();
+        if is_up {
+            tracing::info!("the interface is up");
+            self.handshakes.go_up(now);
+        } else {
+            tracing::info!("the interface is down");
+            self.handshakes.go_down(now);
+        }
+    }
+
+    /// Lets peers be sent to from another address of ours where the route to them now leaves by another
+    /// link than the one on which they dialled. IPv4 alone, as in the kernel's WireGuard.
+    ///
+    /// # Errors
+    /// If the kernel does not tell the routes.
+    pub async fn routes_changed(&self, host: &Host) -> Result<(), HostError> {
+        for peer in self.handshakes.awake_peers() {
+            let Some(endpoint) = peer.endpoint.load_full() else { continue };
+            let Some(LocalSource { addr: IpAddr::V4(source), ifindex }) = endpoint.local else {
+                continue;
+            };
+            let IpAddr::V4(remote) = endpoint.remote.ip() else { continue };
+            let link = host.link_towards(remote, source, self.fwmark.get()).await?;
+            if ifindex != 0 && link.is_some_and(|link| link != ifindex) {
+                tracing::debug!(peer = %peer.id, "another link leads to it now");
+                peer.forget_local_source();
+            }
+        }
+        Ok(())
     }
 
     /// Takes the kernel side off the NICs.
@@ -198,13 +253,37 @@ impl Control {
 
     /// Opens sockets on another port. Nothing is changed if that fails.
     fn open_port(&self, port: u16, fwmark: u32) -> Result<(), Errno> {
-        let worker_count = self.shared.workers.len();
-        let (port, of_worker) = udp::bind_group(port, worker_count, fwmark).map_err(refused)?;
-        let before = self.shared.sockets.load().port;
-        self.shared.sockets.store(Arc::new(SocketGroup { port, of_worker }));
+        let group = self.socket_group(port, fwmark).map_err(refused)?;
+        let before = self.shared.sockets.swap(Arc::clone(&group));
+        let mut former = self.former_sockets.borrow_mut();
+        if former.is_full() {
+            former.remove(0);
+        }
+        former.push((before.port, Arc::downgrade(&before)));
         self.shared.wake_all();
-        self.steer_port(Some(before), port);
+        self.steer_port(Some(before.port), group.port);
         Ok(())
+    }
+
+    /// Sockets on `port`. Those that we had there before are open until the last worker lets go of them,
+    /// and keep us from binding: who goes back to a port takes them again, or waits until they are
+    /// closed.
+    fn socket_group(&self, port: u16, fwmark: u32) -> Result<Arc<SocketGroup>, UdpError> {
+        let former = self.former_sockets.borrow();
+        let mut tries = if former.iter().any(|&(its, _)| its == port) { CLOSE_TRIES } else { 1 };
+        loop {
+            let open = former.iter().filter(|&&(its, _)| its == port);
+            if let Some(group) = open.filter_map(|(_, group)| group.upgrade()).next() {
+                group.of_worker.iter().try_for_each(|sockets| sockets.set_fwmark(fwmark))?;
+                return Ok(group);
+            }
+            tries -= 1;
+            match udp::bind_group(port, self.shared.workers.len(), fwmark) {
+                Ok((port, of_worker)) => return Ok(Arc::new(SocketGroup { port, of_worker })),
+                Err(UdpError::InUse { .. }) if tries > 0 => std::thread::sleep(CLOSE_WAIT),
+                Err(error) => return Err(error),
+            }
+        }
     }
 
     fn steer_port(&self, before: Option<u16>, port: u16) {
@@ -283,7 +362,10 @@ impl uapi::Handler for Control {
             }
             _ => {}
         }
-        self.fwmark.set(mark);
+        let port = self.shared.sockets.load().port;
+        if mark != self.fwmark.replace(mark) || port != sockets.port {
+            self.handshakes.forget_local_sources();
+        }
         let named: Vec<_> = request.peers.iter().map(|peer| peer.public_key).collect();
         let effects = self.device.borrow_mut().apply(request);
         for effect in effects {

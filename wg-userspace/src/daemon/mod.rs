@@ -2,11 +2,13 @@
 //!
 //! The one place that knows every room: [`start`] opens the edges and starts the workers,
 //! [`control`] answers wg(8) and applies changes, [`effects`] carries them to sessions and workers,
-//! [`pull`] adds peers that knock, [`quiesce`] pauses, [`watchdog`] finds stuck workers, [`status`]
-//! says how things stand. Everything here runs on one thread; it may be slow and must be right.
+//! [`follow`] goes where the interface and routes go, [`pull`] adds peers that knock, [`quiesce`]
+//! pauses, [`watchdog`] finds stuck workers, [`status`] says how things stand. Everything here runs on
+//! one thread; it may be slow and must be right.
 
 mod control;
 mod effects;
+mod follow;
 mod mode;
 mod pull;
 mod pulled;
@@ -24,7 +26,7 @@ use anyhow::Context as _;
 use tokio::signal::unix::{SignalKind, signal};
 
 use self::pull::PullEvents;
-use crate::host::{CloneWatch, Host};
+use crate::host::{CloneWatch, Host, LinkChange};
 use crate::sys::clock;
 use crate::uapi;
 
@@ -127,9 +129,11 @@ async fn serve(options: Options, ready: impl FnOnce()) -> anyhow::Result<()> {
                 }
             },
             change = running.link.next(), if follow_link => match change {
+                Ok(LinkChange::Gone) => follow_link = running.follow_link().await,
                 Ok(change) => control.link_changed(change),
                 Err(error) => {
-                    tracing::warn!(%error, "the interface's MTU is not followed any more");
+                    tracing::warn!(%error, "the interface's state is not followed any more");
+                    control.set_up(true);
                     follow_link = false;
                 }
             },

@@ -17,14 +17,14 @@ use super::control::Control;
 use super::mode::{Mode, ModeInUse};
 use super::pull::{PullEvents, Pulling};
 use super::status::Nic;
-use super::{Error, Options};
+use super::{Error, Options, follow};
 use crate::aead::{BatchAead, RingAead};
 use crate::bpf::{LogReader, Steer, SteerOptions};
 use crate::datapath::handoff::Mesh;
 use crate::datapath::shared::PARCEL_RING_LEN;
 use crate::datapath::{Shared, SocketGroup, Worker, WorkerEdges, XskPort};
 use crate::handshake::{Handshakes, Os, Pool, source};
-use crate::host::{AddressWatch, Host, Link, LinkWatch};
+use crate::host::{AddressWatch, Host, Link, LinkChange, LinkWatch, RouteWatch};
 use crate::lookup::HttpSource;
 use crate::sys::{affinity, clock, random};
 use crate::tun::{Tun, TunError};
@@ -54,6 +54,24 @@ impl Running {
     /// Whether no worker is left.
     pub fn is_dead(&self) -> bool {
         self.workers.iter().all(JoinHandle::is_finished)
+    }
+
+    /// Follows the TUN device, which is gone from where it was. Says whether it is followed.
+    pub async fn follow_link(&mut self) -> bool {
+        match follow::moved_link(&self.control.shared.tun_queues[0]).await {
+            Ok(Some(link)) => self.link = link,
+            Ok(None) => self.control.link_changed(LinkChange::Gone),
+            Err(error) => {
+                tracing::warn!(
+                    error = format!("{error:#}"),
+                    "the interface's state is not followed any more"
+                );
+                // Else nothing would ever go through it again.
+                self.control.set_up(true);
+                return false;
+            }
+        }
+        true
     }
 
     /// Stops the workers and closes what they used. Workers that do not stop in time are left alone.
@@ -107,6 +125,8 @@ pub async fn start(options: &Options, host: &Host) -> anyhow::Result<Running> {
     let (shared, work) =
         Shared::new(DeviceId(0), worker_count, tun.into_queues(), sockets, heartbeats, indexes)
             .context("preparing the workers")?;
+    // It is down until the link's watch says that it was taken up.
+    shared.up.store(false, Ordering::Relaxed);
     let outside = Os::new(Arc::clone(&shared));
     let mut handshakes = Handshakes::new(Arc::clone(&shared), outside, aead, live_indexes);
     let (mut pulling, mut pull_events) = (None, None);
@@ -147,8 +167,10 @@ pub async fn start(options: &Options, host: &Host) -> anyhow::Result<Running> {
     let steer_log = kernel.steer.as_mut().and_then(Steer::log_reader);
     let addresses = AddressWatch::new(host.clone())?;
     let link = LinkWatch::new(host.clone(), tun_index)?;
+    let routes = RouteWatch::new()?;
     let control = Control::new(shared, handshakes, kernel.steer, mode, nics, aead.name());
     let control = Rc::new(control.with_pulling(pulling));
+    tokio::task::spawn_local(follow::routes(Rc::clone(&control), host.clone(), routes));
     Ok(Running { control, addresses, link, steer_log, pull_events, workers, pool })
 }
 

@@ -120,6 +120,10 @@ impl Inbound {
 
     /// Takes a batch of at most [`BATCH_LEN`] datagrams; what is good in them goes to `tun`.
     pub fn process(&mut self, arrivals: &mut [Arrival<'_>], tun: &impl PacketSink, now: Now) {
+        if !self.shared.is_up() {
+            self.counters().drop(DropReason::InterfaceDown, arrivals.len() as u64);
+            return;
+        }
         // Older than any keypair of this batch: an id in it cannot mean a peer that came later.
         let routing = self.shared.routing.load_full();
         let mut groups: ArrayVec<Group, BATCH_LEN> = ArrayVec::new();

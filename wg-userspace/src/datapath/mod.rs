@@ -8,10 +8,12 @@
 //! once it runs. It must not know how keypairs are made, what a configuration is, or who asks for
 //! counters: it reads what control published in [`Shared`] and leaves the rest in bounded queues.
 
+mod answers;
 pub mod encap;
 pub mod handoff;
 pub mod inbound;
 pub mod outbound;
+mod routing_loop;
 pub mod shared;
 mod staging;
 #[cfg(test)]

@@ -16,7 +16,9 @@ use wg_common::protocol::{TAG_LEN, TRANSPORT_HEADER_LEN, TRANSPORT_OVERHEAD};
 use wg_common::time::Now;
 
 use super::BATCH_LEN;
+use super::answers::Answers;
 use super::encap::{padded_len, transport_header};
+use super::routing_loop::LoopedFragments;
 use super::shared::Shared;
 use super::staging::Staging;
 use crate::aead::{BatchAead, Job};
@@ -32,11 +34,20 @@ pub trait PacketSource {
     /// # Errors
     /// If there will be none any more, or this one was lost.
     fn read(&self, buffer: &mut [u8]) -> io::Result<Option<usize>>;
+
+    /// Gives a packet back: an ICMP message for the sender of one that was read. If it is not taken,
+    /// it is lost, and so it is where nobody listens.
+    fn answer(&self, _packet: &[u8]) {}
 }
 
 impl PacketSource for TunQueue {
     fn read(&self, buffer: &mut [u8]) -> io::Result<Option<usize>> {
         TunQueue::read(self, buffer)
+    }
+
+    fn answer(&self, packet: &[u8]) {
+        // Full, down or gone: the next turn finds out. ICMP promises nothing.
+        let _ = TunQueue::write(self, packet);
     }
 }
 
@@ -103,6 +114,8 @@ pub struct Outbound {
     shared: Arc<Shared>,
     aead: &'static dyn BatchAead,
     staging: Staging,
+    answers: Answers,
+    looped: LoopedFragments,
     slab: Vec<u8>,
 }
 
@@ -148,7 +161,15 @@ struct Message {
 impl Outbound {
     /// The outbound half of worker `id`.
     pub fn new(id: WorkerId, shared: Arc<Shared>, aead: &'static dyn BatchAead) -> Self {
-        Self { id, shared, aead, staging: Staging::default(), slab: vec![0; SLOT_LEN * BATCH_LEN] }
+        Self {
+            id,
+            shared,
+            aead,
+            staging: Staging::default(),
+            answers: Answers::default(),
+            looped: LoopedFragments::default(),
+            slab: vec![0; SLOT_LEN * BATCH_LEN],
+        }
     }
 
     /// Reads a batch from `tun` and sends it. Says whether there may be more to read.
@@ -173,7 +194,12 @@ impl Outbound {
                 break;
             }
         }
-        self.route(&lens, socket, now);
+        if self.shared.is_up() {
+            self.route(&lens, tun, socket, now);
+        } else {
+            let counters = counters(&self.shared, self.id);
+            counters.drop(DropReason::InterfaceDown, lens.len() as u64);
+        }
         outcome
     }
 
@@ -182,8 +208,8 @@ impl Outbound {
         if self.staging.is_empty() {
             return false;
         }
-        if self.shared.is_quiesced(now) {
-            self.staging.clear(counters(&self.shared, self.id), DropReason::Quiesced);
+        if let Some(reason) = self.shared.pause(now) {
+            self.staging.clear(counters(&self.shared, self.id), reason);
             return false;
         }
         self.staging.drop_given_up(counters(&self.shared, self.id));
@@ -222,27 +248,41 @@ impl Outbound {
     }
 
     /// Finds the peers of the packets in the first slots, then seals and sends them.
-    fn route(&mut self, lens: &[usize], socket: &impl DatagramSink, now: Now) {
-        if self.shared.is_quiesced(now) {
-            counters(&self.shared, self.id).drop(DropReason::Quiesced, lens.len() as u64);
+    fn route(
+        &mut self,
+        lens: &[usize],
+        tun: &impl PacketSource,
+        socket: &impl DatagramSink,
+        now: Now,
+    ) {
+        if let Some(reason) = self.shared.pause(now) {
+            counters(&self.shared, self.id).drop(reason, lens.len() as u64);
             return;
         }
         let mut groups: ArrayVec<Group, BATCH_LEN> = ArrayVec::new();
         let mut packets: ArrayVec<Outgoing, BATCH_LEN> = ArrayVec::new();
-        let mut dropped: ArrayVec<DropReason, BATCH_LEN> = ArrayVec::new();
+        let mut dropped: ArrayVec<(usize, DropReason), BATCH_LEN> = ArrayVec::new();
         loop {
             let routing = self.shared.routing.load();
             for (slot, &len) in lens.iter().enumerate() {
                 let start = slot * SLOT_LEN + SLOT_HEADROOM;
                 let group = inner_destination(&self.slab[start..start + len])
                     .and_then(|destination| routing.lookup(destination).ok_or(DropReason::NoPeer))
-                    .and_then(|peer| self.group_by_id(peer, &mut groups, now));
+                    .and_then(|peer| self.group_by_id(peer, &mut groups, now))
+                    .and_then(|group| {
+                        let packet = &self.slab[start..start + len];
+                        let remote = groups[group].endpoint.remote;
+                        if self.looped.is_ours(packet, remote, &self.shared) {
+                            return Err(DropReason::RoutingLoop);
+                        }
+                        Ok(group)
+                    });
                 match group {
                     Ok(group) => {
                         groups[group].count += 1;
                         packets.push(Outgoing { slot, len, group });
                     }
-                    Err(reason) => dropped.push(reason),
+                    Err(reason) => dropped.push((slot, reason)),
                 }
             }
             // An id may belong to another peer than the one that the table means, if the table is of
@@ -254,8 +294,16 @@ impl Outbound {
             packets.clear();
             dropped.clear();
         }
-        for reason in dropped {
+        for (slot, reason) in dropped {
             counters(&self.shared, self.id).drop(reason, 1);
+            if matches!(reason, DropReason::NoPeer | DropReason::NoEndpoint) {
+                let start = slot * SLOT_LEN + SLOT_HEADROOM;
+                if let Some(answer) =
+                    self.answers.unreachable(&self.slab[start..start + lens[slot]], now)
+                {
+                    tun.answer(answer);
+                }
+            }
         }
         self.seal_and_send(packets, groups, socket, now);
     }
@@ -280,7 +328,8 @@ impl Outbound {
         socket: &impl DatagramSink,
         now: Now,
     ) {
-        for group in &mut groups {
+        // Of some, every packet was one of our own.
+        for group in groups.iter_mut().filter(|group| group.count > 0) {
             self.reserve(group, now);
         }
         let mtu = self.shared.mtu.load(Ordering::Relaxed);

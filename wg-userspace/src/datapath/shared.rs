@@ -1,13 +1,16 @@
 //! What workers and control share: published snapshots, tables, queues, signs of life.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use arc_swap::{ArcSwap, ArcSwapOption};
+use hashbrown::HashSet;
 use wg_common::id::{DeviceId, PeerId, ReceiverIndex, ShardId, WorkerId};
 use wg_common::index::IndexPermutation;
 use wg_common::map::HEARTBEAT_STALE_NS;
+use wg_common::outcome::DropReason;
 use wg_common::protocol::{DEFAULT_MTU, HANDSHAKE_QUEUE_LEN};
 use wg_common::time::{Now, Reading};
 
@@ -50,6 +53,11 @@ pub struct Shared {
     pub tun_queues: Vec<TunQueue>,
     /// MTU of the TUN device. Control writes.
     pub mtu: AtomicUsize,
+    /// Whether the TUN device is up: nothing is sent or answered while it is down. Control writes.
+    /// New, it is set: what has no TUN device has none that could be down.
+    pub up: AtomicBool,
+    /// Addresses of this host, to know our own datagrams by. Control publishes.
+    pub host_addresses: ArcSwap<HashSet<IpAddr>>,
     /// One for each worker.
     pub workers: Vec<WorkerShared>,
     /// Changes whenever some [`WorkerShared::deputy`] does.
@@ -158,6 +166,8 @@ impl Shared {
             sockets: ArcSwap::from_pointee(sockets),
             tun_queues,
             mtu: AtomicUsize::new(DEFAULT_MTU),
+            up: AtomicBool::new(true),
+            host_addresses: ArcSwap::default(),
             workers,
             deputies_epoch: AtomicU32::new(0),
             stopping: AtomicBool::new(false),
@@ -191,6 +201,23 @@ impl Shared {
     pub fn retire(&self, keypair: &Arc<Keypair>) {
         if let Some(slot) = self.indexes.slot_of(keypair.local_index()) {
             self.keypairs.clear(slot as usize);
+        }
+    }
+
+    /// Whether the TUN device is up.
+    pub fn is_up(&self) -> bool {
+        self.up.load(Ordering::Relaxed)
+    }
+
+    /// Why nothing is sent, taken or answered at `now`, if it is so: the interface is down, or the
+    /// device quiesced.
+    pub fn pause(&self, now: Now) -> Option<DropReason> {
+        if !self.is_up() {
+            Some(DropReason::InterfaceDown)
+        } else if self.is_quiesced(now) {
+            Some(DropReason::Quiesced)
+        } else {
+            None
         }
     }
 

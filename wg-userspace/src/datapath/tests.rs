@@ -1,6 +1,8 @@
 //! Workers' two halves against each other, without a kernel: what goes to the TUN device and to the
 //! sockets is written down instead.
 
+mod link;
+
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::io;
@@ -38,6 +40,7 @@ static AEAD: RingAead = RingAead;
 struct Tun {
     to_read: RefCell<VecDeque<Vec<u8>>>,
     written: RefCell<Vec<Vec<u8>>>,
+    answers: RefCell<Vec<Vec<u8>>>,
 }
 
 impl PacketSource for Tun {
@@ -45,6 +48,10 @@ impl PacketSource for Tun {
         let Some(packet) = self.to_read.borrow_mut().pop_front() else { return Ok(None) };
         buffer[..packet.len()].copy_from_slice(&packet);
         Ok(Some(packet.len()))
+    }
+
+    fn answer(&self, packet: &[u8]) {
+        self.answers.borrow_mut().push(packet.to_vec());
     }
 }
 

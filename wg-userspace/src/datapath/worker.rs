@@ -70,6 +70,9 @@ pub struct Worker {
     /// Whose sockets and TUN queue this worker reads: its own, and those of workers that are stuck.
     reads: Vec<Reads>,
     deputies_epoch: u32,
+    /// The interface is down, and what its queues held from before is gone. What they hold now was sent
+    /// after it went up again: it waits until control has noticed.
+    drained: bool,
     /// Whether staged packets may be able to go.
     flush: bool,
     /// When staged packets were last looked at.
@@ -119,6 +122,7 @@ impl Worker {
             sockets: shared.sockets.load_full(),
             reads: vec![Reads::of(id)],
             deputies_epoch: 0,
+            drained: false,
             flush: false,
             flushed: Now::default(),
             asked: Now::default(),
@@ -151,6 +155,7 @@ impl Worker {
 
     /// One bounded round over everything that may have packets. Says whether there may be more.
     fn turn(&mut self, now: Now) -> bool {
+        let is_down = !self.shared.is_up();
         let mut more = self.receive_parcels(now);
         for port in 0..self.xsks.len() {
             more |= self.receive_frames(port, now);
@@ -165,6 +170,7 @@ impl Worker {
             self.reads[i] = Reads { worker, v4, v6, tun };
             more |= v4 | v6 | tun;
         }
+        self.drained = is_down && self.reads.iter().all(|reads| !reads.tun);
         self.count_kernel_drops(now);
         more | self.flush_staged(now)
     }
@@ -228,7 +234,10 @@ impl Worker {
             let sockets = &self.sockets.of_worker[reads.worker];
             fds.push(readable_fd(sockets.v4.as_fd()));
             fds.push(readable_fd(sockets.v6.as_ref().map_or(sockets.v4.as_fd(), |v6| v6.as_fd())));
-            fds.push(readable_fd(self.shared.tun_queues[reads.worker].as_fd()));
+            let tun = self.shared.tun_queues[reads.worker].as_fd();
+            // Without flags it still tells that the device is gone.
+            let flags = if self.drained { PollFlags::empty() } else { PollFlags::IN };
+            fds.push(PollFd::from_borrowed_fd(tun, flags));
         }
         fds.push(readable_fd(own.wake.as_fd()));
         let xsks = self.xsks.iter().take(fds.remaining_capacity());

@@ -13,8 +13,11 @@ pub mod handover;
 mod index;
 #[cfg(test)]
 mod index_model;
+mod interface;
 mod knock;
 mod lanes;
+#[cfg(test)]
+mod link_tests;
 mod load;
 mod outside;
 mod pool;
@@ -281,7 +284,7 @@ impl<O: Outside> Handshakes<O> {
     }
 
     /// Ends every keypair and handshake. Peers for whom packets wait, and those with a persistent
-    /// keepalive, are handshaken with anew, unless the device is quiesced.
+    /// keepalive, are handshaken with anew, unless the device makes a pause.
     pub fn clear_sessions(&self, now: Now) {
         for cell in self.all_cells() {
             let mut session = cell.session();
@@ -290,7 +293,7 @@ impl<O: Outside> Handshakes<O> {
         }
     }
 
-    /// Goes on after the device was quiesced.
+    /// Goes on after a pause.
     pub fn resume(&self, now: Now) {
         for cell in self.all_cells() {
             self.revive(&cell, &mut cell.session(), now);
@@ -299,26 +302,28 @@ impl<O: Outside> Handshakes<O> {
 
     /// Has a session that has neither keypair nor handshake reach for its peer, if it has reason to.
     fn revive(&self, cell: &Arc<Cell>, session: &mut Session, now: Now) {
-        if let Some(interval) = session.persistent_keepalive() {
-            session.restart_persistent_keepalive(self.pace(interval, now));
-        }
-        if cell.hot.staged.load(Ordering::Relaxed) > 0 {
-            self.initiate_locked(cell, session, now);
+        if self.shared.pause(now).is_none() {
+            if let Some(interval) = session.persistent_keepalive() {
+                session.restart_persistent_keepalive(self.pace(interval, now));
+            }
+            if cell.hot.staged.load(Ordering::Relaxed) > 0 {
+                self.initiate_locked(cell, session, now);
+            }
         }
         self.awaken(cell, session, now);
     }
 
     /// Locks the session of a cell for a handshake.
     ///
-    /// Whoever quiesces the device says so first and then locks every session once: who has the lock
-    /// after him gets [`DropReason::Quiesced`] here, and what is done before him he ends.
+    /// Whoever begins a pause says so first and then locks every session once: who has the lock after
+    /// him gets the reason here, and what is done before him he ends.
     fn session_for_handshake<'a>(
         &self,
         cell: &'a Cell,
         now: Now,
     ) -> Result<MutexGuard<'a, Session>, DropReason> {
         let session = cell.session();
-        if self.shared.is_quiesced(now) { Err(DropReason::Quiesced) } else { Ok(session) }
+        self.shared.pause(now).map_or(Ok(session), Err)
     }
 
     /// Handshakes anew with every peer that has a keypair in use at home at `worker`.
@@ -416,8 +421,9 @@ impl<O: Outside> Handshakes<O> {
     }
 
     fn initiate_locked(&self, cell: &Arc<Cell>, session: &mut Session, now: Now) {
-        // The session was locked first: the identity that is read now is the one its remote was made for.
-        let identity = if self.shared.is_quiesced(now) { None } else { self.identity() };
+        // The session was locked first: the identity that is read now is the one its remote was made
+        // for, and a pause that begins ends what is done before.
+        let identity = if self.shared.pause(now).is_none() { self.identity() } else { None };
         let Some(identity) = identity else {
             cell.hot.handshake_wanted.store(false, Ordering::Relaxed);
             return;

@@ -23,6 +23,9 @@ impl<O: Outside> Handshakes<O> {
         behind: usize,
         now: Now,
     ) -> Result<(), DropReason> {
+        if let Some(reason) = self.shared.pause(now) {
+            return Err(reason);
+        }
         let identity = self.identity().ok_or(DropReason::NoPrivateKey)?;
         let message = datagram.message();
         let kind = classify(message)?;

@@ -127,7 +127,7 @@ impl<O: Outside> Handshakes<O> {
     pub(super) fn handle_timeout(&self, cell: &Arc<Cell>, now: Now) {
         let mut session = cell.session();
         if let Some(identity) = self.identity()
-            && !self.shared.is_quiesced(now)
+            && self.shared.pause(now).is_none()
         {
             let actions = self.with_context(cell, &identity, WorkerId(0), now, |context| {
                 session.handle_timeout(context, now)
@@ -146,7 +146,7 @@ impl<O: Outside> Handshakes<O> {
     /// As [`awaken`](Self::awaken), but no sooner than `least`: a session that always wants to be
     /// called would keep a core busy.
     fn awaken_after(&self, cell: &Arc<Cell>, session: &Session, now: Now, least: Now) {
-        let wake_at = if self.shared.is_quiesced(now) { None } else { session.wake_at(now) };
+        let wake_at = if self.shared.pause(now).is_none() { session.wake_at(now) } else { None };
         if lock(&self.alarms).set(cell, wake_at.map(|at| at.max(least))) {
             self.sooner.notify_one();
         }

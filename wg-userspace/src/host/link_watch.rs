@@ -1,7 +1,7 @@
 //! What becomes of one link.
 
 use futures_util::{Stream, StreamExt as _};
-use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::{RouteNetlinkMessage, link::LinkFlags};
 use rtnetlink::{
     MulticastGroup,
     packet_core::{NetlinkMessage, NetlinkPayload},
@@ -12,15 +12,20 @@ use super::{Host, HostError};
 /// What became of a link.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum LinkChange {
-    /// It has this MTU.
-    Mtu(u32),
-    /// It was deleted.
+    /// It is there, and this is how.
+    Is {
+        /// Its MTU in bytes.
+        mtu: u32,
+        /// Whether it was taken up.
+        is_up: bool,
+    },
+    /// It was deleted, or moved to another network namespace.
     Gone,
 }
 
 type Messages = Box<dyn Stream<Item = NetlinkMessage<RouteNetlinkMessage>> + Send + Unpin>;
 
-/// Tells a link's MTU once, and then what changes.
+/// Tells how a link is once, and then what changes.
 pub struct LinkWatch {
     host: Host,
     link_index: u32,
@@ -30,7 +35,7 @@ pub struct LinkWatch {
 }
 
 impl LinkWatch {
-    /// Starts to watch the link with this index in the namespace of `host`.
+    /// Starts to watch the link with this index in the namespace of `host`, which must be this thread's.
     ///
     /// # Errors
     /// [`HostError::Open`] when the kernel gives no socket.
@@ -48,6 +53,8 @@ impl LinkWatch {
 
     /// Waits for the next change. Dropping the future before it is ready loses nothing.
     ///
+    /// A link that was down for a moment only is told to have been.
+    ///
     /// # Errors
     /// When the kernel does not tell, or closed the socket; the watch is of no more use then.
     pub async fn next(&mut self) -> Result<LinkChange, HostError> {
@@ -57,11 +64,18 @@ impl LinkWatch {
                     return Err(HostError::NoAnswer { doing: "watching a link".to_owned() });
                 };
                 self.must_look = self.concerns_us(&message.payload);
+                if let Some(down) = self.went_down(&message.payload) {
+                    self.told = Some(down);
+                    return Ok(down);
+                }
                 continue;
             }
             let link = self.host.link_by_index(self.link_index).await?;
             self.must_look = false;
-            let change = link.map_or(LinkChange::Gone, |link| LinkChange::Mtu(link.mtu));
+            let change = link.map_or(LinkChange::Gone, |link| LinkChange::Is {
+                mtu: link.mtu,
+                is_up: link.is_up,
+            });
             if self.told != Some(change) {
                 self.told = Some(change);
                 return Ok(change);
@@ -77,6 +91,21 @@ impl LinkWatch {
             ) => link.header.index == self.link_index,
             NetlinkPayload::Overrun(_) => true,
             _ => false,
+        }
+    }
+
+    /// The change to tell if the message says that the link went down: by now it may be up again.
+    fn went_down(&self, payload: &NetlinkPayload<RouteNetlinkMessage>) -> Option<LinkChange> {
+        match (payload, self.told) {
+            (
+                NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewLink(link)),
+                Some(LinkChange::Is { mtu, is_up: true }),
+            ) if link.header.index == self.link_index
+                && !link.header.flags.contains(LinkFlags::Up) =>
+            {
+                Some(LinkChange::Is { mtu, is_up: false })
+            }
+            _ => None,
         }
     }
 }

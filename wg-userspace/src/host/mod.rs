@@ -3,13 +3,15 @@
 //! One [`Host`] is one netlink socket in the network namespace of the thread that made it; its
 //! requests run on the tokio runtime that was current then. [`AddressWatch`] tells which
 //! addresses the host has, for the steer program; [`LinkWatch`] what becomes of the TUN device;
-//! [`CloneWatch`] whether this virtual machine is a copy. This room does not know what a device or a
+//! [`RouteWatch`] that datagrams may leave by another link; [`CloneWatch`] whether this virtual machine
+//! is a copy. This room does not know what a device or a
 //! peer is: it is told names, prefixes and numbers.
 
 mod address_watch;
 mod clone_watch;
 mod link_watch;
 mod route;
+mod route_watch;
 
 use std::{
     io,
@@ -21,7 +23,7 @@ use ipnet::IpNet;
 use netlink_packet_route::{
     AddressFamily,
     address::{AddressAttribute, AddressMessage},
-    link::{LinkAttribute, LinkMessage},
+    link::{LinkAttribute, LinkFlags, LinkMessage},
     route::{RouteAttribute, RouteHeader, RouteMessage, RouteMetric, RouteProtocol, RouteScope},
 };
 use rtnetlink::{LinkGetRequest, LinkUnspec, RouteMessageBuilder};
@@ -31,6 +33,7 @@ pub use address_watch::{AddressChange, AddressWatch};
 pub use clone_watch::CloneWatch;
 pub use link_watch::{LinkChange, LinkWatch};
 pub use route::missing_routes;
+pub use route_watch::RouteWatch;
 
 /// Why the host's networking could not be read or changed.
 #[derive(Debug, thiserror::Error)]
@@ -95,14 +98,21 @@ pub struct Link {
     pub name: String,
     /// Its MTU in bytes.
     pub mtu: u32,
+    /// Whether it was taken up. It may have no carrier all the same.
+    pub is_up: bool,
     /// Receive queues that its driver made room for, at least 1. Not all of them need be in use.
     pub rx_queue_count: u32,
 }
 
 impl Link {
     fn from_message(message: LinkMessage) -> Link {
-        let mut link =
-            Link { index: message.header.index, name: String::new(), mtu: 0, rx_queue_count: 1 };
+        let mut link = Link {
+            index: message.header.index,
+            name: String::new(),
+            mtu: 0,
+            is_up: message.header.flags.contains(LinkFlags::Up),
+            rx_queue_count: 1,
+        };
         for attribute in message.attributes {
             match attribute {
                 LinkAttribute::IfName(name) => link.name = name,
@@ -319,6 +329,33 @@ impl Host {
             Ok(Some(route)) => self.route_mtu(&route).await,
             Ok(None) => Ok(None),
             // Unreachable, prohibited, or a family the host does not speak: no way there.
+            Err(rtnetlink::Error::NetlinkError(_)) => Ok(None),
+            Err(error) => {
+                Err(HostError::new(format!("looking up the route to {destination}"), error))
+            }
+        }
+    }
+
+    /// Index of the link by which IPv4 datagrams from `source`, an address of this host, leave to
+    /// `destination`; `mark` is that of their socket. Nothing if they would not leave.
+    ///
+    /// # Errors
+    /// When the kernel does not answer.
+    pub async fn link_towards(
+        &self,
+        destination: Ipv4Addr,
+        source: Ipv4Addr,
+        mark: u32,
+    ) -> Result<Option<u32>, HostError> {
+        let mut query = RouteMessageBuilder::<Ipv4Addr>::new()
+            .destination_prefix(destination, 32)
+            .source_prefix(source, 32)
+            .build();
+        if mark != 0 {
+            query.attributes.push(RouteAttribute::Mark(mark));
+        }
+        match self.handle.route().get(query).execute().boxed().try_next().await {
+            Ok(route) => Ok(route.as_ref().and_then(output_link)),
             Err(rtnetlink::Error::NetlinkError(_)) => Ok(None),
             Err(error) => {
                 Err(HostError::new(format!("looking up the route to {destination}"), error))

@@ -115,3 +115,57 @@ fn the_watch_tells_what_is_and_what_changes() {
         wait_for(AddressChange::Removed(first)).await;
     });
 }
+
+#[test]
+fn a_link_is_told_as_it_is_and_every_time_that_it_goes_down() {
+    require_root!();
+    in_new_netns(|| async {
+        ip("link add dev link0 mtu 1400 type veth peer name link1");
+        let host = Host::new().unwrap();
+        let index = host.link_index("link0").await.unwrap();
+        let mut watch = LinkWatch::new(host, index).unwrap();
+        let mut next = async || {
+            let next = tokio::time::timeout(Duration::from_secs(10), watch.next()).await;
+            next.expect("a change is told in time").unwrap()
+        };
+        assert_eq!(next().await, LinkChange::Is { mtu: 1400, is_up: false });
+        ip("link set link0 up");
+        assert_eq!(next().await, LinkChange::Is { mtu: 1400, is_up: true });
+        // All of it before anyone looks.
+        ip("link set link0 down");
+        ip("link set link0 up");
+        assert_eq!(next().await, LinkChange::Is { mtu: 1400, is_up: false });
+        assert_eq!(next().await, LinkChange::Is { mtu: 1400, is_up: true });
+        ip("link set link0 mtu 1300");
+        assert_eq!(next().await, LinkChange::Is { mtu: 1300, is_up: true });
+        ip("link del dev link1");
+        while next().await != LinkChange::Gone {}
+    });
+}
+
+#[test]
+fn the_link_towards_a_host_follows_routes_sources_and_marks() {
+    require_root!();
+    in_new_netns(|| async {
+        for (link, address) in [("a", "10.0.0.1/24"), ("b", "10.0.1.1/24")] {
+            ip(&format!("link add dev {link}0 type veth peer name {link}1"));
+            ip(&format!("link set {link}1 up"));
+            ip(&format!("link set {link}0 up"));
+            ip(&format!("address add {address} dev {link}0"));
+        }
+        let host = Host::new().unwrap();
+        let (a, b) = (host.link_index("a0").await.unwrap(), host.link_index("b0").await.unwrap());
+        let [there, ours, foreign] =
+            ["10.0.0.2", "10.0.0.1", "10.9.9.9"].map(|ip| ip.parse().unwrap());
+        let towards = async |source, mark| host.link_towards(there, source, mark).await.unwrap();
+        assert_eq!(towards(ours, 0).await, Some(a));
+        assert_eq!(towards(foreign, 0).await, None, "no address of this host");
+        let mut watch = RouteWatch::new().unwrap();
+        ip("rule add fwmark 7 table 7");
+        ip("route add 10.0.0.0/24 dev b0 table 7");
+        tokio::time::timeout(Duration::from_secs(10), watch.next()).await.unwrap().unwrap();
+        assert_eq!((towards(ours, 0).await, towards(ours, 7).await), (Some(a), Some(b)));
+        ip("route add 10.0.0.2/32 dev b0");
+        assert_eq!(towards(ours, 0).await, Some(b));
+    });
+}

@@ -1,4 +1,5 @@
-//! Network namespaces for tests, and the question whether this process may make them.
+//! Network namespaces: entering that of a device that was moved; for tests, making them, and the
+//! question whether this process may.
 
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -51,21 +52,38 @@ impl NetNs {
     /// # Panics
     /// If the kernel does not let the thread in.
     pub fn run<R: Send>(&self, body: impl FnOnce() -> R + Send) -> R {
+        self.try_run(body).expect("who made a namespace may enter it")
+    }
+
+    /// Runs `body` in a fresh thread in this namespace. A panic is passed on.
+    ///
+    /// # Errors
+    /// If there is no thread, or the kernel does not let it in: `PermissionDenied` without
+    /// `CAP_SYS_ADMIN` there.
+    pub fn try_run<R: Send>(&self, body: impl FnOnce() -> R + Send) -> io::Result<R> {
         let inside = || {
-            move_into_link_name_space(self.as_fd(), Some(LinkNameSpaceType::Network))
-                .expect("who made a namespace may enter it");
-            body()
+            move_into_link_name_space(self.as_fd(), Some(LinkNameSpaceType::Network))?;
+            Ok(body())
         };
-        match std::thread::scope(|scope| scope.spawn(inside).join()) {
-            Ok(result) => result,
-            Err(panic) => std::panic::resume_unwind(panic),
-        }
+        std::thread::scope(|scope| {
+            match std::thread::Builder::new().spawn_scoped(scope, inside)?.join() {
+                Ok(result) => result,
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+        })
     }
 
     /// A path by which other programs find this namespace while we hold it
     /// (`ip link set dev IF netns PATH`).
     pub fn path(&self) -> String {
         format!("/proc/{}/fd/{}", std::process::id(), self.0.as_raw_fd())
+    }
+}
+
+impl From<OwnedFd> for NetNs {
+    /// Of a descriptor of the namespace.
+    fn from(namespace: OwnedFd) -> Self {
+        Self(namespace)
     }
 }
 

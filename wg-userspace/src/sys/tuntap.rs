@@ -1,7 +1,7 @@
 //! The ioctls of `/dev/net/tun`.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd as _, OwnedFd};
 
 use libc::{IFNAMSIZ, c_short, ifreq};
 use rustix::fs::{Mode, OFlags};
@@ -88,6 +88,21 @@ pub fn queue_device(fd: impl AsFd) -> io::Result<String> {
     }
     let name = request.ifr_name.iter().take_while(|&&c| c != 0).map(|&c| c as u8).collect();
     String::from_utf8(name).map_err(|_| io::ErrorKind::InvalidData.into())
+}
+
+/// A descriptor of the network namespace in which a queue's device is now.
+///
+/// # Errors
+/// `EBADFD` if its device is gone; `EPERM` without `CAP_NET_ADMIN` in that namespace.
+pub fn queue_namespace(fd: impl AsFd) -> io::Result<OwnedFd> {
+    // SAFETY: TUNGETDEVNETNS takes no argument; other kinds of file do not know this request's number,
+    // which has the TUN driver's own letter in it.
+    let result = unsafe { libc::ioctl(fd.as_fd().as_raw_fd(), libc::TUNGETDEVNETNS as _, 0) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made this descriptor for us; nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(result) })
 }
 
 /// Reads one packet: its virtio header goes aside, its bytes to `packet`. Gives the packet's

@@ -8,6 +8,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use crate::sys::errno::{EACCES, EBADFD, EBUSY, EEXIST, EFAULT, EINVAL, ENODEV, EPERM};
+use crate::sys::netns::NetNs;
 use crate::sys::{link, socket, tuntap};
 
 /// Longest name of an interface, in bytes.
@@ -199,6 +200,14 @@ impl TunQueue {
     /// One for which [`is_gone`] holds.
     pub fn device(&self) -> io::Result<String> {
         tuntap::queue_device(&self.0).map_err(mark_gone)
+    }
+
+    /// The network namespace in which the queue's device is now.
+    ///
+    /// # Errors
+    /// One for which [`is_gone`] holds, or the want of `CAP_NET_ADMIN` in that namespace.
+    pub fn namespace(&self) -> io::Result<NetNs> {
+        tuntap::queue_namespace(&self.0).map(NetNs::from).map_err(mark_gone)
     }
 
     /// Reads one packet into `packet` and gives its length; `None` if none waits.

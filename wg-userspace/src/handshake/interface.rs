@@ -1,0 +1,39 @@
+//! What an interface that goes down or up, and another socket, mean to the sessions.
+
+use std::sync::Arc;
+
+use wg_common::time::Now;
+
+use super::{Handshakes, Outside};
+use crate::session::HotPeer;
+
+impl<O: Outside> Handshakes<O> {
+    /// Ends all keypairs and handshakes, as the kernel does when an interface goes down. To be called
+    /// when workers and pool know that it is down.
+    pub fn go_down(&self, now: Now) {
+        self.clear_sessions(now);
+        self.shared.wake_all();
+    }
+
+    /// Starts persistent keepalives. To be called when workers and pool know that the interface is up.
+    pub fn go_up(&self, now: Now) {
+        self.resume(now);
+        // Packets wait in their queues.
+        self.shared.wake_all();
+    }
+
+    /// Lets the routing table choose anew which address of ours each peer is sent to from. The kernel
+    /// does the same when port or mark change.
+    pub fn forget_local_sources(&self) {
+        for cell in self.all_cells() {
+            cell.hot.forget_local_source();
+        }
+    }
+
+    /// The peers that have keypairs.
+    pub fn awake_peers(&self) -> Vec<Arc<HotPeer>> {
+        let cells = self.all_cells().into_iter();
+        let awake = cells.filter(|cell| cell.hot.keypairs.load().iter().next().is_some());
+        awake.map(|cell| Arc::clone(&cell.hot)).collect()
+    }
+}
