@@ -150,6 +150,13 @@ mod tests {
     }
 
     #[test]
+    fn no_answer_is_longer_than_what_it_answers() {
+        // To a forged source, the protocol amplifies nothing (§5.4.3, §5.4.7).
+        const { assert!(RESPONSE_LEN < INITIATION_LEN) };
+        const { assert!(COOKIE_REPLY_LEN < RESPONSE_LEN) };
+    }
+
+    #[test]
     fn transport_data_needs_no_alignment() {
         for len in [32, 33, 47, 48, 1452, 1500] {
             assert!(matches!(classify(&datagram(4, len)), Ok(Message::Transport(_))), "{len}");

@@ -13,6 +13,7 @@ pub mod host;
 pub mod key;
 pub mod lookup;
 pub mod noise;
+pub mod rate;
 pub mod routing;
 pub mod session;
 #[expect(unsafe_code, reason = "system calls, and memory shared with the kernel")]

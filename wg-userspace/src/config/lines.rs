@@ -142,6 +142,8 @@ pub(super) fn redact(raw: &str) -> String {
     const KEY_LIKE: usize = 32;
     /// The same where nobody knows what the text is meant to be.
     const KEY_LIKE_IN_UNKNOWN: usize = 16;
+    /// Characters of a public key. In what is longer, a secret one may hide.
+    const PUBLIC_KEY_LEN: usize = 44;
 
     let mut secrets = Vec::new();
     let mut shown = Vec::new();
@@ -150,7 +152,7 @@ pub(super) fn redact(raw: &str) -> String {
         match line {
             Line::Entry { key, value } => match Key::find(key.raw) {
                 Some(key) if key.is_secret() => secrets.push(value),
-                Some(Key::PublicKey) => shown.push(value),
+                Some(Key::PublicKey) if value.raw.len() <= PUBLIC_KEY_LEN => shown.push(value),
                 Some(_) => {}
                 None => keys_like.extend([key, value]),
             },
@@ -224,6 +226,7 @@ mod tests {
             format!("[{key}]"),
             format!("Endpoint = {key}:1"),
             format!("PrivateKey={key}\nPublicKey={key}"),
+            format!("PrivateKey={key}\nPublicKey=PrivateKey={key}"),
             key.to_owned(),
             format!("={key}"),
         ] {

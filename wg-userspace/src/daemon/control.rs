@@ -379,7 +379,7 @@ impl uapi::Handler for Control {
         let begun = quiesce::begin(&self.shared, time, clock::boot_now());
         tracing::info!(seconds = time.map(|time| time.as_secs()), "quiesces");
         self.clear_sessions("quiesced");
-        let stuck = quiesce::settled(&self.shared, begun.turns).await;
+        let stuck = quiesce::settled(&self.shared, begun.turns).await.ok_or(Errno::ECANCELED)?;
         if stuck > 0 {
             tracing::warn!(stuck, "quiesced, but workers that stand still may hold keys");
         }

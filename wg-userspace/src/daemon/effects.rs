@@ -11,6 +11,8 @@ use wg_common::time::Now;
 use crate::datapath::Shared;
 use crate::device::{Device, Effect};
 use crate::handshake::{Handshakes, Outside};
+use crate::key::PresharedKey;
+use crate::noise::Timestamp;
 use crate::session::HotPeer;
 
 /// Does what `effect` says. `device` is as it is after all effects of the request.
@@ -27,7 +29,9 @@ pub fn carry_out<O: Outside>(
         Effect::PrivateKey(key) => handshakes.set_private_key(key, now),
         Effect::ListenPort(_) | Effect::FwMark(_) => {}
         Effect::PeerAdded { id, public_key } => {
-            handshakes.add_peer(Arc::new(HotPeer::new(id, shared.device, public_key)));
+            let hot = Arc::new(HotPeer::new(id, shared.device, public_key));
+            let psk = preshared_key_of(device, id);
+            handshakes.add_known_peer(hot, psk, Timestamp::default());
         }
         Effect::PeerRemoved { id, .. } => handshakes.remove_peer(id, now),
         Effect::Endpoint { id, addr } => set_endpoint(handshakes, id, addr),
@@ -40,8 +44,59 @@ pub fn carry_out<O: Outside>(
     }
 }
 
+/// The preshared key of a peer that is about to be added. It is not left to the effect that tells it,
+/// for an initiation may come before that, and must not be answered without it.
+pub(super) fn preshared_key_of(device: &Device, id: PeerId) -> PresharedKey {
+    device.peer(id).map(|peer| peer.preshared_key.clone()).unwrap_or_default()
+}
+
 fn set_endpoint<O: Outside>(handshakes: &Handshakes<O>, peer: PeerId, addr: SocketAddr) {
     if let Some(cell) = handshakes.cell(peer) {
         cell.hot.endpoint.store(Some(Arc::new(Endpoint::configured(addr))));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use wg_common::id::DeviceId;
+    use wg_common::index::{IndexLayout, IndexPermutation};
+
+    use super::*;
+    use crate::aead::RingAead;
+    use crate::datapath::SocketGroup;
+    use crate::device::{PeerChange, SetRequest};
+    use crate::handshake::Os;
+    use crate::key::PrivateKey;
+
+    #[test]
+    fn a_new_peer_has_its_preshared_key_before_an_initiation_can_come() {
+        let sockets = SocketGroup { port: 1, of_worker: Vec::new() };
+        let indexes = IndexPermutation::new([1, 2, 3, 4], IndexLayout::DEFAULT);
+        let (shared, _) = Shared::new(DeviceId(0), 1, Vec::new(), sockets, None, indexes).unwrap();
+        let os = Os::new(Arc::clone(&shared));
+        let handshakes = Handshakes::new(Arc::clone(&shared), os, &RingAead, None);
+        let mut device = Device::default();
+        let psk = PresharedKey::from_bytes([7; 32]);
+        let public_key = PrivateKey::from_bytes([2; 32]).public_key();
+        for private_key in [None, Some(PrivateKey::from_bytes([1; 32]))] {
+            let peer =
+                PeerChange { preshared_key: Some(psk.clone()), ..PeerChange::new(public_key) };
+            let effects = device.apply(SetRequest {
+                private_key: Some(private_key),
+                replace_peers: true,
+                peers: vec![peer],
+                ..SetRequest::default()
+            });
+            for effect in effects {
+                let added = match &effect {
+                    Effect::PeerAdded { id, .. } => Some(*id),
+                    _ => None,
+                };
+                carry_out(effect, &device, &handshakes, &shared, Now::default());
+                if let Some(id) = added {
+                    assert_eq!(handshakes.cell(id).unwrap().preshared_key(), psk);
+                }
+            }
+        }
     }
 }

@@ -15,6 +15,7 @@ use wg_common::id::PeerId;
 use wg_common::time::Now;
 
 use super::control::Control;
+use super::effects::preshared_key_of;
 use super::pulled::{IDLE_TIME, IdleWatch, TimestampKeeper};
 use crate::datapath::shared::PEER_COUNT_MAX;
 use crate::device::{Effect, KnownPeer, Lookup, PeerChange, PeerSource, SetRequest, Tai64N};
@@ -159,6 +160,7 @@ impl Control {
             PullEvent::Report(Report::Kept { public_key, outcome, .. }) => {
                 if let Err(error) = outcome {
                     count(&pulling.counts.timestamps_failed);
+                    pulling.timestamps.borrow_mut().failed(&public_key);
                     pulling.complain("a peer's timestamp is not kept", &error, now);
                 }
                 let next = pulling.timestamps.borrow_mut().ended(&public_key, now);
@@ -272,7 +274,9 @@ impl Control {
             match effect {
                 Effect::PeerAdded { id, public_key } => {
                     let hot = self.hot_peer(id, public_key);
-                    self.handshakes.add_known_peer(hot, Timestamp::from_bytes(greatest));
+                    let greatest = Timestamp::from_bytes(greatest);
+                    let psk = preshared_key_of(&self.device.borrow(), id);
+                    self.handshakes.add_known_peer(hot, psk, greatest);
                 }
                 effect => self.carry_out(effect),
             }

@@ -77,7 +77,8 @@ impl IdleWatch {
 /// Which timestamps a source has kept, and which it is to keep.
 ///
 /// At most one per peer is under way, and the next one is not sent before [`TIMESTAMP_INTERVAL`] has
-/// passed. One that fails is not repeated; the next handshake brings a greater one.
+/// passed. One that fails is not repeated, for the next handshake brings a greater one, except when the
+/// peer leaves: then there is no next.
 #[derive(Debug, Default)]
 pub struct TimestampKeeper {
     peers: HashMap<PublicKey, Kept>,
@@ -92,6 +93,8 @@ struct Kept {
     /// The greatest there is.
     greatest: Tai64N,
     under_way: bool,
+    /// The last one that was sent was not kept.
+    failed: bool,
     /// When the last one was sent.
     sent: Option<Now>,
     is_in_later: bool,
@@ -122,6 +125,9 @@ impl TimestampKeeper {
         let kept = self.peers.get_mut(key)?;
         kept.greatest = kept.greatest.max(timestamp);
         kept.left = true;
+        if kept.failed {
+            kept.told = Tai64N::default();
+        }
         let next = self.next(key, now);
         self.tidy(key);
         next
@@ -130,6 +136,13 @@ impl TimestampKeeper {
     /// The source is no longer told of this peer.
     pub fn forget(&mut self, key: &PublicKey) {
         self.peers.remove(key);
+    }
+
+    /// What was under way has failed; [`ended`](Self::ended) is to be called next.
+    pub fn failed(&mut self, key: &PublicKey) {
+        if let Some(kept) = self.peers.get_mut(key) {
+            kept.failed = true;
+        }
     }
 
     /// What was under way has ended, well or not. Gives what is to be sent now, if anything is.
@@ -173,6 +186,7 @@ impl TimestampKeeper {
             return None;
         }
         (kept.under_way, kept.sent, kept.told) = (true, Some(now), kept.greatest);
+        kept.failed = false;
         Some(kept.greatest)
     }
 
@@ -247,6 +261,21 @@ mod tests {
         assert_eq!(keeper.due(START + SECOND * 13), None);
         assert_eq!(keeper.due(START + SECOND * 14), Some((key(1), stamp(7))));
         assert_eq!(keeper.due(START + SECOND * 99), None);
+    }
+
+    #[test]
+    fn what_the_source_failed_to_keep_is_sent_once_more_when_the_peer_leaves() {
+        let mut keeper = TimestampKeeper::default();
+        keeper.begin(key(1), stamp(1));
+        assert_eq!(keeper.seen(&key(1), stamp(2), START), Some(stamp(2)));
+        keeper.failed(&key(1));
+        assert_eq!(keeper.ended(&key(1), START), None, "not now");
+        let later = START + TIMESTAMP_INTERVAL * 100;
+        assert_eq!(keeper.due(later), None, "nor by itself");
+        assert_eq!(keeper.leave(&key(1), stamp(2), later), Some(stamp(2)));
+        keeper.failed(&key(1));
+        assert_eq!(keeper.ended(&key(1), later), None, "once");
+        assert!(keeper.peers.is_empty());
     }
 
     #[test]

@@ -19,9 +19,10 @@ pub struct Begun {
     pub turns: Vec<u64>,
 }
 
-/// Lets there be no keypairs for `time`, or until somebody resumes. Sessions are to be cleared next.
+/// Lets there be no keypairs for `time`, or until somebody resumes; a longer pause that has begun
+/// already goes on, since who asked for it relies on it. Sessions are to be cleared next.
 pub fn begin(shared: &Shared, time: Option<Duration>, now: Now) -> Begun {
-    shared.set_quiesced_until(now + time.unwrap_or(Duration::MAX));
+    shared.quiesce_until(now + time.unwrap_or(Duration::MAX));
     shared.end_keypairs(now);
     shared.wake_all();
     // After the stores: who begins a turn later than this obeys them.
@@ -30,11 +31,14 @@ pub fn begin(shared: &Shared, time: Option<Duration>, now: Now) -> Begun {
 }
 
 /// Waits until no worker can seal any more, and gives the number of those that stand still and so may
-/// be in the midst of a turn.
-pub async fn settled(shared: &Shared, turns: Vec<u64>) -> usize {
+/// be in the midst of a turn. `None` if the pause was over before: somebody resumed, or it was too short.
+pub async fn settled(shared: &Shared, turns: Vec<u64>) -> Option<usize> {
     let begun = clock::boot_now();
     loop {
         let now = clock::boot_now();
+        if !shared.is_quiesced(now) {
+            return None;
+        }
         let late = |&worker: &WorkerId| shared.turns(worker) == turns[usize::from(worker.0)];
         let (mut stuck, mut waits) = (0, false);
         for worker in workers(shared).filter(late) {
@@ -42,7 +46,7 @@ pub async fn settled(shared: &Shared, turns: Vec<u64>) -> usize {
             waits |= shared.moves(worker, now);
         }
         if stuck == 0 || !waits || now.since(begun) > WAIT_MAX {
-            return stuck;
+            return Some(stuck);
         }
         tokio::time::sleep(ASK_EVERY).await;
     }
@@ -71,7 +75,7 @@ mod tests {
         Shared::new(DeviceId(0), worker_count, Vec::new(), sockets, None, indexes).unwrap().0
     }
 
-    fn wait(shared: &Shared, turns: Vec<u64>) -> usize {
+    fn wait(shared: &Shared, turns: Vec<u64>) -> Option<usize> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build();
         runtime.unwrap().block_on(settled(shared, turns))
     }
@@ -101,7 +105,7 @@ mod tests {
                 std::thread::sleep(Duration::from_millis(20));
                 (0..2).for_each(|worker| shared.begin_turn(WorkerId(worker)));
             });
-            assert_eq!(wait(&shared, begun.turns), 0);
+            assert_eq!(wait(&shared, begun.turns), Some(0));
         });
         assert!(clock::boot_now().since(now) >= Duration::from_millis(20), "it has waited");
     }
@@ -112,6 +116,27 @@ mod tests {
         shared.beat(WorkerId(0), clock::boot_now());
         let begun = begin(&shared, None, clock::boot_now());
         shared.begin_turn(WorkerId(0));
-        assert_eq!(wait(&shared, begun.turns), 1);
+        assert_eq!(wait(&shared, begun.turns), Some(1));
+    }
+
+    #[test]
+    fn nobodys_pause_is_made_shorter_by_another() {
+        let shared = shared(1);
+        let now = Now::from_boot_ns(5_000_000_000);
+        begin(&shared, None, now);
+        begin(&shared, Some(Duration::from_secs(1)), now);
+        assert!(shared.is_quiesced(now + Duration::from_secs(3600)));
+        shared.set_quiesced_until(Now::default());
+        begin(&shared, Some(Duration::from_secs(1)), now);
+        assert!(!shared.is_quiesced(now + Duration::from_secs(2)), "after a resume it counts");
+    }
+
+    #[test]
+    fn a_pause_that_somebody_ended_is_not_said_to_have_settled() {
+        let shared = shared(1);
+        let begun = begin(&shared, None, clock::boot_now());
+        shared.begin_turn(WorkerId(0));
+        shared.set_quiesced_until(Now::default());
+        assert_eq!(wait(&shared, begun.turns), None);
     }
 }

@@ -1,28 +1,23 @@
 //! What a worker tells the senders of packets that it cannot send, and how often.
 
-use std::time::Duration;
-
 use wg_common::icmp::{UNREACHABLE_LEN_MAX, unreachable};
 use wg_common::time::Now;
 
-/// Answers that one worker gives at once, after it gave none for a while.
-const BURST: u32 = 50;
-/// Time that earns one answer more: a thousand a second. Whoever scans a prefix that nobody owns must
-/// not have the worker write a packet for each that it reads.
-const INTERVAL: Duration = Duration::from_millis(1);
+use crate::rate::{Bucket, Rate};
+
+/// Answers that one worker gives: whoever scans a prefix that nobody owns must not have the worker
+/// write a packet for each that it reads.
+const RATE: Rate = Rate::new(1000, 50);
 
 /// One worker's answers.
 pub struct Answers {
-    /// Answers that it may give yet.
-    left: u32,
-    /// When one was last earned.
-    earned: Now,
+    bucket: Bucket,
     message: [u8; UNREACHABLE_LEN_MAX],
 }
 
 impl Default for Answers {
     fn default() -> Self {
-        Self { left: BURST, earned: Now::default(), message: [0; _] }
+        Self { bucket: Bucket::default(), message: [0; _] }
     }
 }
 
@@ -30,29 +25,19 @@ impl Answers {
     /// The ICMP message that tells the sender of `packet` that it cannot be delivered. `None` if it must
     /// not be told, or if there were too many answers of late.
     pub fn unreachable(&mut self, packet: &[u8], now: Now) -> Option<&[u8]> {
-        self.earn(now);
-        if self.left == 0 {
+        if !self.bucket.has_token(RATE, now) {
             return None;
         }
         let len = unreachable(packet, &mut self.message)?;
-        self.left -= 1;
+        self.bucket.take(RATE, now);
         Some(&self.message[..len])
-    }
-
-    fn earn(&mut self, now: Now) {
-        let earned = now.since(self.earned).as_nanos() / INTERVAL.as_nanos();
-        if earned >= u128::from(BURST - self.left) {
-            (self.left, self.earned) = (BURST, now);
-        } else {
-            // Smaller than the burst.
-            self.left += earned as u32;
-            self.earned = self.earned + INTERVAL * earned as u32;
-        }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     const START: Now = Now::from_boot_ns(10_000_000_000);

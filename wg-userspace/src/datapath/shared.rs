@@ -341,6 +341,11 @@ impl Shared {
         keypairs.seals_with(now).filter(|keypair| self.may_use(keypair)).cloned()
     }
 
+    /// Lets there be no keypairs until then, or for longer if that was said before.
+    pub fn quiesce_until(&self, until: Now) {
+        self.quiesced_until.fetch_max(until.boot_ns(), Ordering::SeqCst);
+    }
+
     /// Lets there be no keypairs until then; the beginning of time lets there be some again.
     pub fn set_quiesced_until(&self, until: Now) {
         self.quiesced_until.store(until.boot_ns(), Ordering::SeqCst);

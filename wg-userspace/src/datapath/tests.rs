@@ -20,6 +20,8 @@ use wg_common::protocol::{
 };
 use wg_common::time::{Now, Reading};
 
+mod whitepaper;
+
 use super::WorkQueue;
 use super::handoff::{Mesh, Parcel, Work};
 use super::inbound::{Arrival, Inbound, PacketSink};

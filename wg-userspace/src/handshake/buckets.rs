@@ -1,10 +1,9 @@
-//! How often something may happen: token buckets, one for each source address or one for all.
+//! How many handshake messages each source may have handled: a token bucket for each.
 //!
-//! A bucket is one moment: when it will be full again. A full bucket is as good as none, so the table
-//! of sources has a fixed size, and a source that is found nowhere has a full one.
+//! A full bucket is as good as none, so the table has a fixed size, and a source that is found nowhere
+//! has a full one.
 
 use std::net::IpAddr;
-use std::time::Duration;
 
 use rand_core::CryptoRng;
 use wg_common::protocol::{KEY_LEN, SOURCE_MESSAGES_BURST, SOURCE_MESSAGES_PER_SECOND};
@@ -12,44 +11,10 @@ use wg_common::time::Now;
 use zeroize::Zeroizing;
 
 use crate::noise::mac;
+use crate::rate::{Bucket, Rate, Source};
 
-/// How fast buckets fill, and how much they hold.
-#[derive(Clone, Copy, Debug)]
-pub struct Rate {
-    /// Time for one token.
-    interval: Duration,
-    burst: u32,
-}
-
-impl Rate {
-    /// So many tokens a second, and so many in a full bucket.
-    pub const fn new(per_second: u32, burst: u32) -> Self {
-        Self { interval: Duration::from_nanos(1_000_000_000 / per_second as u64), burst }
-    }
-
-    /// The rate of one source's handshake messages, as in the kernel.
-    pub const SOURCE: Self = Self::new(SOURCE_MESSAGES_PER_SECOND, SOURCE_MESSAGES_BURST);
-}
-
-/// One token bucket; at first it is full.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Bucket {
-    full_at: Now,
-}
-
-impl Bucket {
-    /// Takes a token, if there is one.
-    pub fn take(&mut self, rate: Rate, now: Now) -> bool {
-        // It never lacks more than it holds, also if the clock went back.
-        let empty = now + rate.interval * rate.burst;
-        self.full_at = self.full_at.clamp(now, empty);
-        let may = self.full_at + rate.interval <= empty;
-        if may {
-            self.full_at = self.full_at + rate.interval;
-        }
-        may
-    }
-}
+/// The rate of one source's handshake messages, as in the kernel.
+const RATE: Rate = Rate::new(SOURCE_MESSAGES_PER_SECOND, SOURCE_MESSAGES_BURST);
 
 /// Buckets of one set: whose bucket it is decides the set, and it may be any of these.
 const WAYS: usize = 8;
@@ -87,21 +52,18 @@ impl SourceBuckets {
         let entry = match set.iter().position(|entry| entry.tag == tag) {
             Some(known) => &mut set[known],
             None => {
-                let fullest = set.iter_mut().min_by_key(|entry| entry.bucket.full_at);
+                let fullest = set.iter_mut().min_by_key(|entry| entry.bucket);
                 let entry = fullest.expect("a set has entries");
                 *entry = Entry { tag, bucket: Bucket::default() };
                 entry
             }
         };
-        entry.bucket.take(Rate::SOURCE, now)
+        entry.bucket.take(RATE, now)
     }
 
     /// The set and the tag of a source.
     fn place(&self, source: IpAddr) -> (usize, u64) {
-        let hash = match source.to_canonical() {
-            IpAddr::V4(v4) => mac::<KEY_LEN>(&self.key, &v4.octets()),
-            IpAddr::V6(v6) => mac::<KEY_LEN>(&self.key, &v6.octets()[..8]),
-        };
+        let hash = mac::<KEY_LEN>(&self.key, &Source::of(source).to_bytes());
         let [low, high] = [0, 8].map(|at| {
             u64::from_ne_bytes(*hash[at..].first_chunk().expect("a mac is 16 bytes long"))
         });
@@ -111,7 +73,8 @@ impl SourceBuckets {
 
 #[cfg(test)]
 mod tests {
-    use proptest::prelude::*;
+    use std::time::Duration;
+
     use rand::SeedableRng;
     use rand::rngs::StdRng;
 
@@ -197,30 +160,5 @@ mod tests {
             assert!(buckets.take(IpAddr::from(number.to_be_bytes()), START));
         }
         assert_eq!(buckets.sets.len() * WAYS * size_of::<Entry>(), 128 << 10);
-    }
-
-    #[test]
-    fn a_clock_that_goes_back_locks_nobody_out_for_longer_than_a_full_bucket_takes() {
-        let mut bucket = Bucket::default();
-        assert!((0..5).all(|_| bucket.take(Rate::SOURCE, START + Duration::from_secs(3600))));
-        assert!(!bucket.take(Rate::SOURCE, START));
-        assert!(bucket.take(Rate::SOURCE, START + MS * 50));
-    }
-
-    proptest! {
-        /// The bucket once more, as the kernel keeps it: tokens that are counted.
-        #[test]
-        fn a_bucket_is_one_of_counted_tokens(steps in prop::collection::vec(0..130_u32, 1..200)) {
-            let mut bucket = Bucket::default();
-            let (mut tokens, mut last, mut now) = (250_u32, START, START);
-            for step in steps {
-                now = now + MS * step;
-                tokens = (tokens + (now - last).as_millis() as u32).min(250);
-                last = now;
-                let may = tokens >= 50;
-                tokens -= if may { 50 } else { 0 };
-                prop_assert_eq!(bucket.take(Rate::SOURCE, now), may);
-            }
-        }
     }
 }

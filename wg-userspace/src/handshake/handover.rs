@@ -36,9 +36,13 @@ impl<O: Outside> Handshakes<O> {
     /// then are left out, and what it sealed and has not sent comes too late to be accepted. The
     /// keypairs stay frozen in any case.
     ///
+    /// The caller has looked at the clocks just before, by [`Shared::now_of`]: what a break of time has
+    /// ended is left out, and the successor cannot see one that was before it began.
+    ///
     /// From now on no session does anything here, until [`import_all`](Self::import_all) or
     /// [`resume_all`](Self::resume_all).
     ///
+    /// [`Shared::now_of`]: crate::datapath::Shared::now_of
     /// [`Shared::all_turned_since`]: crate::datapath::Shared::all_turned_since
     /// [`Shared::wake_all`]: crate::datapath::Shared::wake_all
     pub fn export_all(
@@ -54,13 +58,18 @@ impl<O: Outside> Handshakes<O> {
             cell.session().freeze(&mut self.indexes_of(cell, now));
         }
         quiet();
+        // Every worker has looked at the clocks by now: if this is a clone, another one has these too.
+        let not_before = self.shared.keys_not_before();
         let mut unsettled = 0;
         let mut peers = Vec::with_capacity(cells.len());
         for cell in &cells {
             let mut session = cell.session();
             unsettled += session.unsettled_count();
-            let export = session.export(self.outside.wall(), now);
-            peers.extend(export.filter(|peer| !peer.is_empty()));
+            let Some(mut export) = session.export(self.outside.wall(), now) else { continue };
+            export.leave_out_older(not_before);
+            if !export.is_empty() {
+                peers.push(export);
+            }
         }
         if unsettled > 0 {
             tracing::warn!(keypairs = unsettled, "left out of the hand-over: a worker is stuck");
@@ -136,6 +145,7 @@ mod tests {
     use wg_common::endpoint::Endpoint;
     use wg_common::id::{DeviceId, PeerId};
     use wg_common::outcome::DropReason;
+    use wg_common::protocol::TYPE_INITIATION;
     use wg_common::protocol::TYPE_TRANSPORT;
 
     use super::*;
@@ -348,6 +358,17 @@ mod tests {
         assert_eq!(peer.delivered(), [4]);
         let cell = successor.handshakes.cell(PeerId(1)).unwrap();
         assert!(cell.last_handshake().is_some());
+    }
+
+    #[test]
+    fn keypairs_of_before_a_break_of_time_are_not_handed_over() {
+        let (gateway, _) = connected();
+        // A worker has noticed that this is a clone; control has not cleared the sessions yet.
+        gateway.shared.end_keypairs(START + SECOND);
+        let mut memory = export(&gateway, START + SECOND);
+        let mut successor = Process::new(1, 2);
+        assert_eq!(import(&successor, &mut memory, START + SECOND).taken, 0);
+        assert_eq!(successor.send(4, START + SECOND)[0][0], TYPE_INITIATION, "a new handshake");
     }
 
     #[test]

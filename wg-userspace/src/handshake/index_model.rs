@@ -80,8 +80,7 @@ impl Model {
     }
 
     fn finished(&mut self, new: Kept) {
-        self.previous = self.next.take().or(self.current);
-        self.current = Some(new);
+        self.previous = self.current.replace(new);
     }
 
     fn opened(&mut self, index: ReceiverIndex) {

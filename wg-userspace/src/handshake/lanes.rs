@@ -18,11 +18,12 @@ use rand_core::CryptoRng;
 use wg_common::outcome::DropReason;
 use wg_common::time::Now;
 
-use super::buckets::{Bucket, Rate, SourceBuckets};
+use super::buckets::SourceBuckets;
 use super::cookies::Cookies;
 use super::load::{Load, WAITING_MAX};
 use crate::datapath::handoff::HandshakeDatagram;
 use crate::noise::Cookie;
+use crate::rate::{Bucket, Rate};
 
 /// Cookie replies to all sources together: some 5 % of one core. An honest peer in a flood of as many
 /// messages gets one for each of its own.

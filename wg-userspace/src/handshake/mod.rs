@@ -101,6 +101,12 @@ impl Cell {
         lock(&self.session)
     }
 
+    /// The key shared with the peer.
+    #[cfg(test)]
+    pub fn preshared_key(&self) -> PresharedKey {
+        self.session().preshared_key().clone()
+    }
+
     /// When the latest handshake was completed.
     pub fn last_handshake(&self) -> Option<SystemTime> {
         let (secs, nanos) = self.session().last_handshake()?.to_unix();
@@ -224,20 +230,34 @@ impl<O: Outside> Handshakes<O> {
 
     /// Begins to serve a peer. `hot` is published to the workers.
     pub fn add_peer(&self, hot: Arc<HotPeer>) {
-        self.add_known_peer(hot, Timestamp::default());
+        self.add_known_peer(hot, PresharedKey::default(), Timestamp::default());
     }
 
-    /// As [`add_peer`](Self::add_peer), for a peer whose initiations had timestamps up to
-    /// `greatest_timestamp` before we knew it: they are replays from the beginning.
-    pub fn add_known_peer(&self, hot: Arc<HotPeer>, greatest_timestamp: Timestamp) {
+    /// As [`add_peer`](Self::add_peer), for a peer of which something is known. Its initiations had
+    /// timestamps up to `greatest_timestamp` before we knew it: they are replays from the beginning. And
+    /// none of its handshakes is done without `preshared_key`, as early as it may come.
+    pub fn add_known_peer(
+        &self,
+        hot: Arc<HotPeer>,
+        preshared_key: PresharedKey,
+        greatest_timestamp: Timestamp,
+    ) {
         let remote = self
             .identity()
-            .map(|identity| RemoteStatic::new(&identity, hot.public_key, PresharedKey::default()));
-        self.add_cell(hot, remote, greatest_timestamp);
+            .map(|identity| RemoteStatic::new(&identity, hot.public_key, preshared_key.clone()));
+        self.add_cell(hot, remote, preshared_key, greatest_timestamp);
     }
 
-    fn add_cell(&self, hot: Arc<HotPeer>, remote: Option<RemoteStatic>, greatest: Timestamp) {
+    fn add_cell(
+        &self,
+        hot: Arc<HotPeer>,
+        remote: Option<RemoteStatic>,
+        preshared_key: PresharedKey,
+        greatest: Timestamp,
+    ) {
         let mut session = Session::new(Arc::clone(&hot), remote);
+        // For when there is an identity.
+        session.set_preshared_key(preshared_key);
         session.raise_greatest_timestamp(greatest);
         let cell = Arc::new(Cell {
             session: Mutex::new(session),

@@ -6,8 +6,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use super::Handshakes;
+use wg_common::time::Reading;
+
+use super::{Handshakes, Outside};
 use crate::datapath::WorkQueue;
+use crate::session::Continuity;
 use crate::sys::clock;
 
 /// Processors for each thread: the others are the workers'. Two of them have one thread.
@@ -75,10 +78,11 @@ impl Pool {
 }
 
 fn run(handshakes: &Handshakes, queue: &WorkQueue, thread_count: u32, stopping: &AtomicBool) {
+    let mut continuity = Continuity::default();
     while !stopping.load(Ordering::Relaxed) {
-        let begin = clock::boot_now();
+        let (reading, before) = (clock::reading(), clock::thread_time());
         // A message that finds a bug of ours must not end all handshakes.
-        let turn = || handshakes.turn(queue, begin);
+        let turn = || turn_at(handshakes, queue, &mut continuity, &reading);
         match catch_unwind(AssertUnwindSafe(turn)) {
             Ok(true) => {}
             Ok(false) => {
@@ -90,9 +94,22 @@ fn run(handshakes: &Handshakes, queue: &WorkQueue, thread_count: u32, stopping: 
             }
             Err(_) => tracing::error!("a handshake message made us panic"),
         }
-        let end = clock::boot_now();
-        handshakes.worked(end.since(begin) / thread_count, end);
+        // Not the time that has passed: who has to wait for the workers' processors, or for a host that
+        // sleeps, costs nobody anything.
+        let worked = clock::thread_time().saturating_sub(before);
+        handshakes.worked(worked / thread_count, clock::boot_now());
     }
+}
+
+/// One turn. A keepalive is sealed here too: so it is seen first whether the host slept or was cloned.
+pub(super) fn turn_at<O: Outside>(
+    handshakes: &Handshakes<O>,
+    queue: &WorkQueue,
+    continuity: &mut Continuity,
+    reading: &Reading,
+) -> bool {
+    let now = handshakes.shared.now_of(continuity, reading);
+    handshakes.turn(queue, now)
 }
 
 #[cfg(test)]

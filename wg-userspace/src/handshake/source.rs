@@ -19,6 +19,7 @@ use wg_common::time::Now;
 use crate::datapath::handoff::HandshakeDatagram;
 use crate::key::PublicKey;
 use crate::noise::Timestamp;
+use crate::rate::{Bucket, Rate, Source};
 
 /// What look-ups of unknown senders may cost.
 #[derive(Clone, Copy, Debug)]
@@ -50,8 +51,8 @@ impl Default for Limits {
             pending_max: 1024,
             pending_per_source_max: 8,
             timeout: Duration::from_secs(10),
-            rate: Rate { per_second: 500, burst: 1000 },
-            rate_per_source: Rate { per_second: 32, burst: 64 },
+            rate: Rate::new(500, 1000),
+            rate_per_source: Rate::new(32, 64),
             source_count: 4096,
             unknown_ttl: Duration::from_secs(30),
             failed_ttl: Duration::from_secs(1),
@@ -59,15 +60,6 @@ impl Default for Limits {
             unknown_count: 16_384,
         }
     }
-}
-
-/// So many a second, after so many at once.
-#[derive(Clone, Copy, Debug)]
-pub struct Rate {
-    /// At least 1.
-    pub per_second: u32,
-    /// At least 1.
-    pub burst: u32,
 }
 
 /// An initiation that waits for its sender to be looked up. It is authentic: its sender has the
@@ -158,8 +150,9 @@ impl Lookups {
         let pending_here = self.pending_by_source.get(&source).copied().unwrap_or(0);
         let is_allowed = self.pending.len() < self.limits.pending_max
             && pending_here < self.limits.pending_per_source_max
-            && self.bucket.allows(self.limits.rate, now)
-            && self.source_buckets[self.slot_of(source)].allows(self.limits.rate_per_source, now);
+            && self.bucket.has_token(self.limits.rate, now)
+            && self.source_buckets[self.slot_of(source)]
+                .has_token(self.limits.rate_per_source, now);
         if is_allowed { Ok(Admission::New) } else { Err(DropReason::LookupLimit) }
     }
 
@@ -185,8 +178,8 @@ impl Lookups {
             None => {
                 let source = Source::of(from);
                 let slot = self.slot_of(source);
-                self.bucket.spend(self.limits.rate, now);
-                self.source_buckets[slot].spend(self.limits.rate_per_source, now);
+                self.bucket.take(self.limits.rate, now);
+                self.source_buckets[slot].take(self.limits.rate_per_source, now);
                 *self.pending_by_source.entry(source).or_default() += 1;
                 self.pending.insert(key, Pending { waiting, since: now, source });
             }
@@ -254,7 +247,7 @@ impl Lookups {
 
     fn slot_of(&self, source: Source) -> usize {
         let mask = self.source_buckets.len() - 1;
-        self.hash(&source.0.to_be_bytes()) as usize & mask
+        self.hash(&source.to_bytes()) as usize & mask
     }
 
     /// A hash that nobody outside can aim.
@@ -264,38 +257,6 @@ impl Lookups {
         mac.update(bytes);
         u128::from_le_bytes(mac.finalize_fixed().into())
     }
-}
-
-/// What counts as one source of initiations: an IPv4 address, or an IPv6 prefix of 64 bits. Those of
-/// IPv4 lie where IPv6 has its IPv4-mapped addresses.
-#[derive(Clone, Copy, Eq, Hash, PartialEq)]
-struct Source(u128);
-
-impl Source {
-    fn of(addr: IpAddr) -> Self {
-        Self(match addr.to_canonical() {
-            IpAddr::V4(addr) => addr.to_ipv6_mapped().to_bits(),
-            IpAddr::V6(addr) => addr.to_bits() >> 64 << 64,
-        })
-    }
-}
-
-/// How much of a [`Rate`] is left, as the moment until which it is spent in advance.
-#[derive(Clone, Copy, Debug, Default)]
-struct Bucket(Now);
-
-impl Bucket {
-    fn allows(self, rate: Rate, now: Now) -> bool {
-        self.0.since(now) <= interval(rate).saturating_mul(rate.burst.saturating_sub(1))
-    }
-
-    fn spend(&mut self, rate: Rate, now: Now) {
-        self.0 = self.0.max(now) + interval(rate);
-    }
-}
-
-fn interval(rate: Rate) -> Duration {
-    Duration::from_secs(1) / rate.per_second.max(1)
 }
 
 /// Places that a key may have in [`UnknownKeys`].

@@ -18,6 +18,7 @@ use wg_common::protocol::{
 };
 use wg_common::time::{Now, Reading};
 
+use super::pool::turn_at;
 use super::*;
 use crate::aead::RingAead;
 use crate::counters::Totals;
@@ -61,6 +62,7 @@ impl Outside for Arc<World> {
 struct Host {
     handshakes: Handshakes<Arc<World>>,
     shared: Arc<Shared>,
+    queue: Arc<WorkQueue>,
     world: Arc<World>,
     key: PrivateKey,
     now: Now,
@@ -71,12 +73,13 @@ impl Host {
     fn new(number: u8) -> Self {
         let sockets = SocketGroup { port: 51820, of_worker: Vec::new() };
         let indexes = IndexPermutation::new([1, 2, 3, 4], IndexLayout::DEFAULT);
-        let (shared, _) = Shared::new(DeviceId(0), 1, Vec::new(), sockets, None, indexes).unwrap();
+        let (shared, queue) =
+            Shared::new(DeviceId(0), 1, Vec::new(), sockets, None, indexes).unwrap();
         let world = Arc::new(World::default());
         world.seed.store(u64::from(number) << 32, Ordering::Relaxed);
         let handshakes = Handshakes::new(Arc::clone(&shared), Arc::clone(&world), &RingAead, None);
         let key = PrivateKey::from_bytes([number; 32]);
-        let mut host = Self { handshakes, shared, world, key, now: START, calls: 0 };
+        let mut host = Self { handshakes, shared, queue, world, key, now: START, calls: 0 };
         host.set_now(START);
         host.handshakes.set_private_key(Some(host.key.clone()), START);
         host
@@ -99,7 +102,8 @@ impl Host {
     fn add_unreachable(&self, id: u32) {
         let hot = Arc::new(HotPeer::new(PeerId(id), DeviceId(0), public_key(id)));
         let remote = RemoteStatic::unreachable(hot.public_key);
-        self.handshakes.add_cell(hot, Some(remote), Timestamp::default());
+        let psk = PresharedKey::default();
+        self.handshakes.add_cell(hot, Some(remote), psk, Timestamp::default());
     }
 
     /// Lets time pass, and calls what wants to be called.
@@ -383,6 +387,25 @@ fn after_a_sleep_nothing_of_before_seals_and_control_need_not_have_looked() {
     a.handshakes.clear_sessions(a.now);
     assert!(a.hot(0).keypairs.load().current.is_none());
     assert_eq!(a.handshakes.awake_count(), 0, "nobody wants to be reached");
+}
+
+#[test]
+fn a_pool_that_wakes_first_after_a_sleep_seals_no_keepalive() {
+    let (_a, mut b) = connected();
+    let mut continuity = Continuity::default();
+    turn_at(&b.handshakes, &b.queue, &mut continuity, &reading(b.now, Duration::ZERO));
+    // The first packet confirms the keypair, and something is owed.
+    let hot = b.hot(0);
+    let next = hot.keypairs.load().next.clone().unwrap();
+    hot.confirm(&next);
+    hot.endpoint.store(Some(Arc::new(Endpoint::configured(addr(1)))));
+    assert!(b.seals(0));
+    hot.activity.data_received(b.now);
+    b.set_now(b.now + SECOND * 11);
+    assert!(b.shared.hand_off(Work::Confirmed(PeerId(0))));
+    turn_at(&b.handshakes, &b.queue, &mut continuity, &reading(b.now, SECOND));
+    assert_eq!(b.take_sent().len(), 0, "no worker has looked at the clocks yet");
+    assert!(!b.seals(0));
 }
 
 #[test]

@@ -23,13 +23,22 @@ impl CloneWatch {
         UeventSocket::open().map(CloneWatch)
     }
 
-    /// Waits for the next new generation. Dropping the future before it is ready loses nothing.
+    /// Waits for the next new generation, or the loss of events that may have told of one. Dropping the
+    /// future before it is ready loses nothing.
     ///
     /// # Errors
     /// If the kernel tells nothing any more.
     pub async fn next(&self) -> io::Result<()> {
-        while !is_new_generation(&self.0.next().await?) {}
-        Ok(())
+        loop {
+            match self.0.next().await? {
+                Some(event) if !is_new_generation(&event) => {}
+                Some(_) => return Ok(()),
+                None => {
+                    tracing::warn!("events of devices were lost: this may be a clone");
+                    return Ok(());
+                }
+            }
+        }
     }
 }
 

@@ -27,6 +27,8 @@ mod timestamp;
 mod fixture;
 #[cfg(test)]
 mod oracles;
+#[cfg(test)]
+mod wiping;
 
 #[cfg(test)]
 pub(crate) use dh::agreement_count;

@@ -4,6 +4,11 @@
 //! cloned, or went back to a snapshot, would use counters that another one has used. Both show in how the
 //! clocks stand to each other: boot time runs on during sleep while monotonic time stands still, and
 //! whoever sets a clone's clock right makes real time leap against boot time.
+//!
+//! A thread looks once a turn, before it seals. Of a clone that is made within a turn, both ends finish that
+//! turn with the same counters: a worker at most a batch for each queue that it reads and one of staged
+//! packets. And a clone whose kernel tells of nothing and whose clock nobody sets is not noticed at all. Who
+//! plans a snapshot makes a pause before it.
 
 use std::time::Duration;
 

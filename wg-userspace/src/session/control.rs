@@ -26,6 +26,13 @@ use crate::noise::{
     initiate,
 };
 
+/// A peer's initiations are answered no more often than this in the long run. Each takes a receiver
+/// index, which rests for minutes: at the fifty a second that the kernel answers, a few dozen peers of
+/// bad will would let the indexes of all rest. A peer of good will makes one in five seconds at most.
+const ANSWER_INTERVAL: Duration = Duration::from_secs(1);
+/// So many may come at once: of a peer that starts again and again, or hands its key around.
+const ANSWER_BURST: u32 = 100;
+
 /// Where receiver indexes come from, and where workers look for what stands behind them.
 pub trait Indexes {
     /// Lends an index that is live when this returns: a message that carries it may be sent.
@@ -137,8 +144,10 @@ pub struct Session {
     pub(super) greatest_timestamp: Timestamp,
     /// When the keypair that was made last dies, or died.
     keypairs_until: Option<Now>,
-    /// When an initiation was last answered.
-    answered: Option<Now>,
+    /// When an initiation was last answered; the beginning of time if never.
+    answered: Now,
+    /// Until when [`ANSWER_INTERVAL`]s are spent in advance.
+    answers_spent: Now,
     pub(super) last_handshake: Option<Timestamp>,
     pub(super) handover: Handover,
 }
@@ -157,7 +166,8 @@ impl Session {
             cookie: PeerCookie::default(),
             greatest_timestamp: Timestamp::default(),
             keypairs_until: None,
-            answered: None,
+            answered: Now::default(),
+            answers_spent: Now::default(),
             last_handshake: None,
             handover: Handover::No,
         }
@@ -259,7 +269,7 @@ impl Session {
     ///
     /// # Errors
     /// [`DropReason::HandedOver`], [`DropReason::OldTimestamp`] for a replay, [`DropReason::InitiationFlood`] if the last one was
-    /// answered just now, [`DropReason::NoIndex`] if no index is free, and what [`HandshakeError`]s
+    /// answered just now, or too many were of late, [`DropReason::NoIndex`] if no index is free, and what [`HandshakeError`]s
     /// count as. Nothing has changed then.
     pub fn handle_initiation<R: CryptoRng, I: Indexes>(
         &mut self,
@@ -276,7 +286,12 @@ impl Session {
         if timestamp <= self.greatest_timestamp {
             return Err(DropReason::OldTimestamp);
         }
-        if self.answered.is_some_and(|at| now.since(at) < INITIATION_INTERVAL_MIN) {
+        if now.since(self.answered) < INITIATION_INTERVAL_MIN {
+            return Err(DropReason::InitiationFlood);
+        }
+        // A clock that went back has nobody wait for longer than for one answer.
+        let spent = self.answers_spent.clamp(now, now + ANSWER_INTERVAL * ANSWER_BURST);
+        if spent + ANSWER_INTERVAL > now + ANSWER_INTERVAL * ANSWER_BURST {
             return Err(DropReason::InitiationFlood);
         }
         let index = ctx.indexes.allocate().ok_or(DropReason::NoIndex)?;
@@ -289,7 +304,8 @@ impl Session {
             }
         };
         self.cookie.message_sent(index, &message);
-        (self.greatest_timestamp, self.answered) = (timestamp, Some(now));
+        (self.greatest_timestamp, self.answered) = (timestamp, now);
+        self.answers_spent = spent + ANSWER_INTERVAL;
         self.timers.response_sent(ctx.rng, now);
         self.peer.activity.authenticated_received(now);
         self.peer.activity.authenticated_sent(now);

@@ -139,6 +139,12 @@ impl PeerExport {
         self.keypairs.len()
     }
 
+    /// Leaves out the keypairs whose handshake had begun before `not_before`: what may not be used here
+    /// any more may not be used by anybody, and the successor does not know why.
+    pub fn leave_out_older(&mut self, not_before: Now) {
+        self.keypairs.retain(|keypair| keypair.begun >= not_before);
+    }
+
     /// Whether there is nothing in it that a new session does not have.
     pub fn is_empty(&self) -> bool {
         self.keypairs.is_empty()

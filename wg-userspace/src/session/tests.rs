@@ -22,6 +22,8 @@ use wg_common::protocol::{
 };
 use wg_common::time::Now;
 
+mod whitepaper;
+
 use super::{Action, Context, HotPeer, Indexes, Keypair, Session};
 use crate::aead::{BatchAead, Job, RingAead};
 use crate::key::{PresharedKey, PrivateKey};
@@ -693,6 +695,26 @@ fn a_flood_of_initiations_is_refused() {
     let outcome = b.receive(&messages[1], from, START + (MS * 20 - TICK));
     assert_eq!(outcome, Err(DropReason::InitiationFlood));
     assert_eq!(b.receive(&messages[1], from, START + MS * 20), Ok(()), "nothing had changed");
+}
+
+#[test]
+fn a_peer_that_initiates_all_the_time_does_not_use_up_the_indexes_of_all() {
+    let mut pair = Pair::new();
+    let mut answered = |from: Now, count: u32| {
+        let receive = |i| {
+            let now = from + MS * 20 * i;
+            pair.sides[A].clear();
+            let message = initiation(&mut pair, now);
+            pair.sides[B].receive(&message, address(1), now)
+        };
+        let outcomes: Vec<_> = (0..count).map(receive).collect();
+        let refused = Err(DropReason::InitiationFlood);
+        assert!(outcomes.iter().all(|outcome| outcome.is_ok() || *outcome == refused));
+        outcomes.iter().filter(|outcome| outcome.is_ok()).count()
+    };
+    assert_eq!(answered(START, 1000), 100 + 19, "a burst, and one a second");
+    assert_eq!(answered(START + SECOND * 20, 500), 10);
+    assert_eq!(answered(START + SECOND * 1000, 50), 50, "who was silent may again");
 }
 
 #[test]

@@ -1,4 +1,7 @@
-//! The two clocks: boot time for everything that ages, wall-clock time for what leaves this host.
+//! The clocks: boot time for everything that ages, wall-clock time for what leaves this host, and what a
+//! thread has had of the processor.
+
+use std::time::Duration;
 
 use rustix::time::{ClockId, clock_gettime};
 use wg_common::time::{Now, Reading};
@@ -16,6 +19,12 @@ pub fn boot_now() -> Now {
 /// A clock set before 1970 reads as 1970.
 pub fn wall() -> (u64, u32) {
     read(ClockId::Realtime)
+}
+
+/// For how long the calling thread has had a processor.
+pub fn thread_time() -> Duration {
+    let (secs, nanos) = read(ClockId::ThreadCPUTime);
+    Duration::new(secs, nanos)
 }
 
 /// All clocks, so that it can be seen how they stand to each other.
@@ -74,6 +83,14 @@ mod tests {
         assert!(reading.before <= reading.after);
         assert!(reading.monotonic_ns <= reading.after.boot_ns());
         assert!(reading.real_ns / 1_000_000_000 > 1_600_000_000);
+    }
+
+    #[test]
+    fn a_thread_that_waits_has_no_time_of_the_processor() {
+        let (thread, boot) = (thread_time(), boot_now());
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(boot_now().since(boot) >= Duration::from_millis(50));
+        assert!(thread_time().saturating_sub(thread) < Duration::from_millis(25));
     }
 
     #[test]

@@ -20,6 +20,8 @@ impl Errno {
     pub const EACCES: Self = Self(Os::ACCESS.raw_os_error());
     /// More than there is room for.
     pub const ENOSPC: Self = Self(Os::NOSPC.raw_os_error());
+    /// Somebody else has undone it meanwhile.
+    pub const ECANCELED: Self = Self(Os::CANCELED.raw_os_error());
     /// A failure that has no number of its own.
     pub const EIO: Self = Self(Os::IO.raw_os_error());
 
