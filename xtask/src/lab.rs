@@ -140,7 +140,7 @@ pub struct Lab {
     directory: PathBuf,
     tag: String,
     keep: bool,
-    _one_at_a_time: MutexGuard<'static, ()>,
+    _one_at_a_time: Option<MutexGuard<'static, ()>>,
 }
 
 impl Lab {
@@ -151,6 +151,19 @@ impl Lab {
     /// Without the privilege to make them, or if `ip` fails; what was made by then is removed.
     pub fn new() -> Result<Lab> {
         let one_at_a_time = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+        Lab::make(Some(one_at_a_time))
+    }
+
+    /// As [`Lab::new`], but waits for nobody and keeps nobody waiting: for what takes minutes and
+    /// little work.
+    ///
+    /// # Errors
+    /// As [`Lab::new`].
+    pub fn beside_others() -> Result<Lab> {
+        Lab::make(None)
+    }
+
+    fn make(one_at_a_time: Option<MutexGuard<'static, ()>>) -> Result<Lab> {
         catch_signals()?;
         let number = LABS_MADE.fetch_add(1, Ordering::Relaxed);
         let tag = format!("tg{}-{number}", std::process::id());

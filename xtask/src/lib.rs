@@ -1,7 +1,9 @@
 //! Tidegate's tasks, as a library: `main.rs` lists them, and the daemon's tests use the [`lab`].
 
 pub mod build_ebpf;
+pub mod claims;
 pub mod demonstration;
+pub mod fuzz;
 pub mod lab;
 pub mod layers;
 pub mod licences;

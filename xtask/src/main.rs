@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use xtask::{build_ebpf, demonstration, layers, licences, run, test};
+use xtask::{build_ebpf, demonstration, fuzz, layers, licences, run, test};
 
 /// Tidegate's tasks.
 #[derive(Parser)]
@@ -23,6 +23,8 @@ enum Task {
     Layers,
     /// Check the licences of all dependencies.
     Licences,
+    /// Look for inputs that break a rule: see `fuzz/`.
+    Fuzz(fuzz::Options),
     /// The part of `run` that needs privileges.
     #[command(hide = true)]
     Demonstrate(demonstration::Options),
@@ -35,6 +37,7 @@ fn main() -> ExitCode {
         Task::BuildEbpf { check } => build_ebpf::build(check).map(|_| ExitCode::SUCCESS),
         Task::Layers => layers::check().map(|()| ExitCode::SUCCESS),
         Task::Licences => licences::check().map(|()| ExitCode::SUCCESS),
+        Task::Fuzz(options) => fuzz::fuzz(&options).map(|()| ExitCode::SUCCESS),
         Task::Demonstrate(options) => demonstration::demonstrate(&options),
     };
     ended.unwrap_or_else(|error| {

@@ -23,6 +23,9 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("wg", "wireguard-tools"),
 ];
 
+/// What tests need on top.
+pub const FOR_TESTS: &[(&str, &str)] = &[("wireguard-go", "wireguard-go")];
+
 /// Debian's Rust with a `core` for the BPF target; LLVM's development files come on top.
 const EBPF_PACKAGES: &[&str] = &["rustc-web", "libstd-rust-web-dev-bpf"];
 
@@ -30,8 +33,8 @@ const EBPF_PACKAGES: &[&str] = &["rustc-web", "libstd-rust-web-dev-bpf"];
 const EBPF_LLVM: u32 = 22;
 
 /// One line of the table.
-struct Finding {
-    what: &'static str,
+struct Finding<'a> {
+    what: &'a str,
     found: String,
     verdict: Verdict,
 }
@@ -44,13 +47,15 @@ enum Verdict {
     Fatal(String),
 }
 
-/// Prints the table, installs missing packages after asking once, and gives up on what no package
-/// can mend. `yes` answers the question.
+/// Prints the table, installs missing packages after asking once, and gives up on what no package can
+/// mend. `yes` answers the question; `more` are programs, with their packages, that are needed beside
+/// those which everything needs.
 ///
 /// # Errors
 /// If the machine cannot do it.
-pub fn check(yes: bool) -> Result<()> {
-    let findings = look();
+pub fn check(yes: bool, more: &[(&str, &str)]) -> Result<()> {
+    let programs = [PROGRAMS, more].concat();
+    let findings = look(&programs);
     println!("preflight");
     for Finding { what, found, verdict } in &findings {
         let end = match verdict {
@@ -66,10 +71,10 @@ pub fn check(yes: bool) -> Result<()> {
     }) {
         bail!("this machine cannot do it: {why}");
     }
-    install(yes)
+    install(yes, &programs)
 }
 
-fn look() -> Vec<Finding> {
+fn look<'a>(programs: &[(&'a str, &str)]) -> Vec<Finding<'a>> {
     let (kernel, system) = system();
     let mut findings = vec![
         Finding {
@@ -100,7 +105,7 @@ fn look() -> Vec<Finding> {
         Err(_) => ("none".to_owned(), Verdict::Lacking("no complete eBPF toolchain".to_owned())),
     };
     findings.push(Finding { what: "eBPF", found, verdict });
-    for &(program, package) in PROGRAMS {
+    for &(program, package) in programs {
         let (found, verdict) = match find_program(program) {
             Some(path) => (path.display().to_string(), Verdict::Fine),
             None => ("none".to_owned(), Verdict::Lacking(format!("package {package}"))),
@@ -125,7 +130,7 @@ fn kernel_version(release: &str) -> (u32, u32) {
     (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
 }
 
-fn rust() -> Finding {
+fn rust() -> Finding<'static> {
     let version = Command::new("rustc").arg("--version").output().ok();
     let found = version.map(|version| String::from_utf8_lossy(&version.stdout).trim().to_owned());
     let needed = env!("CARGO_PKG_RUST_VERSION");
@@ -138,7 +143,7 @@ fn rust() -> Finding {
     Finding { what: "rust", found: found.unwrap_or_else(|| "none".to_owned()), verdict }
 }
 
-fn privilege() -> Finding {
+fn privilege() -> Finding<'static> {
     let (found, verdict) = if rustix::process::geteuid().is_root() {
         ("root", Verdict::Fine)
     } else if find_program("sudo").is_some() {
@@ -150,7 +155,7 @@ fn privilege() -> Finding {
     Finding { what: "privilege", found: found.to_owned(), verdict }
 }
 
-fn device(what: &'static str, path: &str, needed: bool) -> Finding {
+fn device(what: &'static str, path: &str, needed: bool) -> Finding<'static> {
     let verdict = match (Path::new(path).exists(), needed) {
         (true, _) => Verdict::Fine,
         (false, true) => Verdict::Fatal(format!("the kernel offers no {path}")),
@@ -160,10 +165,10 @@ fn device(what: &'static str, path: &str, needed: bool) -> Finding {
 }
 
 /// Installs what is missing; a second round when only the first could tell which LLVM is needed.
-fn install(yes: bool) -> Result<()> {
+fn install(yes: bool, programs: &[(&str, &str)]) -> Result<()> {
     let mut asked = false;
     for _ in 0..2 {
-        let packages = missing_packages();
+        let packages = missing_packages(programs);
         if packages.is_empty() {
             return Ok(());
         }
@@ -181,13 +186,13 @@ fn install(yes: bool) -> Result<()> {
         install.extend(packages.iter().map(String::as_str));
         apt(&install)?;
     }
-    let packages = missing_packages();
+    let packages = missing_packages(programs);
     ensure!(packages.is_empty(), "still missing after the installation: {}", packages.join(" "));
     build_ebpf::toolchain().map(drop)
 }
 
-fn missing_packages() -> Vec<String> {
-    let mut packages: Vec<String> = PROGRAMS
+fn missing_packages(programs: &[(&str, &str)]) -> Vec<String> {
+    let mut packages: Vec<String> = programs
         .iter()
         .filter(|(program, _)| find_program(program).is_none())
         .map(|(_, package)| (*package).to_owned())

@@ -46,7 +46,7 @@ pub struct Options {
 /// # Errors
 /// If the machine cannot, a build fails, or the demonstration does not work at all.
 pub fn run(options: &Options) -> Result<ExitCode> {
-    preflight::check(options.yes)?;
+    preflight::check(options.yes, &[])?;
     println!("build");
     build_ebpf::build(false)?;
     let programs = build_programs()?;

@@ -79,7 +79,7 @@ impl Tally {
 /// # Errors
 /// If the machine cannot do it at all, or on a signal.
 pub fn test(options: &Options) -> Result<ExitCode> {
-    preflight::check(options.yes)?;
+    preflight::check(options.yes, preflight::FOR_TESTS)?;
     lab::catch_signals()?;
     let mut tally = Tally::default();
     tally.check("format", || succeed(cargo().args(["fmt", "--all", "--", "--check"])));
