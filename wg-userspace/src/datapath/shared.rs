@@ -69,8 +69,9 @@ pub struct Shared {
     /// Boot time in nanoseconds: keypairs whose handshake began before neither seal nor open. Only
     /// grows.
     keys_not_before: AtomicU64,
-    /// The latest break of time that was seen.
+    /// The latest break of time that was seen, and in boot time in nanoseconds when.
     latest_break: ArcSwapOption<Break>,
+    break_seen: AtomicU64,
     /// Boot time in nanoseconds until which there are to be no keypairs; 0 if there may be.
     quiesced_until: AtomicU64,
     work: Arc<WorkQueue>,
@@ -174,6 +175,7 @@ impl Shared {
             tun_gone: AtomicBool::new(false),
             keys_not_before: AtomicU64::new(0),
             latest_break: ArcSwapOption::empty(),
+            break_seen: AtomicU64::new(0),
             quiesced_until: AtomicU64::new(0),
             work: Arc::clone(&work),
             kernel_heartbeats,
@@ -302,16 +304,25 @@ impl Shared {
     /// the host slept or is not the one that it was, no keypair from before seals or opens any more
     /// when this returns.
     pub fn now_of(&self, continuity: &mut Continuity, reading: &Reading) -> Now {
+        let last = continuity.observed();
         if let Some(broken) = continuity.observe(reading)
-            // Every thread sees it; only the first ends keypairs, since the others may be late and
-            // there may be new ones by then.
-            && !self.latest_break.load().as_ref().is_some_and(|latest| latest.is_same(&broken))
+            && !self.has_seen(&broken, last)
         {
             self.end_keypairs(reading.after);
+            self.break_seen.fetch_max(reading.after.boot_ns(), Ordering::SeqCst);
             self.latest_break.store(Some(Arc::new(broken)));
             self.wake_all();
         }
         reading.after
+    }
+
+    /// Whether another thread has ended keypairs for this break, which a thread sees that looked `last`
+    /// before it. Every thread sees it, and the others may be late: there may be new keypairs by then.
+    fn has_seen(&self, broken: &Break, last: Option<Now>) -> bool {
+        let latest = self.latest_break.load();
+        // A clock that leaps back to where a leap had brought it before has leapt anew.
+        latest.as_ref().is_some_and(|latest| latest.is_same(broken))
+            && last.is_none_or(|last| self.break_seen.load(Ordering::SeqCst) >= last.boot_ns())
     }
 
     /// The latest break of time that a thread has seen, if there was one.

@@ -590,6 +590,22 @@ fn after_a_clone_whose_clock_was_set_nothing_of_before_is_used() {
 }
 
 #[test]
+fn a_clock_that_leaps_back_to_where_it_was_has_leapt_anew() {
+    let gateway = Gateway::new();
+    let mut clocks = Continuity::default();
+    let ended = |clocks: &mut Continuity, second: u64, set_ms: u64| {
+        let (now, set) = (START + Duration::from_secs(second), Duration::from_millis(set_ms));
+        gateway.shared.now_of(clocks, &reading(now, Duration::ZERO, set));
+        gateway.shared.keys_not_before() == now
+    };
+    assert!(!ended(&mut clocks, 1, 0));
+    assert!(ended(&mut clocks, 2, 5000));
+    // Steps that are too small to be a leap.
+    assert!(!ended(&mut clocks, 3, 4100) && !ended(&mut clocks, 4, 3200));
+    assert!(ended(&mut clocks, 5, 5000));
+}
+
+#[test]
 fn a_quiesced_device_drops_and_counts_everything() {
     let mut gateway = Gateway::new();
     gateway.give_keypair(1, Role::Initiator);

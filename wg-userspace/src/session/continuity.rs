@@ -12,7 +12,7 @@
 
 use std::time::Duration;
 
-use wg_common::time::Reading;
+use wg_common::time::{Now, Reading};
 
 /// A sleep that is shorter than this is not told from none.
 const SLEEP_MIN_NS: i64 = 1_000_000;
@@ -84,6 +84,11 @@ impl Span {
 }
 
 impl Continuity {
+    /// When the clocks were last observed, if ever.
+    pub fn observed(&self) -> Option<Now> {
+        self.0.map(|known| Now::from_boot_ns(known.boot_ns.max(0).unsigned_abs()))
+    }
+
     /// Takes note of a reading that was made after all before it, and says what has happened between
     /// the last one and this.
     pub fn observe(&mut self, reading: &Reading) -> Option<Break> {
