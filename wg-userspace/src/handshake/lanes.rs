@@ -25,11 +25,10 @@ use crate::datapath::handoff::HandshakeDatagram;
 use crate::noise::Cookie;
 use crate::rate::{Bucket, Rate};
 
-/// Cookie replies to all sources together: some 5 % of one core. An honest peer in a flood of as many
-/// messages gets one for each of its own.
+/// Cookie replies to all sources together. An honest peer in a flood of as many messages gets one for
+/// each of its own.
 const COOKIE_REPLIES: Rate = Rate::new(10_000, 500);
-/// Messages with a right mac2 that wait. More would be answered later than their senders wait: it is
-/// what a thread does in some 50 ms.
+/// Messages with a right mac2 that wait: more would only be answered late.
 const PROVEN_MAX: usize = 512;
 
 /// What becomes of a message.

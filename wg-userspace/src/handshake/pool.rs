@@ -15,7 +15,7 @@ use crate::sys::clock;
 
 /// Processors for each thread: the others are the workers'. Two of them have one thread.
 const CPUS_PER_THREAD: usize = 4;
-/// Threads beyond these would only wait for each other's locks: eight do some 40,000 handshakes a second.
+/// Most threads: beyond these they would mostly wait for each other's locks.
 const THREAD_COUNT_MAX: usize = 8;
 /// Longest sleep. Whatever comes wakes a thread; this is for what nobody thought of.
 const SLEEP_MAX: Duration = Duration::from_secs(1);
