@@ -14,7 +14,8 @@ pub struct Keypairs {
     pub current: Option<Arc<Keypair>>,
     /// Opens what was on its way when `current` came.
     pub previous: Option<Arc<Keypair>>,
-    /// Made as responder and not confirmed: opens, and becomes `current` when it first has.
+    /// Made as responder and not confirmed: opens, and when it first has, becomes `current`, or
+    /// `previous` to one that is newer.
     pub next: Option<Arc<Keypair>>,
 }
 
@@ -48,14 +49,21 @@ impl Keypairs {
 
     /// After the keypair with this local index has opened a packet: if it is `next`, it seals from
     /// now on. Otherwise nothing changes.
+    ///
+    /// Where `current` was made after it, that seals on: the peer has answered it, and may have let go
+    /// of `next` since. Else somebody who held the first packet of `next` back could let it come when
+    /// the peer has, and nothing that we seal would be opened.
     #[must_use]
     pub fn confirmed(&self, index: ReceiverIndex) -> Self {
-        match &self.next {
-            Some(next) if next.local_index() == index => {
-                Self { current: Some(Arc::clone(next)), previous: self.current.clone(), next: None }
-            }
-            _ => self.clone(),
-        }
+        let Some(next) = self.next.as_ref().filter(|next| next.local_index() == index) else {
+            return self.clone();
+        };
+        let newer = self.current.as_ref().filter(|current| current.created() > next.created());
+        let (current, previous) = match newer {
+            Some(current) => (current, Some(next)),
+            None => (next, self.current.as_ref()),
+        };
+        Self { current: Some(Arc::clone(current)), previous: previous.cloned(), next: None }
     }
 
     /// Without those that are dead at `now`.
@@ -163,6 +171,18 @@ mod tests {
             ([0, 2, 3], [3, 0, 0]),
         ];
         check(&table, |keypairs| keypairs.confirmed(index(3)));
+    }
+
+    #[test]
+    fn a_first_packet_that_was_held_back_does_not_replace_a_newer_keypair() {
+        let made = |index, at| Some(Arc::new(keypair(index, Role::Responder, at)));
+        let later = START + Duration::from_nanos(1);
+        let next = made(3, START);
+        let keypairs = Keypairs { current: made(1, later), previous: made(2, START), next };
+        assert_eq!(indexes(&keypairs.confirmed(index(3))), [1, 3, 0]);
+        let next = made(3, later);
+        let keypairs = Keypairs { current: made(1, START), previous: made(2, START), next };
+        assert_eq!(indexes(&keypairs.confirmed(index(3))), [3, 1, 0]);
     }
 
     #[test]
