@@ -295,7 +295,7 @@ impl Session {
             return Err(DropReason::InitiationFlood);
         }
         let index = ctx.indexes.allocate().ok_or(DropReason::NoIndex)?;
-        let cookie = self.cookie.get(now);
+        let cookie = self.cookie.get(from.remote.ip(), now);
         let (established, message) = match initiation.respond(remote, index, cookie, ctx.rng) {
             Ok(answer) => answer,
             Err(error) => {
@@ -303,7 +303,7 @@ impl Session {
                 return Err(error.drop_reason());
             }
         };
-        self.cookie.message_sent(index, &message);
+        self.cookie.message_sent(index, &message, from.remote.ip());
         (self.greatest_timestamp, self.answered) = (timestamp, now);
         self.answers_spent = spent + ANSWER_INTERVAL;
         self.timers.response_sent(ctx.rng, now);
@@ -508,10 +508,10 @@ impl Session {
                 None => return actions.push(Action::CountDrop(DropReason::NoIndex)),
             },
         };
-        let cookie = self.cookie.get(now);
+        let cookie = self.cookie.get(to.remote.ip(), now);
         match initiate(ctx.identity, remote, index, ctx.timestamp, cookie, ctx.rng) {
             Ok((initiator, message)) => {
-                self.cookie.message_sent(index, &message);
+                self.cookie.message_sent(index, &message, to.remote.ip());
                 self.pending = Some(Box::new(Pending { initiator, begun: now }));
                 self.peer.activity.authenticated_sent(now);
                 actions.push(Action::Send { message: HandshakeMessage::new(&message), to });

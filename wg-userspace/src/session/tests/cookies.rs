@@ -14,6 +14,11 @@ fn cookie() -> Cookie {
     Cookie::from_bytes(COOKIE)
 }
 
+/// The cookie of one of our addresses.
+fn other_cookie(number: u8) -> Cookie {
+    Cookie::from_bytes([number; 16])
+}
+
 /// The reply of the other end, whose key is `number`, to a message.
 fn reply(number: u8, message: &[u8]) -> [u8; COOKIE_REPLY_LEN] {
     let mut rng = StdRng::seed_from_u64(8);
@@ -89,6 +94,87 @@ fn a_cookie_is_shown_in_responses_too() {
             pair.sides[B].told(&reply(1, &response), now).unwrap();
         }
     }
+}
+
+/// One end of two; the other has an IPv4 address and an IPv6 address, and is under load all the time.
+struct TwoWays {
+    side: Side,
+    other: Side,
+    now: Now,
+}
+
+impl TwoWays {
+    fn new() -> Self {
+        Self { side: lonely(), other: Side::new(2, key(2), &key(1), psk()), now: START }
+    }
+
+    /// The next message to there, when what came before is too long ago to hold it back: our
+    /// initiation, or our answer to one of the peer's.
+    fn message(&mut self, to: Endpoint, is_response: bool) -> Vec<u8> {
+        self.now = self.now + SECOND * 6;
+        self.side.clear();
+        self.other.clear();
+        if is_response {
+            self.other.set_endpoint(address(1));
+            let initiation = self.other.initiation(self.now);
+            self.side.receive(&initiation, to, self.now).unwrap();
+            let (message, sent_to) = self.side.outbox.pop().unwrap();
+            assert_eq!(sent_to, to);
+            message
+        } else {
+            self.side.set_endpoint(to);
+            self.side.initiation(self.now)
+        }
+    }
+
+    /// Has it answered with the cookie of that number.
+    fn tell(&mut self, number: u8, message: &[u8]) {
+        let mut rng = StdRng::seed_from_u64(8);
+        let reply = other_cookie(number).reply_to(&self.other.identity, message, &mut rng);
+        self.side.told(&reply.unwrap(), self.now).unwrap();
+    }
+}
+
+fn ipv6(last: u16) -> Endpoint {
+    Endpoint::configured(SocketAddr::from(([0x2001, 0xdb8, 0, 0, 0, 0, 0, last], 51820)))
+}
+
+/// A peer that we ask by IPv6 and that asks us by IPv4 sees us at two addresses. Were there one cookie
+/// for both, each would push the other out before it is shown.
+#[test]
+fn each_way_to_a_peer_has_a_cookie_of_its_own() {
+    let mut ways = TwoWays::new();
+    for round in 0..3 {
+        for (number, to, is_response) in [(6, ipv6(2), false), (4, address(2), true)] {
+            let message = ways.message(to, is_response);
+            assert_eq!(check_mac2(&other_cookie(number), &message), round > 0, "round {round}");
+            ways.tell(number, &message);
+        }
+    }
+
+    // Two there are and no more: a third takes the place of the older one, whichever port it is.
+    let third = ways.message(address(3), true);
+    ways.tell(3, &third);
+    let shown = [(address(3), 3), (address(2), 4), (ipv6(2), 3)];
+    for (to, number) in shown {
+        let to = Endpoint::configured(SocketAddr::new(to.remote.ip(), 1000));
+        assert!(check_mac2(&other_cookie(number), &ways.message(to, true)), "{to:?}");
+    }
+}
+
+#[test]
+fn a_peer_that_moved_is_shown_the_cookie_that_it_told_last() {
+    let mut ways = TwoWays::new();
+    for (number, to) in [(4, address(2)), (6, ipv6(2)), (5, address(2))] {
+        let message = ways.message(to, false);
+        ways.tell(number, &message);
+    }
+    assert!(check_mac2(&other_cookie(5), &ways.message(address(7), false)));
+    // Each grows old by itself; then the younger is the last one.
+    ways.now = START + SECOND * 12 + (COOKIE_LIFETIME - SECOND * 6);
+    assert!(check_mac2(&other_cookie(5), &ways.message(ipv6(2), false)));
+    let message = ways.message(ipv6(2), false);
+    assert_eq!(message[message.len() - 16..], [0; 16]);
 }
 
 #[test]
