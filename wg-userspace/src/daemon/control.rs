@@ -111,7 +111,7 @@ impl Control {
 
     /// Runs what is due. To be called when [`sleep_time`](Self::sleep_time) is over.
     pub fn tick(&self) {
-        let now = self.shared.now_of(&mut self.continuity.borrow_mut(), &clock::reading());
+        let now = self.now();
         self.ticked.set(now);
         self.follow_break();
         if quiesce::is_over(&self.shared, now) {
@@ -120,6 +120,13 @@ impl Control {
         self.watchdog.borrow_mut().look(&self.shared, &self.handshakes, now);
         self.handshakes.tick(now);
         self.pull_tick(now);
+    }
+
+    /// The present moment, for what may seal something or begin a handshake. Of a break of time that
+    /// nobody has looked for yet, no keypair from before is used when this returns; what follows from
+    /// that is left to [`tick`](Self::tick).
+    pub(super) fn now(&self) -> Now {
+        self.shared.now_of(&mut self.continuity.borrow_mut(), &clock::reading())
     }
 
     /// How long there is nothing to do for [`tick`](Self::tick), if nothing is heard from
@@ -176,7 +183,7 @@ impl Control {
     fn resume(&self) {
         tracing::info!("goes on: there may be handshakes again");
         self.shared.set_quiesced_until(Now::default());
-        self.handshakes.resume(clock::boot_now());
+        self.handshakes.resume(self.now());
     }
 
     /// Follows a change of the host's addresses.
@@ -215,7 +222,7 @@ impl Control {
         if self.shared.up.swap(is_up, Ordering::Relaxed) == is_up {
             return;
         }
-        let now = clock::boot_now();
+        let now = self.now();
         if is_up {
             tracing::info!("the interface is up");
             self.handshakes.go_up(now);
@@ -296,7 +303,7 @@ impl Control {
     }
 
     pub(super) fn carry_out(&self, effect: Effect) {
-        let now = clock::boot_now();
+        let now = self.now();
         if let Effect::PeerRemoved { id, public_key } = &effect {
             self.peer_leaves(*id, public_key, now);
         }
@@ -432,7 +439,46 @@ impl uapi::Handler for Control {
 
 #[cfg(test)]
 mod tests {
+    use wg_common::id::DeviceId;
+    use wg_common::index::{IndexLayout, IndexPermutation};
+
     use super::*;
+    use crate::aead::RingAead;
+    use crate::handshake::Os;
+    use crate::key::PrivateKey;
+    use crate::uapi::Handler as _;
+
+    fn control() -> Control {
+        let sockets = SocketGroup { port: 1, of_worker: Vec::new() };
+        let indexes = IndexPermutation::new([1, 2, 3, 4], IndexLayout::DEFAULT);
+        let (shared, _) = Shared::new(DeviceId(0), 1, Vec::new(), sockets, None, indexes).unwrap();
+        let outside = Os::new(Arc::clone(&shared));
+        let handshakes = Arc::new(Handshakes::new(Arc::clone(&shared), outside, &RingAead, None));
+        let mode = ModeInUse { native: false, reason: String::new() };
+        Control::new(shared, handshakes, None, mode, Vec::new(), "ring")
+    }
+
+    #[test]
+    fn who_acts_between_two_looks_at_the_clocks_looks_first() {
+        let key = || SetRequest {
+            private_key: Some(Some(PrivateKey::from_bytes([1; 32]))),
+            ..SetRequest::default()
+        };
+        let acts: [fn(&Control, SetRequest); 3] = [
+            |control, request| control.set(request).unwrap(),
+            |control, _| control.set_up(false),
+            |control, _| Control::resume(control),
+        ];
+        for act in acts {
+            let control = control();
+            // Since then, somebody has set the clock.
+            let mut reading = clock::reading();
+            reading.real_ns -= 10_000_000_000;
+            control.continuity.borrow_mut().observe(&reading);
+            act(&control, key());
+            assert!(control.shared.keys_not_before() >= reading.after, "older keypairs would seal");
+        }
+    }
 
     #[test]
     fn it_sleeps_until_the_next_timer_and_never_past_a_look_at_the_workers() {

@@ -27,7 +27,6 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use self::pull::PullEvents;
 use crate::host::{CloneWatch, Host, LinkChange};
-use crate::sys::clock;
 use crate::uapi;
 
 pub use effects::carry_out;
@@ -109,7 +108,7 @@ async fn serve(options: Options, ready: impl FnOnce()) -> anyhow::Result<()> {
                 }
             }
             event = PullEvents::next(&mut running.pull_events) => {
-                control.pull_event(event, clock::boot_now());
+                control.pull_event(event, control.now());
             }
             // The time to sleep is asked for anew.
             () = control.sooner() => {}
