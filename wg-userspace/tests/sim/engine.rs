@@ -249,8 +249,14 @@ impl Engine {
         Some(Arc::clone(&self.handshakes.cell(self.device.find(peer)?)?.hot))
     }
 
-    /// Changes the configuration.
+    /// As `Control::now`, by which whatever control does begins.
+    fn look(&mut self) {
+        self.shared.now_of(&mut self.continuity[1], &self.reading);
+    }
+
+    /// As `Control::set`: changes the configuration.
     pub fn configure(&mut self, request: SetRequest, now: Now, steps: &mut Vec<Step>) {
+        self.look();
         for effect in self.device.apply(request) {
             carry_out(effect, &self.device, &self.handshakes, &self.shared, now);
         }
@@ -285,6 +291,7 @@ impl Engine {
 
     /// As `Control::resume`.
     pub fn resume(&mut self, now: Now, steps: &mut Vec<Step>) {
+        self.look();
         self.shared.set_quiesced_until(Now::default());
         self.handshakes.resume(now);
         steps.push(self.step(Call::Configure, now));
@@ -295,6 +302,7 @@ impl Engine {
         if self.shared.up.swap(is_up, Ordering::Relaxed) == is_up {
             return;
         }
+        self.look();
         if is_up {
             self.handshakes.go_up(now);
         } else {
@@ -351,7 +359,7 @@ impl Engine {
     /// The sessions in bytes, when workers have done what they had to.
     fn export(&mut self, now: Now, steps: &mut Vec<Step>) -> Option<Zeroizing<Vec<u8>>> {
         let key: Vec<u8> = self.index_key.iter().flat_map(|word| word.to_le_bytes()).collect();
-        self.shared.now_of(&mut self.continuity[1], &self.reading);
+        self.look();
         let quiet = || {
             for lane in (0..self.lanes.len()).filter(|&lane| self.moves(lane, now)) {
                 self.shared.beat(WorkerId(lane as u16), now + Duration::from_nanos(1));

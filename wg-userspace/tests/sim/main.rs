@@ -5,6 +5,8 @@
 //! TIDEGATE_SIM_SEED=7 TIDEGATE_SIM_TRACE=1 cargo test -p wg-userspace --test sim seeds -- --nocapture
 //! TIDEGATE_SIM_SEEDS=10000 cargo test --release -p wg-userspace --test sim seeds -- --nocapture
 //! ```
+//!
+//! With both, so many seeds are run from that one on.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 

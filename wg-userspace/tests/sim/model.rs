@@ -240,7 +240,7 @@ pub struct Model {
     identities: Vec<Identity>,
     /// Packets that were delivered, by lineage.
     delivered: HashSet<(usize, u64)>,
-    /// Packets that two copies of a host may both hold, and that may be delivered once more.
+    /// Packets that two lives of a host may both have sealed, and that may be delivered once more.
     copied: HashSet<u64>,
     /// Some host is a copy of another or of its former self, and may choose the same indexes again.
     pub has_copies: bool,
@@ -266,7 +266,10 @@ pub struct Counts {
 impl Model {
     /// Somebody has this key from now on.
     pub fn meet(&mut self, key: &PrivateKey) {
-        self.identities.push(Identity::new(key.clone()));
+        let identity = Identity::new(key.clone());
+        if self.identities.iter().all(|known| known.public_key() != identity.public_key()) {
+            self.identities.push(identity);
+        }
     }
 
     /// Makes a packet from a host of `lineage`.
@@ -625,6 +628,18 @@ impl Model {
         self.delivered.retain(|&(_, id)| {
             packets[id as usize].lineage != lineage || side.sealed.contains(&id)
         });
+    }
+
+    /// As [`roll_back`](Self::roll_back), and before it: what the host had sealed since, as `lost` says,
+    /// may be on its way, and come beside what it seals once more.
+    pub fn lose(&mut self, lineage: usize, side: &Side, lost: &Side) {
+        let delivered: HashSet<u64> = self.delivered.iter().map(|&(_, id)| id).collect();
+        let again = lost.sealed.iter().filter(|id| {
+            self.packets[**id as usize].lineage == lineage
+                && !side.sealed.contains(id)
+                && !delivered.contains(id)
+        });
+        self.copied.extend(again);
     }
 
     /// Two hosts of `lineage` go on from where `side` was: what was taken and not sealed by then, both

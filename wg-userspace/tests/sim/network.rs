@@ -1,7 +1,7 @@
 //! The wires between hosts: loss, delay, reordering, duplication, corruption, and NAT boxes.
 
 use std::collections::HashMap;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use rand::rngs::StdRng;
 use rand::{Rng, RngExt};
@@ -122,10 +122,15 @@ pub fn public_v4(number: usize, moves: u16) -> IpAddr {
 
 /// As [`public_v4`], for IPv6.
 pub fn public_v6(number: usize, moves: u16) -> IpAddr {
-    std::net::Ipv6Addr::new(0x2001, 0xdb8, number as u16, moves, 0, 0, 0, 1).into()
+    Ipv6Addr::new(0x2001, 0xdb8, number as u16, moves, 0, 0, 0, 1).into()
 }
 
-/// An address from which only strangers send.
-pub fn foreign(rng: &mut StdRng) -> SocketAddr {
-    (Ipv4Addr::new(203, 0, 113, rng.random_range(1..255)), rng.random_range(1024..65535)).into()
+/// An address from which only strangers send to `to`.
+pub fn foreign(rng: &mut StdRng, to: SocketAddr) -> SocketAddr {
+    let (last, port) = (rng.random_range(1..255), rng.random_range(1024..65535));
+    if to.is_ipv4() {
+        (Ipv4Addr::new(203, 0, 113, last), port).into()
+    } else {
+        (Ipv6Addr::new(0x2001, 0xdb8, 0xffff, 0, 0, 0, 0, last.into()), port).into()
+    }
 }

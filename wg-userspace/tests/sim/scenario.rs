@@ -7,7 +7,6 @@ use ipnet::IpNet;
 use rand::seq::IndexedRandom;
 use rand::{Rng, RngExt};
 use wg_common::protocol::{TYPE_COOKIE_REPLY, TYPE_INITIATION, TYPE_RESPONSE, TYPE_TRANSPORT};
-use wg_common::time::Now;
 use wg_userspace::device::{AllowedIpChange, PeerChange, SetRequest};
 use wg_userspace::key::{PresharedKey, PrivateKey, PublicKey};
 
@@ -221,7 +220,9 @@ impl Scenario {
             11 => sleep(world, host, false),
             12 => {
                 let worker_count = world.rng.random_range(1..=3);
-                world.restart(host, worker_count);
+                if world.hosts[host].asleep_until <= world.now {
+                    world.restart(host, worker_count);
+                }
                 stream(world, Some(host));
             }
             13 => self.change_preshared_key(world),
@@ -403,11 +404,12 @@ fn replay(world: &mut World) {
         let place = world.rng.random_range(0..world.archive.len());
         let mut flight = world.archive[place].clone();
         if world.rng.random_bool(0.5) {
-            flight.from = foreign(&mut world.rng);
+            flight.from = foreign(&mut world.rng, flight.to);
         }
         if world.rng.random_bool(0.2) {
             let host = world.rng.random_range(0..world.hosts.len());
-            flight.to = world.hosts[host].nat.unwrap_or(flight.to);
+            let nat = world.hosts[host].nat.filter(|_| flight.from.is_ipv4());
+            flight.to = nat.unwrap_or(flight.to);
         }
         trace!(world, "replay of type {} from {} to {}", flight.bytes[0], flight.from, flight.to);
         world.carry(None, flight);
@@ -438,7 +440,8 @@ fn noise(world: &mut World) {
             bytes = seen.bytes.clone();
             corrupt(&mut world.rng, &mut bytes);
         }
-        let (from, to) = (foreign(&mut world.rng), SocketAddr::new(v4, PORT));
+        let to = SocketAddr::new(v4, PORT);
+        let from = foreign(&mut world.rng, to);
         world.carry(None, Flight { bytes, from, to });
     }
 }
@@ -510,13 +513,9 @@ fn sleep(world: &mut World, host: usize, suspended: bool) {
             sleeper.wall_offset -= slept;
         }
     }
-    if suspended || wall_is_set && is_leap(slept) {
-        let wakes = until as i64 + sleeper.boot_offset;
-        sleeper.side.forbidden_before = Some(Now::from_boot_ns(wakes as u64));
-        if world.rng.random_bool(0.3) {
-            // Before control has looked.
-            world.schedule(time, Event::HandOver(host));
-        }
+    if (suspended || wall_is_set && is_leap(slept)) && world.rng.random_bool(0.3) {
+        // Before control has looked.
+        world.schedule(time, Event::HandOver(host));
     }
 }
 

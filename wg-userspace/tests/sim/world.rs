@@ -45,6 +45,11 @@ pub const SILENCE_MAX: Duration = KEEPALIVE_TIMEOUT
     .saturating_add(REKEY_TIMEOUT_JITTER_MAX.saturating_mul(2))
     .saturating_add(Duration::from_secs(2));
 
+/// How much longer a handshake takes with who is under load: the initiation and the response may each
+/// be answered by a cookie, which shows when the handshake is repeated (§5.3).
+const COOKIES_MAX: Duration =
+    REKEY_TIMEOUT.saturating_add(REKEY_TIMEOUT_JITTER_MAX).saturating_mul(2);
+
 /// A packet that comes so long after it was made was held back by somebody, in nanoseconds.
 const HELD_BACK: u64 = 5_000_000_000;
 /// On a good path that has been used, a packet is never lost; this late it may be.
@@ -150,6 +155,11 @@ pub struct Host {
     pub scatter: f64,
     /// When something last happened that a pair may need time to recover from.
     pub disturbed: u64,
+    /// When it was last under load.
+    loaded: u64,
+    /// The wall clock's distance from boot time, and boot time's from monotonic time, when its process
+    /// was last called.
+    clocks: Option<[i64; 2]>,
     /// Until then its keypairs may be younger by its own clock than by their other ends'.
     pub skewed_until: u64,
     /// Another host has the same key.
@@ -329,6 +339,8 @@ impl World {
             weather: Weather::fair(5 * MS),
             scatter: 0.0,
             disturbed: 0,
+            loaded: 0,
+            clocks: None,
             skewed_until: 0,
             contended: false,
             turn_at: None,
@@ -425,6 +437,7 @@ impl World {
 
     /// Calls the engine of `host`, and its twin's as long as that lives the same life.
     pub fn drive(&mut self, number: usize, act: impl Fn(&mut Engine, Now, &mut Vec<Step>)) {
+        self.follow_clocks(number);
         let now = self.boot(number);
         let wall = self.wall(number);
         let since_epoch = EPOCH as i64 * SECOND as i64 + wall;
@@ -467,6 +480,18 @@ impl World {
         self.plan_tick(number);
     }
 
+    /// If the clocks of a host show that it slept, or was set right, since its process last ran, it must
+    /// not seal with what it had. What was set twice meanwhile shows only by what is left of it.
+    fn follow_clocks(&mut self, number: usize) {
+        let host = &mut self.hosts[number];
+        let [wall, asleep] =
+            [host.wall_offset - host.boot_offset, host.boot_offset - host.monotonic_offset];
+        let before = host.clocks.replace([wall, asleep]);
+        if before.is_some_and(|before| is_leap(wall - before[0]) || asleep != before[1]) {
+            self.forbid_keys(number);
+        }
+    }
+
     /// Has the control thread of a host look at its timers when they want it, and every now and then.
     fn plan_tick(&mut self, number: usize) {
         let host = &self.hosts[number];
@@ -495,6 +520,9 @@ impl World {
             configured: &host.configured,
             worker_count: host.engine.worker_count(),
         };
+        if step.is_under_load {
+            host.loaded = now;
+        }
         let noted = self.model.check(&actor, &mut host.side, &step);
         if !noted.initiated.is_empty() {
             host.wall_greatest = host.wall_greatest.max(wall);
@@ -526,6 +554,7 @@ impl World {
         }
         // Since before it could be renewed.
         let since = self.now - (age - REKEY_AFTER_TIME).as_nanos() as u64;
+        let may_be = |host: usize| age <= longest + self.cookies_max(host, since);
         let is_kept = |host: usize| self.hosts[host].skewed_until < since;
         let lasts =
             |flow: &&Flow| flow.period <= SECOND && flow.good_since.is_some_and(|at| at < since);
@@ -537,10 +566,17 @@ impl World {
         if let Some(other) = other {
             assert!(
                 !(has(number, other) && (is_initiator || has(other, number)))
-                    || !(is_kept(number) && is_kept(other)),
+                    || !(is_kept(number) && is_kept(other))
+                    || may_be(number)
+                    || may_be(other),
                 "host {number} seals for host {other} with a keypair that is {age:?} old"
             );
         }
+    }
+
+    /// How much longer than otherwise handshakes with a host may have taken since `since`.
+    fn cookies_max(&self, host: usize, since: u64) -> Duration {
+        if self.hosts[host].loaded >= since { COOKIES_MAX } else { Duration::ZERO }
     }
 
     /// A datagram leaves a host.
@@ -575,6 +611,7 @@ impl World {
 
     /// Puts a datagram onto the wire of the host that sends it, if it is one's.
     pub fn carry(&mut self, from: Option<usize>, flight: Flight) {
+        assert_eq!(flight.from.is_ipv4(), flight.to.is_ipv4(), "no datagram is of both families");
         // Where nobody is, it is lost on the way.
         let Some((to, _)) = self.resolve(flight.to) else { return };
         let back = self.hosts[to].weather;
@@ -783,14 +820,20 @@ impl World {
         let silence =
             Duration::from_nanos(now - last).saturating_sub(Duration::from_nanos(flow.period));
         self.silence_max = self.silence_max.max(silence);
+        let (from, to) = (flow.from, flow.to);
+        let allowed =
+            |since| SILENCE_MAX + self.cookies_max(from, since).max(self.cookies_max(to, since));
+        let (silent_for, settles_in) = (allowed(last), allowed(since));
+        let flow = &mut self.flows[number];
         assert!(
-            silence <= SILENCE_MAX,
+            silence <= silent_for,
             "flow {number} from host {} to host {} is silent for {silence:?} on a good path",
             flow.from,
             flow.to
         );
         let skewed = self.hosts[flow.from].skewed_until.max(self.hosts[flow.to].skewed_until);
-        let settled = (since + SILENCE_MAX.as_nanos() as u64).max(skewed);
+        // Who hears what was held back has no reason to handshake anew either.
+        let settled = (since.max(flow.last_heard_late) + settles_in.as_nanos() as u64).max(skewed);
         while let Some(&(sent, id)) = flow.outstanding.front()
             && sent + LATE_MAX < now
         {
@@ -840,10 +883,14 @@ impl World {
             && self.wall(flow.from) >= from.wall_greatest
     }
 
-    /// Changes a host's configuration now.
+    /// Changes a host's configuration now, or when it wakes.
     pub fn configure(&mut self, number: usize, request: SetRequest) {
         if let Some(Some(key)) = &request.private_key {
             self.model.meet(key);
+        }
+        if self.hosts[number].asleep_until > self.now {
+            let rest = self.hosts[number].asleep_until - self.now;
+            return self.schedule(rest, Event::Configure(number, request));
         }
         trace!(self, "host {number} is configured: {} peers change", request.peers.len());
         self.hosts[number].configured.apply(&request);
@@ -885,9 +932,13 @@ impl World {
         self.process_count += 1;
         // The kernel's randomness begins anew before anybody else learns of the clone.
         engine.outside.reseed(self.process_seed());
-        self.model.roll_back(self.hosts[number].lineage, &frozen.side);
+        let (lineage, lost) = (self.hosts[number].lineage, &self.hosts[number].side);
+        if !as_another {
+            self.model.lose(lineage, &frozen.side, lost);
+        }
+        self.model.roll_back(lineage, &frozen.side);
         if as_another {
-            self.model.copy(self.hosts[number].lineage, &frozen.side);
+            self.model.copy(lineage, &frozen.side);
         }
         self.model.has_copies = true;
         let newest = self.hosts[number].configured.clone();
@@ -915,6 +966,7 @@ impl World {
         if !wall_is_set {
             host.wall_offset = behind;
         }
+        host.clocks = None;
         host.turn_at = None;
         (host.ticked, host.tick_at) = (self.now, u64::MAX);
         host.asleep_until = 0;
@@ -943,12 +995,8 @@ impl World {
 
     /// Sets the wall clock of a host. If that shows, it ends its keypairs.
     pub fn set_wall(&mut self, number: usize, offset: i64) {
-        let leap = offset - self.hosts[number].wall_offset;
         self.hosts[number].wall_offset = offset;
         self.disturb(number);
-        if is_leap(leap) {
-            self.forbid_keys(number);
-        }
     }
 
     /// Another process of a host takes over.
@@ -981,8 +1029,8 @@ impl World {
         let made = initiate(&identity, &remote, index, timestamp, None, &mut self.rng);
         let (_, message) = made.expect("the key is a point");
         for _ in 0..3 {
-            let from = foreign(&mut self.rng);
             if let Some(to) = to {
+                let from = foreign(&mut self.rng, to);
                 self.carry(None, Flight { bytes: message.to_vec(), from, to });
             }
         }
@@ -1001,6 +1049,7 @@ impl World {
         let host = &mut self.hosts[number];
         host.engine = engine;
         host.twin = twin;
+        host.clocks = None;
         host.side = Side::default();
         let request = host.configured.request();
         self.disturb(number);
