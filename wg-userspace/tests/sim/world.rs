@@ -7,7 +7,7 @@
 //! ```
 
 use std::cmp::Reverse;
-use std::collections::{BinaryHeap, VecDeque};
+use std::collections::{BinaryHeap, HashSet, VecDeque};
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
@@ -17,7 +17,8 @@ use rand::{RngExt, SeedableRng};
 use wg_common::endpoint::{Endpoint, LocalSource};
 use wg_common::id::ReceiverIndex;
 use wg_common::protocol::{
-    KEEPALIVE_TIMEOUT, REJECT_AFTER_TIME, REKEY_AFTER_TIME, REKEY_TIMEOUT, REKEY_TIMEOUT_JITTER_MAX,
+    KEEPALIVE_TIMEOUT, REJECT_AFTER_TIME, REKEY_AFTER_TIME, REKEY_TIMEOUT,
+    REKEY_TIMEOUT_JITTER_MAX, TYPE_RESPONSE,
 };
 use wg_common::time::{Now, Reading};
 use wg_userspace::device::SetRequest;
@@ -157,6 +158,10 @@ pub struct Host {
     pub disturbed: u64,
     /// When it was last under load.
     loaded: u64,
+    /// When it last answered an initiation.
+    responded: u64,
+    /// To whom it last sealed with a keypair whose initiator it is.
+    initiates: HashSet<[u8; 32]>,
     /// The wall clock's distance from boot time, and boot time's from monotonic time, when its process
     /// was last called.
     clocks: Option<[i64; 2]>,
@@ -340,6 +345,8 @@ impl World {
             scatter: 0.0,
             disturbed: 0,
             loaded: 0,
+            responded: 0,
+            initiates: HashSet::new(),
             clocks: None,
             skewed_until: 0,
             contended: false,
@@ -523,6 +530,9 @@ impl World {
         if step.is_under_load {
             host.loaded = now;
         }
+        if step.sent.iter().any(|sent| sent.bytes[0] == TYPE_RESPONSE) {
+            host.responded = now;
+        }
         let noted = self.model.check(&actor, &mut host.side, &step);
         if !noted.initiated.is_empty() {
             host.wall_greatest = host.wall_greatest.max(wall);
@@ -538,6 +548,12 @@ impl World {
             }
         }
         for (peer, age, is_initiator) in noted.sealed {
+            let initiates = &mut self.hosts[number].initiates;
+            if is_initiator {
+                initiates.insert(*peer.as_bytes());
+            } else {
+                initiates.remove(peer.as_bytes());
+            }
             self.check_age(number, &peer, age, is_initiator);
         }
         for sent in step.sent {
@@ -757,10 +773,25 @@ impl World {
         trace!(self, "flow {number}: host {from} has packet {id}");
         self.route(from, lane, packet);
         let now = self.now;
+        let may_miss = self.renews_crossed(number);
         let flow = &mut self.flows[number];
-        if flow.good_since.is_some() {
+        if flow.good_since.is_some() && !may_miss {
             flow.outstanding.push_back((now, id));
         }
+    }
+
+    /// Whether a flow's receiver has just been answered, and handshakes had crossed before: each side
+    /// seals with its own keypair, of which the receiver keeps only the one that it sealed with itself.
+    /// What the sender seals until it hears of the new one is lost, as in the kernel.
+    fn renews_crossed(&self, number: usize) -> bool {
+        let flow = &self.flows[number];
+        let initiates = |from: usize, to: usize| {
+            let peer = self.hosts[to].configured.public_key;
+            peer.is_some_and(|peer| self.hosts[from].initiates.contains(peer.as_bytes()))
+        };
+        self.now - self.hosts[flow.from].responded < SECOND
+            && initiates(flow.from, flow.to)
+            && initiates(flow.to, flow.from)
     }
 
     fn stream(&mut self, number: usize, left: u32) {
