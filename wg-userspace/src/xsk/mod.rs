@@ -34,6 +34,9 @@ pub use crate::sys::xdp::{BindMode, Statistics};
 /// Frames that one call of [`Xsk::receive`] gives at most.
 pub const BATCH_MAX: usize = 64;
 
+/// What a call sends in copy mode, unless the socket is told otherwise.
+const SENT_PER_CALL: u32 = 32;
+
 /// Chunks that wait in the pool before the fill ring is told: the other side reads that cache line.
 const REFILL_AT: u32 = 32;
 
@@ -504,17 +507,20 @@ impl Xsk {
     pub fn kick(&mut self) -> io::Result<()> {
         self.tx.submit();
         let Backing::Kernel(socket) = &self.backing else { return Ok(()) };
-        // A call sends some packets only (32 by default) and says so with EAGAIN; it says the same
-        // when it cannot go on, and then the ring does not move.
+        // A call sends its share only and says so with EAGAIN; it says the same when it cannot go on.
+        // Then the ring does not move; but up to Linux 6.12 at least it also does not as long as calls
+        // leave some of what they saw. So there are as many as it takes if each sends its share.
         let mut left = self.tx.outstanding();
+        let mut shares = left.div_ceil(SENT_PER_CALL);
         while left > 0 && self.tx.needs_wakeup() {
-            match xdp::wake_tx(socket) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            shares = shares.saturating_sub(1);
+            let may_go_on = match xdp::wake_tx(socket) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => shares > 0,
                 Err(error) if matches!(error.raw_os_error(), Some(ENOBUFS | EBUSY)) => break,
-                result => result?,
-            }
+                result => result.map(|()| false)?,
+            };
             let before = std::mem::replace(&mut left, self.tx.outstanding());
-            if left == before {
+            if left == before && !may_go_on {
                 break;
             }
         }
