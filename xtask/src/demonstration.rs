@@ -25,7 +25,7 @@ use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::lab::{self, HOST_V4, HOST_V6, Lab, OUTER, Process, Space};
+use crate::lab::{self, HOST_V4, HOST_V6, Lab, OUTER, Process, Site, Space};
 
 /// The client's end of the pair.
 pub const CLIENT_CONF: &str = include_str!("../../examples/first-tunnel/client.conf");
@@ -37,11 +37,11 @@ pub const GATEWAY_INNER: [&str; 2] = ["10.9.0.1", "fd09::1"];
 /// Exit code when all hashes match, but in a mode that nobody asked for.
 pub const OTHER_MODE: u8 = 6;
 /// Part of the tunnel packets that the requested mode must carry.
-const SHARE_MIN: f64 = 0.99;
+pub const SHARE_MIN: f64 = 0.99;
 /// TCP port of the LAN host's server.
 const PORT: u16 = 7007;
 /// How long one step may take, unless it says how long it runs.
-const STEP_LIMIT: Duration = Duration::from_secs(60);
+pub const STEP_LIMIT: Duration = Duration::from_secs(60);
 
 /// How the gateway receives.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize, ValueEnum)]
@@ -107,7 +107,8 @@ impl Programs {
     /// If one is missing, with the command that builds it.
     pub fn in_folder(folder: &Path) -> Result<Programs> {
         let program = |name: &str, package: &str| {
-            let path = folder.join(name);
+            // A host with file systems of its own starts everything from the root.
+            let path = std::path::absolute(folder.join(name))?;
             let built = path.is_file();
             ensure!(built, "no {}: `cargo build -p {package} --bin {name}`", path.display());
             Ok(path)
@@ -154,6 +155,9 @@ pub struct Transfer {
     pub bytes: u64,
     /// Whether it arrived with the sha256 it left with.
     pub equal: bool,
+    /// The address that it came from, if the server received it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seen_as: Option<IpAddr>,
 }
 
 /// What was seen; `--report` writes it.
@@ -196,14 +200,7 @@ pub struct Report {
 impl Report {
     /// Part of the tunnel packets that came by the path of a mode.
     pub fn share(&self, mode: Mode) -> f64 {
-        let total: u64 = self.paths.values().sum();
-        let path = match mode {
-            Mode::Native => "xsk",
-            Mode::Udp => "socket",
-            Mode::Auto => return if total > 0 { 1.0 } else { 0.0 },
-        };
-        let by_path = self.paths.get(path).copied().unwrap_or(0);
-        if total == 0 { 0.0 } else { by_path as f64 / total as f64 }
+        share(&self.paths, mode)
     }
 
     /// 0, 6 or 1: see [`OTHER_MODE`].
@@ -268,11 +265,38 @@ impl Report {
     }
 }
 
+/// Part of the packets that came by the path of a mode.
+pub fn share(paths: &BTreeMap<String, u64>, mode: Mode) -> f64 {
+    let total: u64 = paths.values().sum();
+    let path = match mode {
+        Mode::Native => "xsk",
+        Mode::Udp => "socket",
+        Mode::Auto => return if total > 0 { 1.0 } else { 0.0 },
+    };
+    let by_path = paths.get(path).copied().unwrap_or(0);
+    if total == 0 { 0.0 } else { by_path as f64 / total as f64 }
+}
+
 /// Shows it, prints the table and writes the report.
 ///
 /// # Errors
 /// If something did not work at all.
 pub fn demonstrate(options: &Options) -> Result<ExitCode> {
+    present(options, |programs| {
+        let report = show(programs, options, Amount::FULL)?;
+        Ok((serde_json::to_value(&report)?, report.table(), report.exit_code))
+    })
+}
+
+/// Lets something be shown that gives its report, its table and its exit code; writes the one and
+/// prints the other.
+///
+/// # Errors
+/// If something did not work at all; the report says so, too.
+pub fn present(
+    options: &Options,
+    show: impl FnOnce(&Programs) -> Result<(Value, String, u8)>,
+) -> Result<ExitCode> {
     lab::catch_signals()?;
     if options.lifeline {
         std::thread::spawn(|| {
@@ -280,27 +304,27 @@ pub fn demonstrate(options: &Options) -> Result<ExitCode> {
             lab::interrupt();
         });
     }
-    let shown = Programs::in_folder(&options.programs)
-        .and_then(|programs| show(&programs, options, Amount::FULL));
+    let shown = Programs::in_folder(&options.programs).and_then(|programs| show(&programs));
     let json = match &shown {
-        Ok(report) => serde_json::to_string_pretty(report)?,
+        Ok((report, _, _)) => report.clone(),
         Err(error) => {
             let error = format!("{error:#}");
-            json!({ "requested_mode": options.mode, "error": error, "exit_code": 1 }).to_string()
+            json!({ "requested_mode": options.mode, "error": error, "exit_code": 1 })
         }
     };
     if let Some(path) = &options.report {
         // Written into the file that the user made, whose owner it keeps.
-        fs::write(path, json + "\n").with_context(|| format!("writing {}", path.display()))?;
+        let text = serde_json::to_string_pretty(&json)? + "\n";
+        fs::write(path, text).with_context(|| format!("writing {}", path.display()))?;
     }
-    let report = shown?;
-    println!("{}", report.table());
-    println!(" {}", conclusion(&report));
-    Ok(ExitCode::from(report.exit_code))
+    let (_, table, exit_code) = shown?;
+    println!("{table}");
+    println!(" {}", conclusion(exit_code));
+    Ok(ExitCode::from(exit_code))
 }
 
-fn conclusion(report: &Report) -> &'static str {
-    match report.exit_code {
+fn conclusion(exit_code: u8) -> &'static str {
+    match exit_code {
         0 => "It works. Next: `cargo xtask test`, or bring up a wg0.conf of your own.",
         OTHER_MODE => "It works, but not in the mode that was asked for (exit code 6).",
         _ => "It does not work as it should: see above (exit code 1).",
@@ -369,7 +393,8 @@ pub fn show(programs: &Programs, options: &Options, amount: Amount) -> Result<Re
     Ok(report)
 }
 
-fn step(what: &str) {
+/// Says what is being done.
+pub fn step(what: &str) {
     eprintln!("  · {what}");
 }
 
@@ -494,26 +519,40 @@ fn pings(lab: &Lab) -> Result<BTreeMap<String, String>> {
     Ok(answers)
 }
 
-/// TCP between the client and a server on the LAN host.
+/// TCP between a client and a server on another host.
 pub struct Tools<'a> {
-    lab: &'a Lab,
+    site: &'a Site,
+    client: &'a Space,
     tool: &'a Path,
     _server: Process,
 }
 
 impl<'a> Tools<'a> {
-    /// Starts the server.
+    /// Starts a server on the LAN host, for the client.
     ///
     /// # Errors
     /// If it does not start.
     pub fn start(lab: &'a Lab, programs: &'a Programs) -> Result<Tools<'a>> {
-        let folder = lab.path("received");
-        fs::create_dir(&folder)?;
-        let mut command = lab.host.command(&programs.tool);
+        Tools::between(lab, &programs.tool, &lab.client, &lab.host)
+    }
+
+    /// Starts a server on one host, for a client on another.
+    ///
+    /// # Errors
+    /// If it does not start.
+    pub fn between(
+        site: &'a Site,
+        tool: &'a Path,
+        client: &'a Space,
+        server: &Space,
+    ) -> Result<Tools<'a>> {
+        let folder = site.path("received");
+        fs::create_dir_all(&folder)?;
+        let mut command = server.command(tool);
         command.arg("serve").arg(PORT.to_string()).arg(&folder);
-        let mut server = lab.host.spawn("lab-tool-serve", &mut command)?;
+        let mut server = server.spawn("lab-tool-serve", &mut command)?;
         server.event("ready", Duration::from_secs(10))?;
-        Ok(Tools { lab, tool: &programs.tool, _server: server })
+        Ok(Tools { site, client, tool, _server: server })
     }
 
     /// A file of random bytes each way, by IPv4 and by IPv6.
@@ -521,27 +560,37 @@ impl<'a> Tools<'a> {
     /// # Errors
     /// If a transfer breaks off; a hash that differs is a result.
     pub fn files(&self, len: u64) -> Result<Vec<Transfer>> {
-        let file = self.lab.path("file");
+        let mut transfers = self.files_with(HOST_V4, len)?;
+        transfers.extend(self.files_with(HOST_V6, len)?);
+        Ok(transfers)
+    }
+
+    /// A file of random bytes each way, to an address of the server's and from it.
+    ///
+    /// # Errors
+    /// As [`Tools::files`].
+    pub fn files_with(&self, host: &str, len: u64) -> Result<Vec<Transfer>> {
+        let file = self.site.path("file");
         let mut random = File::open("/dev/urandom")?.take(len);
         io::copy(&mut random, &mut File::create(&file)?)?;
         let sha256 = sha256sum(&file)?;
+        let family = if host.contains(':') { "v6" } else { "v4" };
         let mut transfers = Vec::new();
-        for (family, host) in [("v4", HOST_V4), ("v6", HOST_V6)] {
-            for direction in ["up", "down"] {
-                step(&format!("a file of {} MiB {direction} by {family}", len >> 20));
-                let server = server(host)?;
-                let mut command = self.lab.client.command(self.tool);
-                match direction {
-                    "up" => command.arg("put").arg(&server).arg(&file),
-                    _ => command.arg("get").arg(&server).arg(&file).arg(self.lab.path("fetched")),
-                };
-                let received = self.received(&mut command, STEP_LIMIT)?;
-                transfers.push(Transfer {
-                    what: format!("{direction} {family}"),
-                    bytes: received["bytes"].as_u64().unwrap_or(0),
-                    equal: received["sha256"] == sha256.as_str(),
-                });
-            }
+        for direction in ["up", "down"] {
+            step(&format!("a file of {} MiB {direction} by {family}", len >> 20));
+            let server = server(host)?;
+            let mut command = self.client.command(self.tool);
+            match direction {
+                "up" => command.arg("put").arg(&server).arg(&file),
+                _ => command.arg("get").arg(&server).arg(&file).arg(self.site.path("fetched")),
+            };
+            let received = self.received(&mut command, STEP_LIMIT)?;
+            transfers.push(Transfer {
+                what: format!("{direction} {family}"),
+                bytes: received["bytes"].as_u64().unwrap_or(0),
+                equal: received["sha256"] == sha256.as_str(),
+                seen_as: received["from"].as_str().and_then(|address| address.parse().ok()),
+            });
         }
         Ok(transfers)
     }
@@ -552,12 +601,12 @@ impl<'a> Tools<'a> {
     /// If the stream breaks off.
     pub fn load(&self, direction: &str, duration: Duration) -> Result<(f64, f64)> {
         step(&format!("{} s load {direction}", duration.as_secs_f64()));
-        let mut command = self.lab.client.command(self.tool);
+        let mut command = self.client.command(self.tool);
         command.arg("load").arg(server(HOST_V4)?).arg(direction);
         command.arg(duration.as_millis().to_string());
-        let (before, started) = (self.lab.client.packets(OUTER)?, Instant::now());
+        let (before, started) = (self.client.packets(OUTER)?, Instant::now());
         let received = self.received(&mut command, duration + STEP_LIMIT)?;
-        let (after, taken) = (self.lab.client.packets(OUTER)?, started.elapsed());
+        let (after, taken) = (self.client.packets(OUTER)?, started.elapsed());
         let packets = match direction {
             "up" => after.1 - before.1,
             _ => after.0 - before.0,
@@ -567,7 +616,7 @@ impl<'a> Tools<'a> {
     }
 
     fn received(&self, command: &mut std::process::Command, limit: Duration) -> Result<Value> {
-        let text = self.lab.client.spawn("lab-tool", command)?.finish(limit)?;
+        let text = self.client.spawn("lab-tool", command)?.finish(limit)?;
         Ok(serde_json::from_str(&text)?)
     }
 }

@@ -1,4 +1,6 @@
-//! Three hosts in network namespaces, for the demonstration and for tests.
+//! Hosts in network namespaces, for demonstrations and for tests.
+//!
+//! A [`Site`] is built from its [`Layout`]; the one that most tests want is the [`Lab`]:
 //!
 //! ```text
 //!  client                      gateway                       LAN host
@@ -10,13 +12,18 @@
 //!
 //! The gateway forwards; the LAN host knows the way back to the tunnel's addresses
 //! (10.9.0.0/24 and fd09::/64). Namespaces and TUN devices carry the pid of the process that made
-//! them. Whatever happens short of SIGKILL, a [`Lab`] that goes out of scope ends the processes in
+//! them. Whatever happens short of SIGKILL, a [`Site`] that goes out of scope ends the processes in
 //! its namespaces and removes them: errors and panics unwind through it, and a signal only sets a
 //! flag that every wait in here looks at.
+//!
+//! Hosts share the files of the machine. Where a layout says that they are [private](Layout::private),
+//! each has a `/run` and an `/etc/wireguard` of its own, so that interfaces may be called what they
+//! are called, and any number of sites may have a `wg0`.
 
 use std::{
     fs::{self, DirBuilder, File, OpenOptions},
     io::Write as _,
+    ops::{Deref, DerefMut},
     os::unix::{
         fs::{DirBuilderExt, OpenOptionsExt},
         process::CommandExt,
@@ -129,41 +136,56 @@ pub fn find_program(name: &str) -> Option<PathBuf> {
     folders.map(|folder| folder.join(name)).find(|program| program.is_file())
 }
 
-/// The three namespaces and a folder for their files.
-pub struct Lab {
-    /// Where the client is.
-    pub client: Space,
-    /// Where the gateway is.
-    pub gateway: Space,
-    /// The host in the gateway's LAN.
-    pub host: Space,
+/// What a [`Site`] is built from.
+#[derive(Clone, Copy, Debug)]
+pub struct Layout {
+    /// The hosts, by their roles.
+    pub hosts: &'static [&'static str],
+    /// Those that forward packets.
+    pub routers: &'static [&'static str],
+    /// What they are linked by: two ends are a cable, more are plugged into the switch.
+    pub links: &'static [&'static [End]],
+    /// Routes: a host, and what `ip route add` is told there.
+    pub routes: &'static [(&'static str, &'static str)],
+    /// Whether each host has a `/run` and an `/etc/wireguard` of its own, both empty. The machine must
+    /// have both.
+    pub private: bool,
+}
+
+/// A host's end of a link.
+#[derive(Clone, Copy, Debug)]
+pub struct End {
+    /// The host's role.
+    pub host: &'static str,
+    /// What its interface is called.
+    pub nic: &'static str,
+    /// The interface's addresses, with their prefix lengths.
+    pub addresses: &'static [&'static str],
+}
+
+/// Hosts, and a folder for their files.
+pub struct Site {
+    spaces: Vec<(&'static str, Space)>,
+    /// Processes that do nothing but keep the private file systems of a space.
+    holders: Vec<Process>,
     directory: PathBuf,
     tag: String,
     keep: bool,
     _one_at_a_time: Option<MutexGuard<'static, ()>>,
 }
 
-impl Lab {
-    /// Makes namespaces, links, addresses and routes. In one process one lab stands at a time; a
+impl Site {
+    /// Makes namespaces, links, addresses and routes. In one process one such site stands at a time; a
     /// second caller waits.
     ///
     /// # Errors
     /// Without the privilege to make them, or if `ip` fails; what was made by then is removed.
-    pub fn new() -> Result<Lab> {
+    pub fn new(layout: &Layout) -> Result<Site> {
         let one_at_a_time = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-        Lab::make(Some(one_at_a_time))
+        Site::make(layout, Some(one_at_a_time))
     }
 
-    /// As [`Lab::new`], but waits for nobody and keeps nobody waiting: for what takes minutes and
-    /// little work.
-    ///
-    /// # Errors
-    /// As [`Lab::new`].
-    pub fn beside_others() -> Result<Lab> {
-        Lab::make(None)
-    }
-
-    fn make(one_at_a_time: Option<MutexGuard<'static, ()>>) -> Result<Lab> {
+    fn make(layout: &Layout, one_at_a_time: Option<MutexGuard<'static, ()>>) -> Result<Site> {
         catch_signals()?;
         let number = LABS_MADE.fetch_add(1, Ordering::Relaxed);
         let tag = format!("tg{}-{number}", std::process::id());
@@ -172,52 +194,112 @@ impl Lab {
             .mode(0o700)
             .create(&directory)
             .with_context(|| format!("making {}", directory.display()))?;
-        let space =
-            |role: &str| Space { name: format!("{tag}-{role}"), directory: directory.clone() };
-        let lab = Lab {
-            client: space("client"),
-            gateway: space("gateway"),
-            host: space("host"),
-            directory: directory.clone(),
+        let mut site = Site {
+            spaces: Vec::new(),
+            holders: Vec::new(),
+            directory,
             tag,
             keep: false,
             _one_at_a_time: one_at_a_time,
         };
-        lab.build().context("making the namespaces")?;
-        Ok(lab)
+        site.build(layout).context("making the namespaces")?;
+        Ok(site)
     }
 
-    fn build(&self) -> Result<()> {
-        for space in self.spaces() {
-            ip(&["netns", "add", &space.name])?;
-            space.ip("link set lo up")?;
+    fn build(&mut self, layout: &Layout) -> Result<()> {
+        for &host in layout.hosts {
+            self.add_space(host)?;
+            if layout.private {
+                self.hold(host)?;
+            }
         }
-        self.link(OUTER, &self.gateway, &self.client)?;
-        self.link(LAN, &self.gateway, &self.host)?;
-        for (space, link, addresses) in [
-            (&self.gateway, OUTER, [GATEWAY_V4, GATEWAY_V6]),
-            (&self.client, OUTER, [CLIENT_V4, CLIENT_V6]),
-            (&self.gateway, LAN, ["192.168.20.1", "fd20::1"]),
-            (&self.host, LAN, [HOST_V4, HOST_V6]),
-        ] {
-            let [v4, v6] = addresses;
-            space.ip(&format!("addr add {v4}/24 dev {link}"))?;
-            // Without `nodad` the address is unusable for the first second.
-            space.ip(&format!("addr add {v6}/64 dev {link} nodad"))?;
-            space.ip(&format!("link set {link} up"))?;
+        for ends in layout.links {
+            self.link(ends)?;
+            for End { host, nic, addresses } in *ends {
+                for address in *addresses {
+                    // Without `nodad` the address is unusable for the first second.
+                    let nodad = if address.contains(':') { "nodad" } else { "" };
+                    self.space(host).ip(&format!("addr add {address} dev {nic} {nodad}"))?;
+                }
+                self.space(host).ip(&format!("link set {nic} up"))?;
+            }
         }
-        self.gateway.set_sysctl("net/ipv4/ip_forward", "1")?;
-        self.gateway.set_sysctl("net/ipv6/conf/all/forwarding", "1")?;
-        self.host.ip("route add 10.9.0.0/24 via 192.168.20.1")?;
-        self.host.ip("route add fd09::/64 via fd20::1")
+        for &router in layout.routers {
+            self.space(router).set_sysctl("net/ipv4/ip_forward", "1")?;
+            self.space(router).set_sysctl("net/ipv6/conf/all/forwarding", "1")?;
+        }
+        for (host, route) in layout.routes {
+            self.space(host).ip(&format!("route add {route}"))?;
+        }
+        Ok(())
     }
 
-    /// A link whose ends are made inside their namespaces, so that the host's own are not touched.
-    fn link(&self, link: &str, one: &Space, other: &Space) -> Result<()> {
-        one.ip(&format!("link add {link} type veth peer name {link} netns {}", other.name))
+    fn add_space(&mut self, role: &'static str) -> Result<()> {
+        let name = format!("{}-{role}", self.tag);
+        let space = Space { name, directory: self.directory.clone(), holder: None };
+        ip(&["netns", "add", &space.name])?;
+        self.spaces.push((role, space));
+        self.space(role).ip("link set lo up")
     }
 
-    /// Leaves everything standing when the lab goes out of scope.
+    /// Gives a host file systems of its own, which live as long as a process in them.
+    fn hold(&mut self, host: &str) -> Result<()> {
+        // `ip netns exec` has detached what it mounts from the machine's own mounts. Without the list
+        // of modules wg-quick(8) does not see that the kernel's own WireGuard is loaded.
+        const SCRIPT: &str = "set -e
+            mount -t tmpfs -o mode=755 tmpfs /run
+            mount -t tmpfs -o mode=700 tmpfs /etc/wireguard
+            [ ! -e /sys/module/wireguard ] || mount -t tmpfs tmpfs /sys/module
+            echo '{\"event\":\"ready\"}'
+            exec sleep infinity";
+        let space = self.space(host);
+        let mut holder = space.spawn("holder", space.command("sh").args(["-c", SCRIPT]))?;
+        holder.event("ready", Duration::from_secs(10))?;
+        let pid = holder.pid();
+        self.holders.push(holder);
+        let (_, space) = self.spaces.iter_mut().find(|(role, _)| *role == host).expect("added");
+        space.holder = Some(pid);
+        Ok(())
+    }
+
+    /// A link whose ends are made inside their namespaces, so that the machine's own are not touched.
+    fn link(&mut self, ends: &[End]) -> Result<()> {
+        const SWITCH: &str = "switch";
+        const BRIDGE: &str = "bridge";
+        if let [one, other] = ends {
+            return self.cable(one.host, one.nic, other.host, other.nic);
+        }
+        self.add_space(SWITCH)?;
+        self.space(SWITCH).ip(&format!("link add {BRIDGE} type bridge"))?;
+        self.space(SWITCH).ip(&format!("link set {BRIDGE} up"))?;
+        for (number, end) in ends.iter().enumerate() {
+            let port = format!("port{number}");
+            self.cable(end.host, end.nic, SWITCH, &port)?;
+            self.space(SWITCH).ip(&format!("link set {port} master {BRIDGE} up"))?;
+        }
+        Ok(())
+    }
+
+    fn cable(&self, one: &str, nic: &str, other: &str, other_nic: &str) -> Result<()> {
+        let (one, other) = (self.space(one), &self.space(other).name);
+        one.ip(&format!("link add {nic} type veth peer name {other_nic} netns {other}"))
+    }
+
+    /// A host.
+    ///
+    /// # Panics
+    /// If the layout has no host of that role.
+    pub fn space(&self, role: &str) -> &Space {
+        let found = self.spaces.iter().find(|(known, _)| *known == role);
+        &found.unwrap_or_else(|| panic!("no host is called {role}")).1
+    }
+
+    /// All namespaces.
+    pub fn spaces(&self) -> Vec<&Space> {
+        self.spaces.iter().map(|(_, space)| space).collect()
+    }
+
+    /// Leaves everything standing when the site goes out of scope.
     pub fn keep(&mut self) {
         self.keep = true;
     }
@@ -230,7 +312,7 @@ impl Lab {
         name
     }
 
-    /// A file in the lab's folder.
+    /// A file in the site's folder.
     pub fn path(&self, name: &str) -> PathBuf {
         self.directory.join(name)
     }
@@ -251,20 +333,20 @@ impl Lab {
             .with_context(|| format!("writing {}", path.display()))?;
         Ok(path)
     }
-
-    /// The three namespaces.
-    pub fn spaces(&self) -> [&Space; 3] {
-        [&self.client, &self.gateway, &self.host]
-    }
 }
 
-impl Drop for Lab {
+impl Drop for Site {
     fn drop(&mut self) {
         if self.keep {
             for space in self.spaces() {
-                eprintln!("kept: namespace {} (ip netns exec {0} …)", space.name);
+                let enter = match space.holder {
+                    Some(pid) => format!("nsenter --target {pid} --mount --net"),
+                    None => format!("ip netns exec {}", space.name),
+                };
+                eprintln!("kept: namespace {} ({enter} …)", space.name);
             }
             eprintln!("kept: {}", self.directory.display());
+            self.holders.drain(..).for_each(std::mem::forget);
             return;
         }
         for space in self.spaces() {
@@ -274,10 +356,89 @@ impl Drop for Lab {
     }
 }
 
-/// One namespace.
+/// The site that most tests want.
+const LAB: Layout = Layout {
+    hosts: &["client", "gateway", "host"],
+    routers: &["gateway"],
+    links: &[
+        &[
+            End {
+                host: "gateway",
+                nic: OUTER,
+                addresses: &["198.51.100.1/24", "2001:db8:51::1/64"],
+            },
+            End {
+                host: "client",
+                nic: OUTER,
+                addresses: &["198.51.100.2/24", "2001:db8:51::2/64"],
+            },
+        ],
+        &[
+            End { host: "gateway", nic: LAN, addresses: &["192.168.20.1/24", "fd20::1/64"] },
+            End { host: "host", nic: LAN, addresses: &["192.168.20.2/24", "fd20::2/64"] },
+        ],
+    ],
+    routes: &[("host", "10.9.0.0/24 via 192.168.20.1"), ("host", "fd09::/64 via fd20::1")],
+    private: false,
+};
+
+/// The three namespaces drawn above, and a folder for their files.
+pub struct Lab {
+    /// Where the client is.
+    pub client: Space,
+    /// Where the gateway is.
+    pub gateway: Space,
+    /// The host in the gateway's LAN.
+    pub host: Space,
+    site: Site,
+}
+
+impl Lab {
+    /// As [`Site::new`].
+    ///
+    /// # Errors
+    /// As [`Site::new`].
+    pub fn new() -> Result<Lab> {
+        Ok(Lab::at(Site::new(&LAB)?))
+    }
+
+    /// As [`Lab::new`], but waits for nobody and keeps nobody waiting: for what takes minutes and
+    /// little work.
+    ///
+    /// # Errors
+    /// As [`Lab::new`].
+    pub fn beside_others() -> Result<Lab> {
+        Ok(Lab::at(Site::make(&LAB, None)?))
+    }
+
+    fn at(site: Site) -> Lab {
+        let [client, gateway, host] =
+            ["client", "gateway", "host"].map(|role| site.space(role).clone());
+        Lab { client, gateway, host, site }
+    }
+}
+
+impl Deref for Lab {
+    type Target = Site;
+
+    fn deref(&self) -> &Site {
+        &self.site
+    }
+}
+
+impl DerefMut for Lab {
+    fn deref_mut(&mut self) -> &mut Site {
+        &mut self.site
+    }
+}
+
+/// One namespace; its [`Site`] removes it.
+#[derive(Clone)]
 pub struct Space {
     name: String,
     directory: PathBuf,
+    /// The process that keeps its private file systems.
+    holder: Option<u32>,
 }
 
 impl Space {
@@ -319,9 +480,20 @@ impl Space {
     /// A command that will run inside the namespace, in its own process group: a Ctrl-C reaches
     /// us alone, and we end it in order.
     pub fn command(&self, program: impl AsRef<Path>) -> Command {
-        let mut command = Command::new("ip");
-        // `ip netns exec` becomes the program, so that its pid is the program's.
-        command.args(["netns", "exec", &self.name]).arg(program.as_ref());
+        // Both become the program, so that their pid is the program's.
+        let mut command = match self.holder {
+            Some(pid) => {
+                let mut command = Command::new("nsenter");
+                command.args(["--target", &pid.to_string(), "--mount", "--net", "--"]);
+                command
+            }
+            None => {
+                let mut command = Command::new("ip");
+                command.args(["netns", "exec", &self.name]);
+                command
+            }
+        };
+        command.arg(program.as_ref());
         command.stdin(Stdio::null()).process_group(0);
         command
     }
@@ -406,6 +578,15 @@ impl Space {
     fn pids(&self) -> Vec<Pid> {
         let text = ip(&["netns", "pids", &self.name]).unwrap_or_default();
         text.lines().filter_map(|line| Pid::from_raw(line.trim().parse().ok()?)).collect()
+    }
+
+    /// The names of the processes inside, but for the one that keeps the private file systems.
+    pub fn processes(&self) -> Vec<String> {
+        let holder = self.holder.and_then(|pid| Pid::from_raw(pid.try_into().ok()?));
+        let others = self.pids().into_iter().filter(|&pid| Some(pid) != holder);
+        let name =
+            |pid: Pid| fs::read_to_string(format!("/proc/{}/comm", pid.as_raw_nonzero())).ok();
+        others.filter_map(name).map(|name| name.trim_end().to_owned()).collect()
     }
 
     fn remove(&self) {
@@ -583,6 +764,20 @@ mod tests {
                     [Peer]\nallowedips=10.0.0.0/8\nAllowedIPs = ::/0\n";
         assert_eq!(conf_values(conf, "Address"), ["10.9.0.2/24", "fd09::2/64"]);
         assert_eq!(conf_values(conf, "AllowedIPs"), ["10.0.0.0/8", "::/0"]);
+    }
+
+    #[test]
+    fn the_lab_has_the_addresses_that_are_drawn() {
+        let addresses: Vec<_> =
+            LAB.links.iter().copied().flatten().map(|end| end.addresses).collect();
+        let [gateway, client, _, host] = addresses[..] else { panic!("two cables") };
+        for (addresses, [v4, v6]) in [
+            (gateway, [GATEWAY_V4, GATEWAY_V6]),
+            (client, [CLIENT_V4, CLIENT_V6]),
+            (host, [HOST_V4, HOST_V6]),
+        ] {
+            assert_eq!(addresses, [format!("{v4}/24"), format!("{v6}/64")]);
+        }
     }
 
     #[test]

@@ -10,6 +10,7 @@ pub mod licences;
 
 pub mod preflight;
 pub mod run;
+pub mod scenarios;
 
 pub mod test;
 pub mod workspace;

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use xtask::{build_ebpf, demonstration, fuzz, layers, licences, run, test};
+use xtask::{build_ebpf, fuzz, layers, licences, run, scenarios, test};
 
 /// Tidegate's tasks.
 #[derive(Parser)]
@@ -27,7 +27,7 @@ enum Task {
     Fuzz(fuzz::Options),
     /// The part of `run` that needs privileges.
     #[command(hide = true)]
-    Demonstrate(demonstration::Options),
+    Demonstrate(scenarios::Options),
 }
 
 fn main() -> ExitCode {
@@ -38,10 +38,30 @@ fn main() -> ExitCode {
         Task::Layers => layers::check().map(|()| ExitCode::SUCCESS),
         Task::Licences => licences::check().map(|()| ExitCode::SUCCESS),
         Task::Fuzz(options) => fuzz::fuzz(&options).map(|()| ExitCode::SUCCESS),
-        Task::Demonstrate(options) => demonstration::demonstrate(&options),
+        Task::Demonstrate(options) => scenarios::demonstrate(&options),
     };
     ended.unwrap_or_else(|error| {
         eprintln!("xtask: {error:#}");
         ExitCode::FAILURE
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_arguments_do_not_contradict_each_other() {
+        <Task as clap::CommandFactory>::command().debug_assert();
+        for line in [
+            "run",
+            "run --scenario mesh --mode udp",
+            "run --scenario bridge --peer wireguard-go",
+            "demonstrate --programs . --mode native",
+            "demonstrate --programs . --mode native --scenario gateway --peer tidegate --lifeline",
+        ] {
+            assert!(Task::try_parse_from(format!("xtask {line}").split(' ')).is_ok(), "{line}");
+        }
+        assert!(Task::try_parse_from(["xtask", "run", "--peer", "wireguard-go"]).is_err());
+    }
 }

@@ -1,7 +1,8 @@
 //! `cargo xtask run`: from a fresh clone to a gateway that carries real traffic.
 //!
-//! Looks at the machine, builds as the user who asks, and runs only the [`demonstration`] with
-//! privileges: as root, by sudo, or, where there is neither, in a user namespace with sockets.
+//! Looks at the machine, builds as the user who asks, and runs only the [`demonstration`], or one of the
+//! [`scenarios`], with privileges: as root, by sudo, or, where there is neither, in a user namespace with
+//! sockets.
 
 use std::{
     env,
@@ -21,6 +22,7 @@ use crate::{
     demonstration::{self, Mode},
     lab::{self, find_program},
     preflight,
+    scenarios::{self, By, Scenario},
     workspace::{cargo, succeed, target_dir},
 };
 
@@ -33,6 +35,12 @@ pub struct Options {
     /// How the gateway receives
     #[arg(long, value_enum, default_value_t = Mode::Native)]
     mode: Mode,
+    /// Show one of the scenarios of `examples/` instead of the first tunnel
+    #[arg(long, value_enum)]
+    scenario: Option<Scenario>,
+    /// How the last end of a scenario is brought up
+    #[arg(long, value_enum, default_value_t = By::Tidegate, requires = "scenario")]
+    peer: By,
     /// Write what was seen into this file, as JSON
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
@@ -46,7 +54,12 @@ pub struct Options {
 /// # Errors
 /// If the machine cannot, a build fails, or the demonstration does not work at all.
 pub fn run(options: &Options) -> Result<ExitCode> {
-    preflight::check(options.yes, &[])?;
+    let more: &[_] = match (options.scenario, options.peer) {
+        (_, By::WireguardGo) => &[("iptables", "iptables"), ("wireguard-go", "wireguard-go")],
+        (Some(_), _) => &[("iptables", "iptables")],
+        (None, _) => &[],
+    };
+    preflight::check(options.yes, more)?;
     println!("build");
     build_ebpf::build(false)?;
     let programs = build_programs()?;
@@ -54,26 +67,30 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         // Made here, so that it belongs to the user.
         File::create(report).with_context(|| format!("writing {}", report.display()))?;
     }
-    let mut options = demonstration::Options {
-        programs,
-        mode: options.mode,
-        report: options.report.clone(),
-        keep: options.keep,
-        rootless: false,
-        lifeline: false,
+    let mut options = scenarios::Options {
+        common: demonstration::Options {
+            programs,
+            mode: options.mode,
+            report: options.report.clone(),
+            keep: options.keep,
+            rootless: false,
+            lifeline: false,
+        },
+        scenario: options.scenario,
+        peer: options.peer,
     };
     if rustix::process::geteuid().is_root() {
         println!("run, as root");
-        return demonstration::demonstrate(&options);
+        return scenarios::demonstrate(&options);
     }
-    options.lifeline = true;
+    options.common.lifeline = true;
     if sudo_works() {
         println!("run, by sudo: to load XDP and to make network namespaces");
         let mut sudo = Command::new("sudo");
         return elsewhere(sudo.arg("--"), &options);
     }
     println!("run, in a user namespace with sockets: XDP needs root, and there is no sudo");
-    options.rootless = true;
+    options.common.rootless = true;
     let mut unshare = Command::new("unshare");
     unshare.args(["--user", "--map-root-user", "--net", "--mount", "--"]);
     // Names of namespaces and sockets of wg(8) lie below /run, where this user may not write.
@@ -105,10 +122,14 @@ fn sudo_works() -> bool {
 
 /// Runs the demonstration through another command. It ends when its standard input does, so
 /// that it never outlives us, whatever ends us.
-fn elsewhere(command: &mut Command, options: &demonstration::Options) -> Result<ExitCode> {
+fn elsewhere(command: &mut Command, options: &scenarios::Options) -> Result<ExitCode> {
     lab::catch_signals()?;
+    let scenarios::Options { common: options, scenario, peer } = options;
     command.arg(env::current_exe()?).arg("demonstrate");
     command.arg("--programs").arg(&options.programs).args(["--mode", options.mode.word()]);
+    if let Some(scenario) = scenario {
+        command.args(["--scenario", scenario.word(), "--peer", peer.word()]);
+    }
     if let Some(report) = &options.report {
         command.arg("--report").arg(std::path::absolute(report)?);
     }

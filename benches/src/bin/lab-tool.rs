@@ -6,7 +6,7 @@
 use std::{
     fs::File,
     io::{self, BufRead, BufReader, Read, Write},
-    net::{Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream},
+    net::{IpAddr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream},
     path::{Path, PathBuf},
     thread,
     time::{Duration, Instant},
@@ -90,12 +90,15 @@ struct Received {
     mbit_s: f64,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     sha256: Option<String>,
+    /// Where it came from, if the server received it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    from: Option<IpAddr>,
 }
 
 impl Received {
     fn new(bytes: u64, taken: Duration, sha256: Option<String>) -> Received {
         let seconds = taken.as_secs_f64().max(1e-6);
-        Received { bytes, seconds, mbit_s: bytes as f64 * 8e-6 / seconds, sha256 }
+        Received { bytes, seconds, mbit_s: bytes as f64 * 8e-6 / seconds, sha256, from: None }
     }
 }
 
@@ -134,7 +137,7 @@ fn answer(stream: TcpStream, directory: &Path) -> Result<()> {
     let mut reader = BufReader::new(stream.try_clone()?);
     let mut line = String::new();
     reader.read_line(&mut line)?;
-    let received = match serde_json::from_str(&line)? {
+    let mut received = match serde_json::from_str(&line)? {
         Request::Put { name } => receive_file(&mut reader, &directory.join(name))?,
         Request::Get { file } => return send_file(&stream, &file),
         Request::Load { direction: Direction::Up, .. } => sink(&mut reader)?,
@@ -142,6 +145,8 @@ fn answer(stream: TcpStream, directory: &Path) -> Result<()> {
             return stream_for(&stream, duration_ms);
         }
     };
+    // The socket takes both families, and shows IPv4 as a part of IPv6.
+    received.from = Some(stream.peer_addr()?.ip().to_canonical());
     (&stream).write_all(&serde_json::to_vec(&received)?)?;
     Ok(())
 }

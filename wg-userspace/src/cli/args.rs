@@ -110,6 +110,15 @@ pub struct Up {
     /// Name of an interface (its file is /etc/wireguard/NAME.conf), or a config file NAME.conf
     #[arg(value_name = "NAME|FILE")]
     pub what: String,
+    /// Print what would be done, and do nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Stay until the interface is taken down, and take it down at the end (for service managers)
+    #[arg(short, long, conflicts_with = "dry_run")]
+    pub foreground: bool,
+    /// Use XDP although rules of the firewall concern the port: they have no effect on it then
+    #[arg(long)]
+    pub bypass_firewall: bool,
     #[command(flatten)]
     pub data_path: DataPathArgs,
 }

@@ -5,18 +5,27 @@
 //! a running daemon through its socket only, as wg(8) does; the data path is not known here.
 
 mod args;
+mod dns;
 mod down;
 mod failure;
+mod firewall;
+mod foreground;
+mod hooks;
 mod keys;
 mod launch;
+mod ledger;
 mod name;
 mod plan;
+mod programs;
 mod quiesce;
 mod report;
 mod resolve;
 mod run;
+mod shortcut;
 mod show;
 mod socket;
+mod steps;
+mod tables;
 mod text;
 mod up;
 

@@ -1,33 +1,42 @@
 //! `up`: from a config file to an interface that works, or to none at all.
+//!
+//! The [`Plan`] gives the steps; each is settled, noted in the [`Ledger`], and carried out. If one
+//! fails, or a signal comes, everything that was noted is undone by [`TakeDown`].
 
-use std::{io, path::Path, time::Duration};
+use std::{collections::HashSet, io, path::Path, sync::Arc, time::Duration};
 
-use anyhow::Context;
+use anyhow::Context as _;
 use ipnet::IpNet;
 use rustix::io::Errno;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::{
+    runtime::Runtime,
+    signal::unix::{Signal, SignalKind, signal},
+};
 use zeroize::Zeroizing;
 
 use super::{
     Code, Failure, args,
-    down::runtime,
+    down::{TakeDown, runtime, undo_left_overs},
+    foreground,
     launch::Background,
+    ledger::{Header, Ledger, Process},
     name::{ConfigFile, InterfaceName},
-    plan::{Plan, tunnel_mtu},
-    print, resolve, show,
+    plan::{Configuration, POLICY_TABLE, Plan, RoutesTo},
+    print, resolve, shortcut, show,
     socket::Socket,
+    steps::{self, Context, Step},
     text::plural,
 };
 use crate::{
-    config::{self, ConfigErrors},
+    config::{self, Config, ConfigErrors},
     daemon::Mode,
-    host::{Host, missing_routes},
+    device::SetRequest,
+    host::{Host, MAIN_TABLE, missing_routes},
     sys::clock,
     uapi,
 };
 
 pub fn up(arguments: args::Up) -> Result<Code, Failure> {
-    let started = clock::boot_now();
     let file = ConfigFile::which(&arguments.what, Path::exists)
         .map_err(|error| Failure::new(Code::Usage, error))?;
     let interface = &file.interface;
@@ -36,36 +45,73 @@ pub fn up(arguments: args::Up) -> Result<Code, Failure> {
     if let Some(errors) = ConfigErrors::new(config.unsupported()) {
         return Err(Failure::config(errors));
     }
-
+    let plan = Plan::new(interface, &config, &arguments.data_path)?;
     let runtime = runtime()?;
+    let outcome = bring_up(&arguments, &file, config, &plan, &runtime);
+    // A name that is still being looked up is not waited for.
+    runtime.shutdown_background();
+    outcome
+}
+
+fn bring_up(
+    arguments: &args::Up,
+    file: &ConfigFile,
+    config: Config,
+    plan: &Plan,
+    runtime: &Runtime,
+) -> Result<Code, Failure> {
+    let started = clock::boot_now();
+    let interface = &file.interface;
     let host = runtime.block_on(async { Host::new() })?;
+    if arguments.dry_run {
+        let shown = runtime.block_on(dry_run(interface, &host, &config, plan))?;
+        print(&shown)?;
+        check_shortcut(interface, plan, arguments.bypass_firewall)?;
+        return Ok(Code::Ok);
+    }
+
     if runtime.block_on(host.link(interface.as_str()))?.is_some() {
         return Err(Failure::new(Code::Existence, "the interface exists already").within(interface));
     }
-    let retries = resolve::retries();
-    let plan = Plan::new(interface, &config, &arguments.data_path, |host, port| {
-        resolve::resolve(host, port, retries)
-    })?;
+    check_shortcut(interface, plan, arguments.bypass_firewall)?;
+    runtime.block_on(undo_left_overs(&host, interface));
+    runtime.block_on(make_room(interface, &host)).map_err(|failure| failure.within(interface))?;
 
-    let background = Background::start(&plan.daemon, None)?;
-    let configured = runtime.block_on(async {
+    // From here on they do not end this process any more, but what it does.
+    let mut interruption = runtime.block_on(async { Interruption::new() })?;
+    let header = Header::new(interface, &file.path, plan.down_hooks.clone())
+        .context("noting what is done")?;
+    let ledger = Ledger::create(header).map_err(|failure| failure.within(interface))?;
+    let mut work =
+        Work { interface, host: &host, plan, ledger, background: None, stop_at: StopAt::default() };
+    let done = runtime.block_on(async {
         tokio::select! {
-            configured = configure(interface, &host, &plan) => configured,
-            interrupted = interrupted() => Err(interrupted),
+            done = work.run(Arc::new(config)) => done,
+            () = interruption.wait() => Err(Failure::new(Code::Runtime, "interrupted")),
         }
     });
-    match configured {
-        Ok(mtu) => summarize(interface, &plan, mtu, clock::boot_now().since(started)),
+    let Work { ledger, background, .. } = work;
+    let mtu = match done {
+        Ok(mtu) => mtu,
         Err(failure) => {
-            let rolled_back = runtime.block_on(roll_back(interface, &host));
-            background.stop();
             let failure = failure.within(interface);
-            Err(match rolled_back {
-                Ok(()) => failure.and("the interface was taken down again"),
-                Err(error) => failure.and(format_args!("its daemon was stopped ({error})")),
-            })
+            let take_down = TakeDown::after_failure(interface, &host, ledger, background);
+            return Err(match runtime.block_on(take_down.run()) {
+                Ok(()) => failure.and("everything was undone"),
+                Err(undoing) => {
+                    undoing.print();
+                    failure.and("not everything could be undone")
+                }
+            });
         }
+    };
+    // `down` may come.
+    drop(ledger);
+    let code = summarize(interface, plan, mtu, clock::boot_now().since(started))?;
+    if arguments.foreground {
+        runtime.block_on(foreground::stay(interface, &host, background, interruption, || {}))?;
     }
+    Ok(code)
 }
 
 /// Reads a config file; warns if everybody else can, too.
@@ -105,36 +151,189 @@ fn is_world_accessible(path: &Path) -> io::Result<bool> {
     Ok(file & folder & OTHERS != 0)
 }
 
-/// Tells the daemon and the kernel what the plan says; gives the MTU.
-async fn configure(interface: &InterfaceName, host: &Host, plan: &Plan) -> Result<u32, Failure> {
-    let index = host.link_index(interface.as_str()).await?;
-    tell_daemon(interface, plan)?;
-    for &address in &plan.addresses {
-        host.add_address(index, address).await?;
+/// Refuses XDP on a NIC where it would go round a rule of the firewall.
+fn check_shortcut(
+    interface: &InterfaceName,
+    plan: &Plan,
+    bypasses_firewall: bool,
+) -> Result<(), Failure> {
+    if bypasses_firewall || plan.bypasses_firewall || plan.daemon.mode == Mode::Udp {
+        return Ok(());
     }
-    let mtu = match plan.mtu {
-        Some(mtu) => mtu,
-        None => {
-            let mut paths = Vec::new();
-            for endpoint in &plan.endpoints {
-                paths.extend(host.path_mtu(endpoint.ip()).await?);
-            }
-            tunnel_mtu(&paths, host.default_route_mtu().await?)
+    for nic in &plan.daemon.xdp {
+        if let Some(obstacle) = shortcut::obstacle(plan.listen_port, nic) {
+            let port = match plan.listen_port {
+                Some(port) => format!("port {port}"),
+                None => "the port (the file has no ListenPort)".to_owned(),
+            };
+            let line = format_args!(
+                "XDP on {nic} would go round a rule of the firewall that may concern {port}: {}: \
+                 `{}`; accept UDP to the port before that rule, or use sockets (`--mode udp`), or \
+                 say that the rule need not hold for it (`--bypass-firewall`, or \
+                 `#! Xdp = {nic} bypass-firewall`)",
+                obstacle.program, obstacle.rule
+            );
+            return Err(Failure::new(Code::Runtime, line).within(interface));
         }
-    };
-    host.set_mtu(index, mtu).await?;
-    host.set_up(index).await?;
-    let present = host.routes(index).await?;
-    for route in missing_routes(plan.allowed_ips.iter().copied(), present) {
-        host.add_route(index, route).await?;
     }
-    Ok(mtu)
+    Ok(())
 }
 
-fn tell_daemon(interface: &InterfaceName, plan: &Plan) -> Result<(), Failure> {
+/// Undoes what an `up` that was killed has left of this interface.
+async fn make_room(interface: &InterfaceName, host: &Host) -> Result<(), Failure> {
+    let Some(ledger) = Ledger::open(interface)? else { return Ok(()) };
+    let record = ledger.record();
+    if !record.is_left_over() {
+        let line = "its daemon still runs, but the interface is not here: use `tidegate down`, or \
+                    another name";
+        return Err(Failure::new(Code::Existence, line));
+    }
+    eprintln!("tidegate: {interface}: undoing what a process that was killed has left");
+    TakeDown::of_left_over(interface, host, ledger).run().await
+}
+
+/// The signals that interrupt `up`.
+pub struct Interruption([Signal; 3]);
+
+impl Interruption {
+    fn new() -> Result<Interruption, Failure> {
+        let of = |kind| signal(kind).context("waiting for signals");
+        Ok(Interruption([
+            of(SignalKind::interrupt())?,
+            of(SignalKind::terminate())?,
+            of(SignalKind::hangup())?,
+        ]))
+    }
+
+    /// Waits for one of them.
+    pub async fn wait(&mut self) {
+        let [interrupt, terminate, hangup] = &mut self.0;
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+            _ = hangup.recv() => {}
+        }
+    }
+}
+
+/// The way through the steps.
+struct Work<'a> {
+    interface: &'a InterfaceName,
+    host: &'a Host,
+    plan: &'a Plan,
+    ledger: Ledger,
+    background: Option<Background>,
+    stop_at: StopAt,
+}
+
+impl Work<'_> {
+    /// Does everything; gives the MTU.
+    async fn run(&mut self, config: Arc<Config>) -> Result<Option<u32>, Failure> {
+        let table = match self.plan.needs_policy_table() {
+            true => Some(self.take_table().await?),
+            false => None,
+        };
+        let mut configuration = None;
+        let mut routes: Option<HashSet<IpNet>> = None;
+        let mut mtu = None;
+        for step in self.plan.steps(table) {
+            if step == Step::Daemon {
+                // Not before, for a `PreUp` may make the way to the name service.
+                configuration = Some(resolved(&config).await?);
+            }
+            if self.plan.routes_to == RoutesTo::Auto
+                && let Step::Route { prefix, table: MAIN_TABLE } = &step
+            {
+                if routes.is_none() {
+                    routes = Some(self.missing_routes().await?);
+                }
+                if !routes.as_ref().is_some_and(|routes| routes.contains(prefix)) {
+                    continue;
+                }
+            }
+            // Priorities are not given to two interfaces at once.
+            let choosing = matches!(step, Step::Rule { .. })
+                .then(Ledger::choose)
+                .transpose()
+                .context("waiting for another `tidegate`")?;
+            let endpoints =
+                configuration.as_ref().map_or(&[][..], |configuration| &configuration.endpoints);
+            let context = Context { interface: self.interface, host: self.host, endpoints };
+            let Some(step) = steps::settle(step, &context).await? else { continue };
+            if let Step::Mtu(settled) = step {
+                mtu = settled;
+            }
+            self.stop_at.pass();
+            let id = self.ledger.note(step.clone()).context("noting a step")?;
+            self.stop_at.pass();
+            match &step {
+                Step::Daemon => self.start_daemon()?,
+                Step::Configure => {
+                    let configuration = configuration.as_ref().expect("it comes before");
+                    configure(self.interface, &configuration.request)?;
+                }
+                step => steps::carry_out(step, &context).await?,
+            }
+            self.stop_at.pass();
+            self.ledger.done(id).context("noting a step")?;
+            drop(choosing);
+            // Steps that only wait for the kernel would not hear of a signal.
+            tokio::task::yield_now().await;
+        }
+        self.ledger.is_up().context("noting the end")?;
+        self.stop_at.pass();
+        Ok(mtu)
+    }
+
+    /// A table without routes that no other interface is about to use.
+    async fn take_table(&mut self) -> Result<u32, Failure> {
+        let _choosing = Ledger::choose().context("waiting for another `tidegate`")?;
+        let table = free_table(self.interface, self.host).await?;
+        self.ledger.takes_table(table).context("noting a routing table")?;
+        Ok(table)
+    }
+
+    fn start_daemon(&mut self) -> Result<(), Failure> {
+        self.background = Some(Background::start(&self.plan.daemon, None)?);
+        let socket = Socket::find(self.interface)?;
+        let pid = socket.map(|socket| socket.daemon()).transpose()?.flatten();
+        let keeper = pid.and_then(Process::of);
+        let keeper = keeper.ok_or_else(|| Failure::new(Code::Runtime, "the daemon has ended"))?;
+        Ok(self.ledger.kept_by(keeper).context("noting the daemon")?)
+    }
+
+    async fn missing_routes(&self) -> Result<HashSet<IpNet>, Failure> {
+        let index = self.host.link_index(self.interface.as_str()).await?;
+        let present = self.host.routes(index).await?;
+        Ok(missing_routes(self.plan.allowed_ips.iter().copied(), present).into_iter().collect())
+    }
+}
+
+async fn free_table(interface: &InterfaceName, host: &Host) -> Result<u32, Failure> {
+    let others: Vec<u32> =
+        Ledger::others(interface).iter().filter_map(|record| record.table).collect();
+    let mut table = POLICY_TABLE;
+    while others.contains(&table) || host.has_routes(table).await? {
+        table += 1;
+    }
+    Ok(table)
+}
+
+/// Resolves names, which may take long, in a thread of its own.
+async fn resolved(config: &Arc<Config>) -> Result<Configuration, Failure> {
+    let config = Arc::clone(config);
+    let resolving = tokio::task::spawn_blocking(move || {
+        let retries = resolve::retries();
+        Configuration::new(&config, |host, port| resolve::resolve(host, port, retries))
+    });
+    resolving.await.context("resolving names")?
+}
+
+/// Configures the daemon, as `wg setconf` would.
+fn configure(interface: &InterfaceName, request: &SetRequest) -> Result<(), Failure> {
     let socket = Socket::find(interface)?
         .ok_or_else(|| Failure::new(Code::Runtime, "the daemon does not listen any more"))?;
-    match socket.request(&uapi::format_set(&plan.request))?.error() {
+    match socket.request(&uapi::format_set(request))?.error() {
         None => Ok(()),
         Some(error) if Errno::from_io_error(&error) == Some(Errno::ADDRINUSE) => {
             let line = "the port is in use by another program: choose another ListenPort";
@@ -146,34 +345,82 @@ fn tell_daemon(interface: &InterfaceName, plan: &Plan) -> Result<(), Failure> {
     }
 }
 
-/// Waits for a signal that means to end.
-async fn interrupted() -> Failure {
-    let signals = signal(SignalKind::interrupt())
-        .and_then(|interrupt| Ok((interrupt, signal(SignalKind::terminate())?)))
-        .context("waiting for signals");
-    match signals {
-        Ok((mut interrupt, mut terminate)) => {
-            tokio::select! {
-                _ = interrupt.recv() => {}
-                _ = terminate.recv() => {}
-            }
-            Failure::new(Code::Runtime, "interrupted")
-        }
-        Err(error) => error.into(),
-    }
+/// Kills this process on its way, at a point that a test names.
+#[derive(Default)]
+struct StopAt {
+    #[cfg(debug_assertions)]
+    passed: u32,
 }
 
-/// Deletes the interface; with it go its addresses and routes, and its daemon ends.
-async fn roll_back(interface: &InterfaceName, host: &Host) -> anyhow::Result<()> {
-    let index = host.link_index(interface.as_str()).await?;
-    Ok(host.delete_link(index).await?)
+impl StopAt {
+    #[cfg(debug_assertions)]
+    fn pass(&mut self) {
+        self.passed += 1;
+        let wanted = std::env::var("TIDEGATE_TEST_STOP_AT").ok();
+        if wanted.and_then(|number| number.parse().ok()) == Some(self.passed) {
+            let _ = rustix::process::kill_process(
+                rustix::process::getpid(),
+                rustix::process::Signal::KILL,
+            );
+        }
+    }
+
+    #[cfg(not(debug_assertions))]
+    fn pass(&mut self) {}
+}
+
+/// What would be done, a line for each step, as far as it can be told without doing it.
+async fn dry_run(
+    interface: &InterfaceName,
+    host: &Host,
+    config: &Config,
+    plan: &Plan,
+) -> Result<String, Failure> {
+    let table = match plan.needs_policy_table() {
+        true => Some(free_table(interface, host).await?),
+        false => None,
+    };
+    // Names are not looked up: what is shown is that the ways to the others have this MTU.
+    let endpoints: Vec<_> = config
+        .peers
+        .iter()
+        .filter_map(|peer| match peer.endpoint.as_deref() {
+            Some(config::Endpoint::Address(address)) => Some(*address),
+            _ => None,
+        })
+        .collect();
+    let context = Context { interface, host, endpoints: &endpoints };
+    // The kernel routes the networks of the addresses by itself.
+    let connected = plan.addresses.iter().copied();
+    let routes = missing_routes(plan.allowed_ips.iter().copied(), connected);
+    let mut text = String::new();
+    for step in plan.steps(table) {
+        let is_left_out = plan.routes_to == RoutesTo::Auto
+            && matches!(&step, Step::Route { prefix, table: MAIN_TABLE } if !routes.contains(prefix));
+        if is_left_out {
+            continue;
+        }
+        let step = match step {
+            step @ (Step::Mtu(_) | Step::Dns { .. }) => {
+                match steps::settle(step, &context).await? {
+                    Some(step) => step,
+                    None => continue,
+                }
+            }
+            step => step,
+        };
+        for line in step.shown(interface) {
+            text += &format!("[#] {line}\n");
+        }
+    }
+    Ok(text)
 }
 
 /// Says what came of it.
 fn summarize(
     interface: &InterfaceName,
     plan: &Plan,
-    mtu: u32,
+    mtu: Option<u32>,
     took: Duration,
 ) -> Result<Code, Failure> {
     let socket = Socket::find(interface)?
@@ -182,7 +429,7 @@ fn summarize(
     let mut facts = vec![plural(plan.peer_count as u64, "peer")];
     facts.extend(plan.addresses.iter().map(IpNet::to_string));
     facts.push(format!("port {}", state.listen_port));
-    facts.push(format!("MTU {mtu}"));
+    facts.extend(mtu.map(|mtu| format!("MTU {mtu}")));
     let margin = " ".repeat(interface.as_str().len());
     let mut text = format!("{interface}  up in {} ms   {}\n", took.as_millis(), facts.join(" · "));
     let mut code = Code::Ok;

@@ -28,6 +28,7 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 use miette::NamedSource;
+use serde::{Deserialize, Serialize};
 
 use self::keys::{Directive, Key, Section};
 use self::lines::{Line, Text, lines};
@@ -126,7 +127,7 @@ pub struct Hook {
 }
 
 /// When a [`Hook`] runs.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub enum HookEvent {
     /// Before the interface is up.
     PreUp,
@@ -145,6 +146,8 @@ pub struct Xdp {
     pub interfaces: Vec<Spanned<String>>,
     /// How.
     pub mode: Option<Spanned<Mode>>,
+    /// Whether rules of the host's firewall that XDP goes round may stay without effect.
+    pub bypass_firewall: bool,
     later: Vec<Spanned<String>>,
 }
 
@@ -200,26 +203,23 @@ pub fn parse(name: &str, text: &str) -> Result<Config, ConfigErrors> {
 }
 
 impl Config {
+    /// Where something stands, for people: `file:line`.
+    pub fn place(&self, span: Span) -> String {
+        let text = self.source.inner().as_bytes();
+        let before = &text[..span.offset().min(text.len())];
+        let line = 1 + before.iter().filter(|&&byte| byte == b'\n').count();
+        format!("{}:{line}", self.source.name())
+    }
+
     /// What the file asks for and this version cannot do, in the order of the file.
     ///
     /// Who would act on the file has to refuse it if there is anything: a tunnel without its filter
     /// or its routes is not what was asked for.
     pub fn unsupported(&self) -> Vec<Problem> {
-        const NO_HOOKS: &str = "remove the line, and run the command by yourself";
         const REMOVE: &str = "remove the line";
 
         let interface = &self.interface;
         let mut found: Vec<(Span, String, &str)> = Vec::new();
-        if let Some(first) = interface.dns.first() {
-            found.push((first.span, "`DNS`".into(), "set the resolver of the host by yourself"));
-        }
-        if let Some(table) = interface.table.as_ref().filter(|table| table.value != Table::Auto) {
-            let help = "remove the line: routes go to the main table";
-            found.push((table.span, "a `Table` other than `auto`".into(), help));
-        }
-        for hook in &interface.hooks {
-            found.push((hook.span, format!("`{}`", hook.event.key().name()), NO_HOOKS));
-        }
         if let Some(save) = interface.save_config.as_ref().filter(|save| save.value) {
             found.push((save.span, "`SaveConfig = true`".into(), "write `SaveConfig = false`"));
         }
@@ -229,12 +229,6 @@ impl Config {
         let later = self.peers.iter().flat_map(|peer| &peer.later);
         for directive in interface.later.iter().chain(later) {
             found.push((directive.span, format!("`#! {}`", directive.name()), REMOVE));
-        }
-        for net in self.peers.iter().flat_map(|peer| &peer.allowed_ips) {
-            if net.prefix_len() == 0 {
-                let help = "name the prefixes that should go through the tunnel";
-                found.push((net.span, format!("the route of `{}`", net.value), help));
-            }
         }
         found.sort_by_key(|(span, ..)| span.offset());
         found
@@ -250,6 +244,11 @@ impl Config {
 }
 
 impl HookEvent {
+    /// Its key in the file.
+    pub const fn name(self) -> &'static str {
+        self.key().name()
+    }
+
     const fn key(self) -> Key {
         match self {
             Self::PreUp => Key::PreUp,

@@ -305,9 +305,6 @@ fn what_comes_later_is_found_in_the_order_of_the_file() {
     assert_eq!(
         found,
         [
-            "`PostUp` is not supported yet",
-            "`DNS` is not supported yet",
-            "a `Table` other than `auto` is not supported yet",
             "`SaveConfig = true` is not supported yet",
             "`#! Nat` is not supported yet",
             "`#! Allow` is not supported yet",
@@ -315,11 +312,11 @@ fn what_comes_later_is_found_in_the_order_of_the_file() {
             "`mode=zerocopy` of `Xdp` is not supported yet",
             "`queues=` of `Xdp` is not supported yet",
             "`#! Limit` is not supported yet",
-            "the route of `::/0` is not supported yet",
         ]
     );
     let errors = ConfigErrors::new(config.unsupported()).unwrap();
-    assert!(render(&errors).contains("wg0.conf:3:10"), "{}", render(&errors));
+    assert!(render(&errors).contains("wg0.conf:7:14"), "{}", render(&errors));
+    assert_eq!(config.place(config.interface.hooks[0].span), "wg0.conf:3");
 }
 
 #[test]
@@ -629,5 +626,20 @@ proptest! {
         for (at, _) in text.char_indices() {
             prop_assert!(shown.is_char_boundary(at));
         }
+    }
+}
+
+#[test]
+fn xdp_may_be_told_to_go_round_the_firewall() {
+    for (text, expected) in [
+        ("#! Xdp = eth0 bypass-firewall", true),
+        ("#! Xdp = eth0, eth1 mode=native Bypass-Firewall", true),
+        ("#! Xdp = eth0", false),
+    ] {
+        let config = accept(&file(text, ""));
+        let xdp = config.interface.xdp.as_ref().unwrap();
+        assert_eq!(xdp.bypass_firewall, expected, "{text}");
+        assert!(xdp.interfaces.iter().all(|nic| nic.value.starts_with("eth")), "{text}");
+        assert!(config.unsupported().is_empty());
     }
 }

@@ -254,9 +254,12 @@ pub(super) fn workers(value: Text<'_>) -> Result<usize, Mistake> {
 /// `eth0,eth1 mode=native queues=4`; what comes later is left to the caller.
 pub(super) fn xdp(value: Text<'_>) -> Result<Xdp, Mistake> {
     const FORM: &str = "write `#! Xdp = eth0,eth1`, and `mode=auto`, `native` or `udp` after it";
-    let mut xdp = Xdp { interfaces: Vec::new(), mode: None, later: Vec::new() };
+    let mut xdp =
+        Xdp { interfaces: Vec::new(), mode: None, bypass_firewall: false, later: Vec::new() };
     for word in words(value) {
-        if let Some((name, option)) = word.split_once('=') {
+        if word.raw.eq_ignore_ascii_case("bypass-firewall") {
+            xdp.bypass_firewall = true;
+        } else if let Some((name, option)) = word.split_once('=') {
             match (&*name.raw.to_ascii_lowercase(), &*option.raw.to_ascii_lowercase()) {
                 ("mode", _) if xdp.mode.is_some() => {
                     return Err(Mistake::new("`mode` is set twice")

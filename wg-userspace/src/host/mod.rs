@@ -10,6 +10,7 @@
 mod address_watch;
 mod clone_watch;
 mod link_watch;
+mod policy;
 mod route;
 mod route_watch;
 
@@ -24,7 +25,7 @@ use netlink_packet_route::{
     AddressFamily,
     address::{AddressAttribute, AddressMessage},
     link::{LinkAttribute, LinkFlags, LinkMessage},
-    route::{RouteAttribute, RouteHeader, RouteMessage, RouteMetric, RouteProtocol, RouteScope},
+    route::{RouteAttribute, RouteHeader, RouteMessage, RouteMetric},
 };
 use rtnetlink::{LinkGetRequest, LinkUnspec, RouteMessageBuilder};
 use rustix::io::Errno;
@@ -32,6 +33,7 @@ use rustix::io::Errno;
 pub use address_watch::{AddressChange, AddressWatch};
 pub use clone_watch::CloneWatch;
 pub use link_watch::{LinkChange, LinkWatch};
+pub use policy::{Family, Rule};
 pub use route::missing_routes;
 pub use route_watch::RouteWatch;
 
@@ -151,6 +153,9 @@ impl HostAddress {
         Some(HostAddress { link_index: message.header.index, net })
     }
 }
+
+/// Number of the main routing table.
+pub const MAIN_TABLE: u32 = RouteHeader::RT_TABLE_MAIN as u32;
 
 /// The host's networking, as one network namespace shows it.
 #[derive(Clone, Debug)]
@@ -273,26 +278,17 @@ impl Host {
         Ok(messages.iter().filter_map(HostAddress::from_message).collect())
     }
 
-    /// Routes a prefix to a link, in the main table, with link scope.
+    /// Routes a prefix to a link, with link scope.
     ///
     /// # Errors
-    /// [`HostError::Exists`] when the prefix has such a route already, or when the kernel
-    /// refuses.
-    pub async fn add_route(&self, link_index: u32, prefix: IpNet) -> Result<(), HostError> {
-        let prefix = prefix.trunc();
-        let route = match prefix {
-            IpNet::V4(prefix) => RouteMessageBuilder::<Ipv4Addr>::new()
-                .destination_prefix(prefix.addr(), prefix.prefix_len())
-                .output_interface(link_index)
-                .scope(RouteScope::Link)
-                .protocol(RouteProtocol::Boot)
-                .build(),
-            IpNet::V6(prefix) => RouteMessageBuilder::<Ipv6Addr>::new()
-                .destination_prefix(prefix.addr(), prefix.prefix_len())
-                .output_interface(link_index)
-                .protocol(RouteProtocol::Boot)
-                .build(),
-        };
+    /// [`HostError::Exists`] when the table has such a route already, or when the kernel refuses.
+    pub async fn add_route(
+        &self,
+        link_index: u32,
+        prefix: IpNet,
+        table: u32,
+    ) -> Result<(), HostError> {
+        let route = policy::link_route(link_index, prefix, table);
         let result = self.handle.route().add(route).execute().await;
         result.map_err(|error| HostError::new(format!("adding route {prefix}"), error))
     }

@@ -52,12 +52,12 @@ fn a_link_gets_mtu_addresses_and_routes_and_goes() {
         assert!(present.contains(&net("fd09::/64")), "{present:?}");
         let allowed = ["10.9.0.2/32", "192.168.7.0/24", "fd09::2/128", "fd07::/48"].map(net);
         for route in missing_routes(allowed, present) {
-            host.add_route(index, route).await.unwrap();
+            host.add_route(index, route, MAIN_TABLE).await.unwrap();
         }
         assert!(ip("-4 route show dev link0").contains("192.168.7.0/24 scope link"));
         assert!(ip("-6 route show dev link0").contains("fd07::/48"));
         assert!(!ip("-4 route show dev link0").contains("10.9.0.2"));
-        let again = host.add_route(index, net("192.168.7.0/24")).await.unwrap_err();
+        let again = host.add_route(index, net("192.168.7.0/24"), MAIN_TABLE).await.unwrap_err();
         assert!(matches!(again, HostError::Exists { .. }), "{again:?}");
 
         host.delete_link(index).await.unwrap();
@@ -167,5 +167,64 @@ fn the_link_towards_a_host_follows_routes_sources_and_marks() {
         assert_eq!((towards(ours, 0).await, towards(ours, 7).await), (Some(a), Some(b)));
         ip("route add 10.0.0.2/32 dev b0");
         assert_eq!(towards(ours, 0).await, Some(b));
+    });
+}
+
+#[test]
+fn rules_and_routes_of_tables_come_and_go() {
+    require_root!();
+    in_new_netns(|| async {
+        ip("link add dev link0 type veth peer name link1");
+        ip("link set link0 up");
+        let host = Host::new().unwrap();
+        let index = host.link_index("link0").await.unwrap();
+        let before = [ip("-4 rule show"), ip("-6 rule show")];
+        assert!(!host.has_routes(51820).await.unwrap());
+        let mut added = Vec::new();
+        for (family, default) in [(Family::V4, "0.0.0.0/0"), (Family::V6, "::/0")] {
+            host.add_route(index, net(default), 51820).await.unwrap();
+            let of = |priority, table| Rule {
+                family,
+                priority,
+                table,
+                unless_marked: None,
+                suppress_prefix_len: None,
+            };
+            let priority = host.next_rule_priority(family).await.unwrap();
+            let rule = Rule { unless_marked: Some(51820), ..of(priority, 51820) };
+            host.add_rule(rule).await.unwrap();
+            let again = host.add_rule(rule).await.unwrap_err();
+            assert!(matches!(again, HostError::Exists { .. }), "{again:?}");
+            let priority = host.next_rule_priority(family).await.unwrap();
+            let main = Rule { suppress_prefix_len: Some(0), ..of(priority, MAIN_TABLE) };
+            host.add_rule(main).await.unwrap();
+            added.extend([rule, main]);
+        }
+        let by_us = [ip("-d -4 rule show"), ip("-d -6 rule show")];
+        assert!(host.has_routes(51820).await.unwrap());
+        // A rule that differs in its mark only is not ours.
+        let other = Rule { unless_marked: Some(51821), ..added[0] };
+        host.delete_rule(other).await.unwrap();
+        assert_eq!(ip("-d -4 rule show"), by_us[0]);
+        for _ in 0..2 {
+            for &rule in &added {
+                host.delete_rule(rule).await.unwrap();
+            }
+            for default in ["0.0.0.0/0", "::/0"] {
+                host.delete_route(index, net(default), 51820).await.unwrap();
+            }
+        }
+        assert_eq!([ip("-4 rule show"), ip("-6 rule show")], before);
+        assert!(!host.has_routes(51820).await.unwrap());
+
+        for family in ["-4", "-6"] {
+            ip(&format!("{family} rule add not fwmark 51820 table 51820"));
+            ip(&format!("{family} rule add table main suppress_prefixlength 0"));
+        }
+        assert_eq!([ip("-d -4 rule show"), ip("-d -6 rule show")], by_us, "as `ip` adds them");
+        host.add_address(index, net("10.9.0.1/24")).await.unwrap();
+        host.delete_address(index, net("10.9.0.1/24")).await.unwrap();
+        host.delete_address(index, net("10.9.0.1/24")).await.unwrap();
+        assert!(!ip("address show").contains("10.9.0.1"));
     });
 }
