@@ -8,7 +8,7 @@ pub struct DeviceId(pub u16);
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub struct PeerId(pub u32);
 
-/// A worker: one pinned thread of the data path. Counts from 0.
+/// A pinned thread of the data path, and the worker of each device there. Counts from 0.
 #[derive(Clone, Copy, Debug, Default, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub struct WorkerId(pub u16);
 

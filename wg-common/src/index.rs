@@ -8,6 +8,8 @@
 //! It keeps strangers from guessing live indexes, and is made to be cheap. Nothing's security rests
 //! on it: what a message is worth, its tag says.
 
+use core::ops::Range;
+
 use crate::id::ReceiverIndex;
 
 /// How many of an index's 32 bits stand for what; the same on all nodes of a fleet.
@@ -62,6 +64,17 @@ impl IndexLayout {
     /// Number of slots of a node.
     pub const fn slot_count(self) -> u32 {
         1 << self.slot_bits
+    }
+
+    /// The slots of one of `count` devices that share a node's, the one with this number: together they
+    /// have all of them, and no two have one in common. Empty if the number is none of theirs.
+    pub fn share(self, number: u32, count: u32) -> Range<u32> {
+        let count = count.max(1);
+        let begin = |number: u32| {
+            let slot = u64::from(self.slot_count()) * u64::from(number.min(count));
+            (slot / u64::from(count)) as u32
+        };
+        begin(number)..begin(number.saturating_add(1))
     }
 
     /// Number of epochs of a slot.
@@ -275,6 +288,22 @@ mod tests {
             let own = permutation.own_index(parts.slot, parts.epoch);
             prop_assert_eq!(permutation.slot_of(own), Some(parts.slot));
             prop_assert_eq!(own == index(value), parts.node == permutation.node());
+        }
+
+        #[test]
+        fn shares_are_apart_and_together_all(
+            layout in layout(), count in prop_oneof![1u32..=9, any::<u32>()], number in any::<u32>(),
+        ) {
+            let number = number % count.max(1);
+            let share = layout.share(number, count);
+            // What ends here begins there: so no slot is in two of them, and none in no share.
+            prop_assert_eq!(share.end, layout.share(number + 1, count).start);
+            prop_assert_eq!(layout.share(0, count).start, 0);
+            prop_assert_eq!(layout.share(count.max(1) - 1, count).end, layout.slot_count());
+            prop_assert!(layout.share(count, count).is_empty());
+            let fair = layout.slot_count() / count.max(1);
+            prop_assert!(share.start <= share.end && share.len() as u32 >= fair);
+            prop_assert!(share.len() as u32 <= fair + 1);
         }
 
         #[test]

@@ -98,6 +98,8 @@ reasons! {
     XskRingFull = "xsk_ring_full",
     /// An XSK had no chunk to receive into, or the packet did not fit into one.
     XskNoChunk = "xsk_no_chunk",
+    /// No device of this process listens on the port that a frame was sent to.
+    NoDevice = "no_device",
 }
 
 macro_rules! steer_events {

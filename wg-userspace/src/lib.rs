@@ -10,11 +10,13 @@ pub mod datapath;
 pub mod device;
 pub mod handshake;
 pub mod host;
+pub mod keeper;
 pub mod key;
 pub mod lookup;
 pub mod noise;
 pub mod rate;
 pub mod routing;
+pub mod sandbox;
 pub mod session;
 #[expect(unsafe_code, reason = "system calls, and memory shared with the kernel")]
 pub mod sys;

@@ -13,7 +13,7 @@ mod tests;
 
 use std::collections::HashMap as StdHashMap;
 use std::net::IpAddr;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd as _, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -64,9 +64,9 @@ pub struct Steer {
     ebpf: Ebpf,
     /// Interface index → the link that keeps the program attached there.
     links: StdHashMap<u32, FdLink>,
-    listen_ports: SharedWords,
-    live_indexes: Arc<SharedWords>,
-    heartbeats: Arc<SharedWords>,
+    listen_ports: Words,
+    live_indexes: Words,
+    heartbeats: Words,
     local_addresses: HashMap<MapData, AddressKey, u32>,
     queues: HashMap<MapData, QueueKey, QueueEntry>,
     xsks: XskMap<MapData>,
@@ -104,8 +104,8 @@ impl Steer {
         Ok(Self {
             links: StdHashMap::new(),
             listen_ports: words(&mut ebpf, LISTEN_PORTS)?,
-            live_indexes: Arc::new(words(&mut ebpf, LIVE_INDEXES)?),
-            heartbeats: Arc::new(words(&mut ebpf, HEARTBEATS)?),
+            live_indexes: words(&mut ebpf, LIVE_INDEXES)?,
+            heartbeats: words(&mut ebpf, HEARTBEATS)?,
             local_addresses: take(&mut ebpf, LOCAL_ADDRESSES)?,
             queues: take(&mut ebpf, QUEUES)?,
             xsks: take(&mut ebpf, XSKS)?,
@@ -156,17 +156,27 @@ impl Steer {
     /// Says whose UDP port this is: from now on its datagrams are looked at, or pass.
     pub fn set_port(&self, port: u16, device: Option<DeviceId>) {
         let entry = device.map_or(0, port_entry);
-        self.listen_ports[usize::from(port)].store(entry, Ordering::Release);
+        self.listen_ports.words[usize::from(port)].store(entry, Ordering::Release);
     }
 
     /// The live-index map: a slot's entry is [`wg_common::map::index_entry`], or 0.
     pub fn live_indexes(&self) -> Arc<SharedWords> {
-        Arc::clone(&self.live_indexes)
+        Arc::clone(&self.live_indexes.words)
+    }
+
+    /// The live-index map, for a process that maps it.
+    pub fn live_indexes_fd(&self) -> BorrowedFd<'_> {
+        self.live_indexes.fd.as_fd()
     }
 
     /// The heartbeats, indexed by worker, in nanoseconds of boot time.
     pub fn heartbeats(&self) -> Arc<SharedWords> {
-        Arc::clone(&self.heartbeats)
+        Arc::clone(&self.heartbeats.words)
+    }
+
+    /// The map of heartbeats, for a process that maps it.
+    pub fn heartbeats_fd(&self) -> BorrowedFd<'_> {
+        self.heartbeats.fd.as_fd()
     }
 
     /// Adds an address of this host.
@@ -328,6 +338,16 @@ impl SteerCounters {
         self.0[DropReason::COUNT + event as usize]
     }
 
+    /// The counts in the kernel side's order, for [`SteerCounters::from_counts`] of another process.
+    pub fn to_counts(&self) -> Vec<u64> {
+        self.0.to_vec()
+    }
+
+    /// The counters with these counts; nothing if they are not as many.
+    pub fn from_counts(counts: &[u64]) -> Option<Self> {
+        counts.try_into().ok().map(Self)
+    }
+
     /// All reasons with their counts.
     pub fn drops(&self) -> impl Iterator<Item = (DropReason, u64)> + '_ {
         DropReason::ALL.iter().map(|reason| (*reason, self.dropped(*reason)))
@@ -359,12 +379,18 @@ fn take<M: TryFrom<Map, Error = MapError>>(
     M::try_from(map).map_err(|error| BpfError::map(name, error))
 }
 
-/// A whole array, mapped into our memory.
-fn words(ebpf: &mut Ebpf, name: &'static str) -> Result<SharedWords, BpfError> {
+/// A whole array, mapped into our memory, and its descriptor.
+struct Words {
+    words: Arc<SharedWords>,
+    fd: OwnedFd,
+}
+
+fn words(ebpf: &mut Ebpf, name: &'static str) -> Result<Words, BpfError> {
+    let failed = |error| BpfError::map(name, MapError::IoError(error));
     let array: Array<MapData, u64> = take(ebpf, name)?;
-    let count = array.len() as usize;
-    SharedWords::map(array.map().fd(), count)
-        .map_err(|error| BpfError::map(name, MapError::IoError(error)))
+    let fd = array.map().fd().as_fd().try_clone_to_owned().map_err(failed)?;
+    let words = SharedWords::map(&fd, array.len() as usize).map_err(failed)?;
+    Ok(Words { words: Arc::new(words), fd })
 }
 
 fn absent_is_fine(result: Result<(), MapError>) -> Result<(), MapError> {

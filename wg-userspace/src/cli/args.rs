@@ -10,7 +10,7 @@ use clap::{Args, Parser, Subcommand};
 use wg_common::map::HEARTBEATS_LEN;
 
 use super::name::InterfaceName;
-use crate::daemon::Mode;
+use crate::daemon::{DEVICE_COUNT_MAX, Mode};
 
 /// The numbers of [`Code`](super::Code), for people.
 const EXIT_CODES: &str = "Exit codes: 0 ok · 1 it failed while it ran · 2 wrong usage · \
@@ -37,8 +37,11 @@ struct Tidegated {
 /// What to do.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Run the daemon of an interface; wg(8) configures it (same as `tidegated`)
+    /// Run the daemon of one or several interfaces; wg(8) configures them (same as `tidegated`)
     Run(Run),
+    /// What a keeper starts: the process with the keys and the packets.
+    #[command(hide = true)]
+    Data(Data),
     /// Bring an interface up as its config file says, like `wg-quick up`
     Up(Up),
     /// Take an interface down
@@ -62,9 +65,9 @@ pub enum Command {
 /// Arguments of `run`.
 #[derive(Args, Debug)]
 pub struct Run {
-    /// Name of the interface to make
-    #[arg(value_name = "IF")]
-    pub interface: InterfaceName,
+    /// Names of the interfaces to make; one process serves all of them
+    #[arg(value_name = "IF", required = true, num_args = 1..=DEVICE_COUNT_MAX)]
+    pub interfaces: Vec<InterfaceName>,
     /// Stay in the foreground and log to standard error (also with WG_PROCESS_FOREGROUND=1)
     #[arg(short, long)]
     pub foreground: bool,
@@ -76,6 +79,26 @@ pub struct Run {
     /// What to log: error, warn, info, debug, trace, off, or directives such as `info,wg_userspace::bpf=trace`
     #[arg(long, value_name = "FILTER", env = "LOG_LEVEL", value_parser = log_filter)]
     pub log: Option<String>,
+}
+
+/// Arguments of `data`. All that matters comes from the keeper.
+#[derive(Args, Debug)]
+pub struct Data {
+    /// Names of the interfaces, for those who look at the list of processes
+    #[arg(value_name = "IF")]
+    pub interfaces: Vec<InterfaceName>,
+    /// Process with which this one ends
+    #[arg(long, value_name = "PID")]
+    pub keeper: u32,
+    /// Let go of standard error when wg(8) is answered
+    #[arg(long)]
+    pub in_background: bool,
+    /// Log lines with their time
+    #[arg(long)]
+    pub with_time: bool,
+    /// What to log
+    #[arg(long, value_name = "FILTER", value_parser = log_filter)]
+    pub log: String,
 }
 
 /// Arguments of every command that starts a daemon: its data path, and where its peers come from.
@@ -239,7 +262,7 @@ mod tests {
     fn called_as_tidegated_it_runs() {
         for line in ["tidegated wg0", "/usr/bin/tidegated -f wg0", "tidegate run wg0 -f"] {
             let run = run(line);
-            assert_eq!(run.interface.as_str(), "wg0", "{line}");
+            assert_eq!(run.interfaces, ["wg0".parse().unwrap()], "{line}");
             assert_eq!(run.foreground, line.contains("-f"), "{line}");
         }
         assert!(read("tidegated up wg0").is_err());
@@ -255,6 +278,22 @@ mod tests {
     }
 
     #[test]
+    fn one_process_may_serve_several_interfaces() {
+        let names = |line: &str| {
+            let names = run(line).interfaces;
+            names.iter().map(|name| name.as_str().to_owned()).collect::<Vec<_>>()
+        };
+        assert_eq!(names("tidegate run wg0 -f wg1"), ["wg0", "wg1"]);
+        assert_eq!(names("tidegated --mode udp -- wg0 -x wg2"), ["wg0", "-x", "wg2"]);
+        let many = |count: usize| {
+            let names: Vec<_> = (0..count).map(|number| format!("wg{number}")).collect();
+            format!("tidegate run {}", names.join(" "))
+        };
+        assert_eq!(names(&many(DEVICE_COUNT_MAX)).len(), DEVICE_COUNT_MAX);
+        assert!(read(&many(DEVICE_COUNT_MAX + 1)).is_err());
+    }
+
+    #[test]
     fn nothing_said_is_nothing_chosen() {
         assert_eq!(run("tidegate run wg0").data_path, DataPathArgs::default());
         assert_eq!(parse_nics("").unwrap(), Nics(Vec::new()));
@@ -265,7 +304,7 @@ mod tests {
         for line in [
             "tidegate",
             "tidegate run",
-            "tidegate run wg0 wg1",
+            "tidegate run wg0 a/b",
             "tidegate run this-name-is-too-long",
             "tidegate run a/b",
             "tidegate run wg0 --workers 0",

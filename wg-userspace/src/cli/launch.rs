@@ -1,4 +1,5 @@
-//! A daemon in the background: a second process of this program that says when it is ready.
+//! A daemon in the background: a second process of this program that says when it is ready. It is the
+//! keeper, and has a child of its own.
 //!
 //! The child runs `tidegate run --background-child …` in a session of its own. Its standard
 //! output is a pipe on which it writes one line when the interface and its socket exist; until
@@ -7,9 +8,10 @@
 
 use std::{
     ffi::OsStr,
+    fs::File,
     io::{BufRead, BufReader, Write},
     os::unix::process::{CommandExt, ExitStatusExt},
-    process::{Child, Command, Stdio},
+    process::{Child, Command, ExitStatus, Stdio},
     time::Duration,
 };
 
@@ -45,19 +47,7 @@ impl Background {
         if line == READY_LINE {
             return Ok(Self { child });
         }
-        let status = child.wait().context("waiting for the daemon's end")?;
-        match (status.code(), status.signal()) {
-            (Some(0), _) => {
-                Err(Failure::new(Code::Runtime, "the daemon ended before it was ready"))
-            }
-            (Some(code), _) => {
-                Err(Failure::of_child(code.try_into().unwrap_or(Code::Runtime as u8)))
-            }
-            (None, signal) => Err(Failure::new(
-                Code::Runtime,
-                format_args!("the daemon was killed by signal {}", signal.unwrap_or(0)),
-            )),
-        }
+        Err(of_child(child.wait().context("waiting for the daemon's end")?))
     }
 
     /// Waits until the daemon has ended; tells it to, and at last kills it, if it takes too long.
@@ -77,6 +67,18 @@ impl Background {
 
     fn reap(&mut self) {
         let _ = self.child.wait();
+    }
+}
+
+/// A process that ended before it was ready, and has printed why.
+pub fn of_child(status: ExitStatus) -> Failure {
+    match (status.code(), status.signal()) {
+        (Some(0), _) => Failure::new(Code::Runtime, "the daemon ended before it was ready"),
+        (Some(code), _) => Failure::of_child(code.try_into().unwrap_or(Code::Runtime as u8)),
+        (None, signal) => {
+            let signal = signal.unwrap_or(0);
+            Failure::new(Code::Runtime, format_args!("the daemon was killed by signal {signal}"))
+        }
     }
 }
 
@@ -112,7 +114,7 @@ fn command(options: &daemon::Options, log: Option<&str>) -> std::io::Result<Comm
         command.arg(format!("--log={log}"));
     }
     // `--`: a name may begin with a dash.
-    command.args(["--", &options.interface]);
+    command.arg("--").args(&options.interfaces);
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::inherit());
     Ok(command)
 }
@@ -135,13 +137,14 @@ pub fn tell_ready() -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
     // Who started us may have gone; the daemon runs on all the same.
     let _ = out.write_all(READY_LINE.as_bytes()).and_then(|()| out.flush());
-    let null = std::fs::File::options()
-        .read(true)
-        .write(true)
-        .open("/dev/null")
-        .context("opening /dev/null")?;
+    let null = null()?;
     rustix::stdio::dup2_stdin(&null)
         .and_then(|()| rustix::stdio::dup2_stdout(&null))
         .and_then(|()| rustix::stdio::dup2_stderr(&null))
         .context("letting go of the standard streams")
+}
+
+/// What takes everything and has nothing.
+pub fn null() -> anyhow::Result<File> {
+    File::options().read(true).write(true).open("/dev/null").context("opening /dev/null")
 }

@@ -50,6 +50,7 @@ pub fn main() -> ExitCode {
     };
     let result = match command {
         Command::Run(arguments) => run::run(arguments),
+        Command::Data(arguments) => run::data(&arguments),
         Command::Up(arguments) => up::up(arguments),
         Command::Down { what } => down::down(&what),
         Command::Show(arguments) => show::show(&arguments),

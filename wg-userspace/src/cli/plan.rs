@@ -257,7 +257,7 @@ fn daemon_options(
     });
     let file_workers = config.interface.workers.as_ref().map(|workers| workers.value);
     daemon::Options {
-        interface: interface.as_str().to_owned(),
+        interfaces: vec![interface.as_str().to_owned()],
         xdp: arguments.xdp().map_or_else(file_nics, <[String]>::to_vec),
         mode: arguments.mode.or(file_mode).unwrap_or(daemon::Mode::Auto),
         workers: arguments.workers.map(usize::from).or(file_workers),

@@ -4,7 +4,10 @@ use std::{collections::BTreeMap, str::FromStr};
 
 use serde::{Deserialize, Serialize, Serializer};
 
-use crate::key::{PresharedKey, PrivateKey, PublicKey};
+use crate::{
+    key::{PresharedKey, PrivateKey, PublicKey},
+    sandbox,
+};
 
 /// What `tidegate show --json` prints.
 #[derive(Debug, Serialize)]
@@ -69,6 +72,8 @@ pub struct DataPath {
     pub nics: Vec<Nic>,
     /// Number of workers.
     pub workers: usize,
+    /// What the process that opens packets may still do; nothing if it did not say.
+    pub privileges: Option<sandbox::Report>,
     /// Workers that do not move at present.
     pub stuck_workers: usize,
     /// Whether handshakes come faster than the daemon would do them: it demands cookies.

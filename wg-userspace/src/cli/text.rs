@@ -3,6 +3,7 @@
 use std::fmt;
 
 use super::report::{DataPath, Interface, Peer};
+use crate::sandbox;
 
 /// Colours, or none.
 #[derive(Clone, Copy, Debug)]
@@ -94,6 +95,9 @@ fn peer(peer: &Peer, paint: Paint, now_unix_s: u64) -> String {
 
 fn data_path(path: &DataPath, paint: Paint) -> String {
     let mut text = paint.line("data path", &path.to_string());
+    if let Some(held) = &path.privileges {
+        text += &paint.line("privileges", &privileges(held));
+    }
     if let Some(quiesced) = &path.quiesced {
         let until = match quiesced.seconds_left {
             None => "until it is resumed".to_owned(),
@@ -117,6 +121,27 @@ fn data_path(path: &DataPath, paint: Paint) -> String {
         }
     }
     text
+}
+
+/// What the process that opens packets may still do.
+fn privileges(held: &sandbox::Report) -> String {
+    let capabilities = match held.capabilities.permitted {
+        0 => "no capabilities".to_owned(),
+        some => format!("capabilities {some:#x}"),
+    };
+    let mut words = vec![format!("uid {}", held.uid), capabilities];
+    if held.no_new_privs {
+        words.push("no new privileges".to_owned());
+    }
+    if held.seccomp == sandbox::Seccomp::Filter {
+        words.push("seccomp".to_owned());
+    }
+    match held.landlock {
+        sandbox::Landlock::Full => words.push("landlock".to_owned()),
+        sandbox::Landlock::Partial => words.push("landlock (in part)".to_owned()),
+        sandbox::Landlock::None => {}
+    }
+    words.join(", ")
 }
 
 /// The mode, where and why, in some words.
@@ -229,6 +254,23 @@ mod tests {
              eth1 (1 queue, copy), 2 workers (1 stuck), under load\n  \
              received by: xsk 12\n  steer: steered 7\n  drops: bad_tag 1, replay 3\n"
         );
+    }
+
+    #[test]
+    fn privileges_are_shown_in_a_line() {
+        let none = r#"{"effective":0,"permitted":0,"inheritable":0,"ambient":0,"bounding":0}"#;
+        let show = |sets: &str, rest: &str| {
+            let held = format!(r#"{{"uid":65534,"gid":65534,"capabilities":{sets},{rest}}}"#);
+            privileges(&serde_json::from_str(&held).unwrap())
+        };
+        let all = r#""no_new_privs":true,"dumpable":false,"seccomp":"filter","landlock":"full""#;
+        assert_eq!(
+            show(none, all),
+            "uid 65534, no capabilities, no new privileges, seccomp, landlock"
+        );
+        let little = r#""no_new_privs":false,"dumpable":true,"seccomp":"off","landlock":"none""#;
+        let one = none.replace("\"permitted\":0", "\"permitted\":4096");
+        assert_eq!(show(&one, little), "uid 65534, capabilities 0x1000");
     }
 
     #[test]

@@ -1,13 +1,13 @@
 //! Answers wg(8) and carries each change of the device to the rooms that it concerns.
 
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::net::IpAddr;
+use std::rc::Rc;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use arrayvec::ArrayVec;
 use hashbrown::HashSet;
 use wg_common::endpoint::LocalSource;
 use wg_common::id::{PeerId, WorkerId};
@@ -18,28 +18,24 @@ use super::effects::carry_out;
 use super::mode::ModeInUse;
 use super::pull::Pulling;
 use super::quiesce;
+use super::remember::Remembering;
 use super::status::{Nic, Quiesced, Status};
 use super::watchdog::Watchdog;
-use crate::bpf::Steer;
 use crate::counters::{Path, Totals};
 use crate::datapath::shared::PEER_COUNT_MAX;
 use crate::datapath::{Shared, SocketGroup};
 use crate::device::{Device, Effect, SetRequest};
 use crate::handshake::Handshakes;
-use crate::host::{AddressChange, Host, HostError, LinkChange};
+use crate::keeper::Keeper;
+use crate::keeper::protocol::{LINKS_MAX, Refusal};
 use crate::key::PublicKey;
+use crate::sandbox;
 use crate::session::{Break, Continuity, HotPeer};
 use crate::sys::clock;
 use crate::uapi::{self, Errno, PeerStatus};
-use crate::udp::{self, UdpError};
 
 /// The watchdog looks at the workers this often, and what nobody tells is noticed.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
-/// Listen ports that are remembered as ours.
-const FORMER_SOCKETS_MAX: usize = 8;
-/// A worker that closes sockets gets these tries, and this time between them, to be done with it.
-const CLOSE_TRIES: u32 = 50;
-const CLOSE_WAIT: Duration = Duration::from_millis(1);
 
 /// The control plane of one device.
 pub struct Control {
@@ -49,13 +45,20 @@ pub struct Control {
     pub(super) handshakes: Arc<Handshakes>,
     /// A source of peers that are not configured, if there is one.
     pub(super) pulling: Option<Pulling>,
-    steer: RefCell<Option<Steer>>,
+    /// Who opens what this process may not; nothing in tests.
+    keeper: Option<Rc<Keeper>>,
+    /// What this process may still do, if it was confined.
+    privileges: Cell<Option<sandbox::Report>>,
     mode: ModeInUse,
     nics: Vec<Nic>,
     aead: &'static str,
-    fwmark: Cell<u32>,
-    /// Sockets before the present ones, with their port; workers may use them yet.
-    former_sockets: RefCell<ArrayVec<(u16, Weak<SocketGroup>), FORMER_SOCKETS_MAX>>,
+    pub(super) fwmark: Cell<u32>,
+    /// Sockets before the present ones, with their port, while workers may use them.
+    former_sockets: RefCell<Vec<(u16, Weak<SocketGroup>)>>,
+    /// The memory for a successor, if there is somebody to keep it.
+    pub(super) remembering: RefCell<Option<Remembering>>,
+    /// Peers that had sessions with a predecessor of this process.
+    pub(super) to_reach: RefCell<VecDeque<PeerId>>,
     watchdog: RefCell<Watchdog>,
     continuity: RefCell<Continuity>,
     /// When this thread last looked at timers and workers.
@@ -71,37 +74,43 @@ impl Control {
     pub fn new(
         shared: Arc<Shared>,
         handshakes: Arc<Handshakes>,
-        steer: Option<Steer>,
+        keeper: Option<Rc<Keeper>>,
         mode: ModeInUse,
         nics: Vec<Nic>,
         aead: &'static str,
     ) -> Self {
         let watchdog = RefCell::new(Watchdog::new(shared.workers.len()));
-        let control = Self {
+        Self {
             watchdog,
             shared,
             device: RefCell::default(),
             handshakes,
             pulling: None,
-            steer: RefCell::new(steer),
+            keeper,
+            privileges: Cell::default(),
             mode,
             nics,
             aead,
             fwmark: Cell::new(0),
+            remembering: RefCell::default(),
+            to_reach: RefCell::default(),
             continuity: RefCell::default(),
             ticked: Cell::default(),
             cleared: Cell::default(),
             clearings: RefCell::default(),
             former_sockets: RefCell::default(),
-        };
-        control.steer_port(None, control.shared.sockets.load().port);
-        control
+        }
     }
 
     /// Has peers that nobody configured pulled from a source when they knock.
     #[must_use]
     pub fn with_pulling(self, pulling: Option<Pulling>) -> Self {
         Self { pulling, ..self }
+    }
+
+    /// Takes note of how this process was confined.
+    pub fn set_privileges(&self, privileges: sandbox::Report) {
+        self.privileges.set(Some(privileges));
     }
 
     /// The back end in use.
@@ -117,9 +126,12 @@ impl Control {
         if quiesce::is_over(&self.shared, now) {
             self.resume();
         }
+        self.close_former_sockets();
         self.watchdog.borrow_mut().look(&self.shared, &self.handshakes, now);
         self.handshakes.tick(now);
         self.pull_tick(now);
+        self.reach_tick(now);
+        self.remember_tick(now);
     }
 
     /// The present moment, for what may seal something or begin a handshake. Of a break of time that
@@ -183,38 +195,39 @@ impl Control {
     fn resume(&self) {
         tracing::info!("goes on: there may be handshakes again");
         self.shared.set_quiesced_until(Now::default());
+        self.tell_pause();
         self.handshakes.resume(self.now());
     }
 
-    /// Follows a change of the host's addresses.
-    pub fn address_changed(&self, change: AddressChange) {
-        let mut addresses = HashSet::clone(&self.shared.host_addresses.load());
-        match change {
-            AddressChange::Added(address) => addresses.insert(address),
-            AddressChange::Removed(address) => addresses.remove(&address),
-        };
-        self.shared.host_addresses.store(Arc::new(addresses));
-        let mut steer = self.steer.borrow_mut();
-        let Some(steer) = steer.as_mut() else { return };
-        let (what, outcome) = match change {
-            AddressChange::Added(address) => (address, steer.add_address(address)),
-            AddressChange::Removed(address) => (address, steer.remove_address(address)),
-        };
-        if let Err(error) = outcome {
-            // Its datagrams pass to the socket: slower, but nothing is lost.
-            tracing::warn!(address = %what, %error, "the kernel side does not know this address");
+    /// A process that follows is to make the same pause.
+    fn tell_pause(&self) {
+        if let Some(keeper) = &self.keeper {
+            keeper.pause_until(self.shared.device.0, self.shared.quiesced_until().boot_ns());
         }
     }
 
-    /// Follows a change of the TUN device.
-    pub fn link_changed(&self, change: LinkChange) {
-        match change {
-            LinkChange::Is { mtu, is_up } => {
-                self.shared.mtu.store(mtu as usize, Ordering::Relaxed);
-                self.set_up(is_up);
-            }
-            LinkChange::Gone => self.shared.report_tun_gone(),
+    /// Follows changes of the host's addresses.
+    pub fn addresses_changed(&self, added: &[IpAddr], removed: &[IpAddr]) {
+        let mut addresses = HashSet::clone(&self.shared.host_addresses.load());
+        addresses.extend(added.iter().copied());
+        for address in removed {
+            addresses.remove(address);
         }
+        self.shared.host_addresses.store(Arc::new(addresses));
+    }
+
+    /// Follows a change of the TUN device.
+    pub fn link_changed(&self, mtu: Option<u32>, is_up: bool) {
+        if let Some(mtu) = mtu {
+            self.shared.mtu.store(mtu as usize, Ordering::Relaxed);
+        }
+        self.set_up(is_up);
+    }
+
+    /// Lets workers and control end with the TUN device, which was deleted.
+    pub fn gone(&self) {
+        self.shared.report_tun_gone();
+        self.shared.wake_all();
     }
 
     /// Follows the TUN device up or down.
@@ -234,71 +247,80 @@ impl Control {
 
     /// Lets peers be sent to from another address of ours where the route to them now leaves by another
     /// link than the one on which they dialled. IPv4 alone, as in the kernel's WireGuard.
-    ///
-    /// # Errors
-    /// If the kernel does not tell the routes.
-    pub async fn routes_changed(&self, host: &Host) -> Result<(), HostError> {
+    pub async fn routes_changed(&self) {
+        let Some(keeper) = &self.keeper else { return };
+        let mut peers = Vec::new();
         for peer in self.handshakes.awake_peers() {
             let Some(endpoint) = peer.endpoint.load_full() else { continue };
             let Some(LocalSource { addr: IpAddr::V4(source), ifindex }) = endpoint.local else {
                 continue;
             };
             let IpAddr::V4(remote) = endpoint.remote.ip() else { continue };
-            let link = host.link_towards(remote, source, self.fwmark.get()).await?;
-            if ifindex != 0 && link.is_some_and(|link| link != ifindex) {
-                tracing::debug!(peer = %peer.id, "another link leads to it now");
-                peer.forget_local_source();
+            if ifindex != 0 {
+                peers.push((peer, ifindex, (remote, source)));
             }
         }
-        Ok(())
-    }
-
-    /// Takes the kernel side off the NICs.
-    pub fn detach(&self) {
-        drop(self.steer.borrow_mut().take());
+        for some in peers.chunks(LINKS_MAX) {
+            let pairs = some.iter().map(|&(_, _, pair)| pair).collect();
+            let links = match keeper.links_towards(self.fwmark.get(), pairs) {
+                Ok(links) => links,
+                Err(error) => {
+                    tracing::warn!(%error, "routes are not known: peers keep the address that they dialled");
+                    return;
+                }
+            };
+            for ((peer, ifindex, _), link) in some.iter().zip(links) {
+                if link.is_some_and(|link| link != *ifindex) {
+                    tracing::debug!(peer = %peer.id, "another link leads to it now");
+                    peer.forget_local_source();
+                }
+            }
+            // There may be more to do than this.
+            tokio::task::yield_now().await;
+        }
     }
 
     /// Opens sockets on another port. Nothing is changed if that fails.
     fn open_port(&self, port: u16, fwmark: u32) -> Result<(), Errno> {
-        let group = self.socket_group(port, fwmark).map_err(refused)?;
-        let before = self.shared.sockets.swap(Arc::clone(&group));
-        let mut former = self.former_sockets.borrow_mut();
-        if former.is_full() {
-            former.remove(0);
-        }
-        former.push((before.port, Arc::downgrade(&before)));
+        let keeper = self.keeper.as_ref().ok_or(Errno::EIO)?;
+        self.close_former_sockets();
+        let device = self.shared.device.0;
+        let (port, of_worker) = keeper.open_sockets(device, port, fwmark).map_err(refused)?;
+        let group = Arc::new(SocketGroup { port, of_worker });
+        let before = self.shared.sockets.swap(group);
+        self.former_sockets.borrow_mut().push((before.port, Arc::downgrade(&before)));
         self.shared.wake_all();
-        self.steer_port(Some(before.port), group.port);
         Ok(())
     }
 
-    /// Sockets on `port`. Those that we had there before are open until the last worker lets go of them,
-    /// and keep us from binding: who goes back to a port takes them again, or waits until they are
-    /// closed.
-    fn socket_group(&self, port: u16, fwmark: u32) -> Result<Arc<SocketGroup>, UdpError> {
-        let former = self.former_sockets.borrow();
-        let mut tries = if former.iter().any(|&(its, _)| its == port) { CLOSE_TRIES } else { 1 };
-        loop {
-            let open = former.iter().filter(|&&(its, _)| its == port);
-            if let Some(group) = open.filter_map(|(_, group)| group.upgrade()).next() {
-                group.of_worker.iter().try_for_each(|sockets| sockets.set_fwmark(fwmark))?;
-                return Ok(group);
-            }
-            tries -= 1;
-            match udp::bind_group(port, self.shared.workers.len(), fwmark) {
-                Ok((port, of_worker)) => return Ok(Arc::new(SocketGroup { port, of_worker })),
-                Err(UdpError::InUse { .. }) if tries > 0 => std::thread::sleep(CLOSE_WAIT),
-                Err(error) => return Err(error),
-            }
+    /// Has the sockets of a device that a predecessor served. They are open, on its port and with its
+    /// mark, unless it died while it changed them.
+    pub(super) fn recall_sockets(&self) {
+        let Some(keeper) = &self.keeper else { return };
+        let port = self.device.borrow().listen_port();
+        let mark = self.fwmark.get();
+        let outcome = if port != 0 && port != self.shared.sockets.load().port {
+            self.open_port(port, mark)
+        } else {
+            keeper.set_mark(self.shared.device.0, mark).map_err(refused)
+        };
+        if let Err(error) = outcome {
+            tracing::error!(port, mark, %error, "the sockets of the process before are not to be had");
         }
     }
 
-    fn steer_port(&self, before: Option<u16>, port: u16) {
-        if let Some(steer) = self.steer.borrow_mut().as_mut() {
-            if let Some(before) = before {
-                steer.set_port(before, None);
+    /// Lets the keeper close sockets of former ports that the last worker has let go of. As long as one
+    /// has them, nobody could bind to the port anew: who goes back to it gets them again.
+    fn close_former_sockets(&self) {
+        let Some(keeper) = &self.keeper else { return };
+        let mut former = self.former_sockets.borrow_mut();
+        let gone = former.extract_if(.., |(_, sockets)| sockets.strong_count() == 0);
+        let gone: Vec<u16> = gone.map(|(port, _)| port).collect();
+        let present = self.shared.sockets.load().port;
+        for port in gone {
+            if port != present && !former.iter().any(|&(its, _)| its == port) {
+                keeper.close_sockets(self.shared.device.0, port);
             }
-            steer.set_port(port, Some(self.shared.device));
         }
     }
 
@@ -324,14 +346,9 @@ fn sleep_time(next: Option<Now>, ticked: Now, now: Now) -> Duration {
 }
 
 /// What a request is answered with if sockets cannot be had, or be marked.
-fn refused(error: UdpError) -> Errno {
-    tracing::warn!(%error, "a request is refused");
-    match error {
-        UdpError::InUse { .. } => Errno::EADDRINUSE,
-        UdpError::NotPermitted { .. } => Errno::EACCES,
-        UdpError::Io { source, .. } => Errno::from(&source),
-        UdpError::NotUdp => Errno::EIO,
-    }
+fn refused(refusal: Refusal) -> Errno {
+    tracing::warn!(error = %refusal, "a request is refused");
+    Errno::from(&std::io::Error::from(refusal))
 }
 
 impl uapi::Handler for Control {
@@ -365,7 +382,8 @@ impl uapi::Handler for Control {
         match request.listen_port {
             Some(port) if port == 0 || port != sockets.port => self.open_port(port, mark)?,
             _ if mark != self.fwmark.get() => {
-                sockets.of_worker.iter().try_for_each(|s| s.set_fwmark(mark)).map_err(refused)?;
+                let keeper = self.keeper.as_ref().ok_or(Errno::EIO)?;
+                keeper.set_mark(self.shared.device.0, mark).map_err(refused)?;
             }
             _ => {}
         }
@@ -374,16 +392,21 @@ impl uapi::Handler for Control {
             self.handshakes.forget_local_sources();
         }
         let named: Vec<_> = request.peers.iter().map(|peer| peer.public_key).collect();
+        let text = self.to_remember(&request);
         let effects = self.device.borrow_mut().apply(request);
         for effect in effects {
             self.carry_out(effect);
         }
         self.peers_configured(&named);
+        if let Some(text) = text {
+            self.remember_set(&text);
+        }
         Ok(())
     }
 
     async fn quiesce(&self, time: Option<Duration>) -> Result<serde_json::Value, Errno> {
         let begun = quiesce::begin(&self.shared, time, clock::boot_now());
+        self.tell_pause();
         tracing::info!(seconds = time.map(|time| time.as_secs()), "quiesces");
         self.clear_sessions("quiesced");
         let stuck = quiesce::settled(&self.shared, begun.turns).await.ok_or(Errno::ECANCELED)?;
@@ -401,20 +424,16 @@ impl uapi::Handler for Control {
     fn status(&self) -> serde_json::Value {
         let now = clock::boot_now();
         let workers = self.shared.workers.iter().map(|worker| &worker.counters);
-        let totals = Totals::sum(workers.chain([self.handshakes.drops()]));
-        let steer = self.steer.borrow();
-        let counted = steer.as_ref().and_then(|steer| {
-            let counted = steer.counters();
-            counted
-                .inspect_err(|error| tracing::warn!(%error, "no counters of the kernel side"))
-                .ok()
-        });
+        let of_nobody = self.shared.crew.all_counters();
+        let totals = Totals::sum(workers.chain([self.handshakes.drops()]).chain(of_nobody));
+        let counted = self.keeper.as_ref().and_then(|keeper| keeper.steer_counters());
         let count = self.shared.workers.len();
         let status = Status {
             mode: self.mode.name().to_owned(),
             reason: self.mode.reason.clone(),
             nics: self.nics.clone(),
             workers: count,
+            privileges: self.privileges.get(),
             stuck_workers: (0..count)
                 .filter(|&w| !self.shared.moves(WorkerId(w as u16), now))
                 .count(),

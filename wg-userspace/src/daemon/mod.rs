@@ -1,22 +1,28 @@
-//! Start, signals, stop; carries changes of the device to every other room.
+//! The data process: start, stop; carries changes of the device to every other room.
 //!
-//! The one place that knows every room: [`start`] opens the edges and starts the workers,
-//! [`control`] answers wg(8) and applies changes, [`effects`] carries them to sessions and workers,
-//! [`follow`] goes where the interface and routes go, [`pull`] adds peers that knock, [`quiesce`]
-//! pauses, [`watchdog`] finds stuck workers, [`status`] says how things stand. Everything here runs on
-//! one thread; it may be slow and must be right.
+//! The one place that knows every room: [`start`] takes over the edges from the keeper and starts the
+//! workers, [`control`] answers wg(8) and applies changes, [`effects`] carries them to sessions and
+//! workers, [`pull`] adds peers that knock, [`quiesce`] pauses,
+//! [`memory`] is what a successor is left and [`remember`] keeps it, [`watchdog`] finds stuck workers,
+//! [`status`] says how things stand. Everything here runs on one thread; it may be slow and must be
+//! right.
 
 mod control;
 mod effects;
-mod follow;
+pub mod memory;
+#[cfg(test)]
+mod memory_tests;
 mod mode;
 mod pull;
 mod pulled;
 mod quiesce;
+mod remember;
 mod start;
 mod status;
 mod watchdog;
 
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
@@ -24,9 +30,18 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::Notify;
+use tokio::task::{AbortHandle, JoinSet};
+use wg_common::time::Now;
 
+use self::control::Control;
+use self::memory::MemoryError;
 use self::pull::PullEvents;
-use crate::host::{CloneWatch, Host, LinkChange};
+use self::start::Device;
+use crate::handshake::Pool;
+use crate::keeper::protocol::Event;
+use crate::keeper::{Begin, Events, Keeper};
+use crate::sandbox;
 use crate::uapi;
 
 pub use effects::carry_out;
@@ -34,13 +49,16 @@ pub use mode::{Mode, ModeInUse};
 pub use watchdog::Watchdog;
 
 /// How long workers may take to stop before they are left alone.
-const STOP_TIMEOUT: Duration = Duration::from_secs(2);
+const STOP_TIMEOUT: Duration = Duration::from_millis(1500);
+
+/// Most devices of one process.
+pub const DEVICE_COUNT_MAX: usize = 64;
 
 /// What a daemon is started with; everything else comes through the UAPI socket.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Name of the TUN device to create.
-    pub interface: String,
+    /// Names of the TUN devices to create: at least one, at most [`DEVICE_COUNT_MAX`], no two the same.
+    pub interfaces: Vec<String>,
     /// NICs to attach the steer program to.
     pub xdp: Vec<String>,
     /// Which back end to use.
@@ -65,99 +83,190 @@ pub enum Error {
     NotFound(String),
 }
 
-/// Runs a daemon until SIGTERM, SIGINT or the deletion of its TUN device; calls `ready` once wg(8)
-/// can configure it.
+/// Runs the data process: a daemon on what the keeper at the other end of `requests` and `events` has
+/// opened, until it says stop. Calls `ready` once wg(8) is answered; then gives up all system calls that
+/// are not needed any more, and tells the keeper. `entered` says how the process was confined before.
 ///
 /// # Errors
-/// If it cannot start, [`Error`] in the chain where that says more. A stop is no error.
-pub fn run(options: Options, ready: impl FnOnce()) -> anyhow::Result<()> {
+/// If it cannot start, or the keeper is gone. A stop is no error.
+pub fn run(
+    requests: OwnedFd,
+    events: OwnedFd,
+    entered: &sandbox::Report,
+    ready: impl FnOnce(),
+) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .context("starting the control thread's runtime")?;
-    tokio::task::LocalSet::new().block_on(&runtime, serve(options, ready))
+    tokio::task::LocalSet::new().block_on(&runtime, serve(requests, events, entered, ready))
 }
 
-async fn serve(options: Options, ready: impl FnOnce()) -> anyhow::Result<()> {
-    let mut terminate = signal(SignalKind::terminate()).context("watching for SIGTERM")?;
-    let mut interrupt = signal(SignalKind::interrupt()).context("watching for SIGINT")?;
-    let host = Host::new().context("opening netlink")?;
-    let mut running = start::start(&options, &host).await?;
-    let control = Rc::clone(&running.control);
-    let server = uapi::Server::bind(&options.interface)
-        .with_context(|| format!("opening the UAPI socket of {}", options.interface))?;
-    let mut serving = tokio::task::spawn_local(server.serve(Rc::clone(&control)));
-    let mut clones = CloneWatch::new()
-        .inspect_err(
-            |error| tracing::warn!(%error, "clones of this machine are seen by its clock only"),
-        )
-        .ok();
-    tracing::info!(interface = options.interface, mode = control.mode().name(), "up");
+async fn serve(
+    requests: OwnedFd,
+    events: OwnedFd,
+    entered: &sandbox::Report,
+    ready: impl FnOnce(),
+) -> anyhow::Result<()> {
+    // Whoever tells all processes to end tells the keeper, too: it says when.
+    let _terminate = signal(SignalKind::terminate()).context("watching for SIGTERM")?;
+    let _interrupt = signal(SignalKind::interrupt()).context("watching for SIGINT")?;
+    let keeper = Rc::new(Keeper::new(requests).context("opening the channel to the keeper")?);
+    let events = Events::new(events).context("opening the channel of events")?;
+    let Begin { setup, listeners, heartbeats, live_indexes, memories } =
+        keeper.setup().context("asking the keeper what to begin with")?;
+    let (started, threads) = start::start(&keeper, &setup, heartbeats, live_indexes)?;
+    let mut devices = BTreeMap::new();
+    let mut tasks = JoinSet::new();
+    let edges = listeners.into_iter().zip(memories);
+    for ((its, device), (listener, memory)) in setup.devices.iter().zip(started).zip(edges) {
+        let Device { interface, control, pull_events, pool } = device;
+        control.shared.quiesce_until(Now::from_boot_ns(its.quiesced_until));
+        begin_memory(&control, &keeper, memory)
+            .with_context(|| format!("making a memory of {interface} for who comes after"))?;
+        let server = uapi::Server::from_fd(listener).context("taking over the UAPI socket")?;
+        let routes = Rc::new(Notify::new());
+        let serving = (Rc::clone(&control), server, pull_events, Rc::clone(&routes));
+        let number = its.number;
+        tasks.spawn_local(async move { (number, serve_device(serving).await) });
+        tracing::info!(interface, mode = control.mode().name(), "up");
+        devices.insert(number, Served { interface, control, routes, pool });
+    }
     ready();
-    let mut follow_addresses = true;
-    let mut follow_link = true;
+    let sealed = sandbox::seal(entered).context("giving up what this process may do")?;
+    devices.values().for_each(|device| device.control.set_privileges(sealed));
+    keeper.ready();
     let outcome = loop {
         tokio::select! {
-            _ = terminate.recv() => break Ok(()),
-            _ = interrupt.recv() => break Ok(()),
-            end = &mut serving => break Err(anyhow::anyhow!("the UAPI server has ended: {end:?}")),
-            () = tokio::time::sleep(control.sleep_time()) => {
-                control.tick();
-                if let Some(log) = &mut running.steer_log {
-                    log.flush();
+            ended = tasks.join_next() => match ended {
+                Some(Ok((number, Ok(())))) => {
+                    let Some(device) = devices.remove(&number) else { continue };
+                    tracing::info!(interface = device.interface, "the interface was deleted");
+                    device.pool.stop();
+                    device.control.forget();
                 }
-            }
-            event = PullEvents::next(&mut running.pull_events) => {
+                Some(Ok((_, Err(error)))) => break Err(error),
+                Some(Err(error)) => break Err(anyhow::Error::new(error).context("serving a device")),
+                // All were deleted.
+                None => break Ok(()),
+            },
+            event = events.next() => match event {
+                Ok(Event::Addresses { added, removed }) => {
+                    for device in devices.values() {
+                        device.control.addresses_changed(&added, &removed);
+                    }
+                }
+                Ok(Event::Link { device, mtu, is_up }) => {
+                    if let Some(device) = devices.get(&device) {
+                        device.control.link_changed(mtu, is_up);
+                    }
+                }
+                Ok(Event::Gone { device }) => {
+                    if let Some(device) = devices.get(&device) {
+                        device.control.gone();
+                    }
+                }
+                Ok(Event::RoutesChanged) => {
+                    devices.values().for_each(|device| device.routes.notify_one());
+                }
+                Ok(Event::Cloned) => devices.values().for_each(|device| device.control.cloned()),
+                Ok(Event::Ping) => keeper.alive(),
+                Ok(Event::Stop) => break Ok(()),
+                Err(error) => break Err(anyhow::Error::new(error).context("listening to the keeper")),
+            },
+        }
+        if threads.are_dead() && !devices.values().all(|device| device.control.shared.is_over()) {
+            break Err(anyhow::anyhow!("every worker has ended"));
+        }
+    };
+    tasks.shutdown().await;
+    for device in devices.values() {
+        device.control.shared.stopping.store(true, Ordering::Relaxed);
+        device.control.shared.wake_all();
+    }
+    threads.join(STOP_TIMEOUT);
+    if outcome.is_ok() {
+        devices.values().for_each(|device| device.control.forget());
+    }
+    devices.into_values().for_each(|device| device.pool.stop());
+    outcome
+}
+
+/// A device that is served.
+struct Served {
+    interface: String,
+    control: Rc<Control>,
+    /// To be told when routes have changed.
+    routes: Rc<Notify>,
+    pool: Pool,
+}
+
+/// Answers wg(8) for a device and does what is due, until its interface is gone.
+async fn serve_device(
+    (control, server, mut pull_events, routes): (
+        Rc<Control>,
+        uapi::Server,
+        Option<PullEvents>,
+        Rc<Notify>,
+    ),
+) -> anyhow::Result<()> {
+    let mut serving = tokio::task::spawn_local(server.serve(Rc::clone(&control)));
+    let following = tokio::task::spawn_local(follow_routes(Rc::clone(&control), routes));
+    // They end with this.
+    let _guard = [serving.abort_handle(), following.abort_handle()].map(AbortOnDrop);
+    while !control.shared.tun_gone.load(Ordering::Relaxed) {
+        tokio::select! {
+            end = &mut serving => anyhow::bail!("the UAPI server has ended: {end:?}"),
+            () = tokio::time::sleep(control.sleep_time()) => control.tick(),
+            event = PullEvents::next(&mut pull_events) => {
                 control.pull_event(event, control.now());
             }
             // The time to sleep is asked for anew.
             () = control.sooner() => {}
-            told = next_clone(clones.as_ref()) => match told {
-                Ok(()) => control.cloned(),
-                Err(error) => {
-                    tracing::warn!(%error, "clones of this machine are seen by its clock only");
-                    clones = None;
-                }
-            },
-            change = running.addresses.next(), if follow_addresses => match change {
-                Ok(change) => control.address_changed(change),
-                Err(error) => {
-                    // Datagrams to addresses that are new pass to the sockets.
-                    tracing::warn!(%error, "the host's addresses are not followed any more");
-                    follow_addresses = false;
-                }
-            },
-            change = running.link.next(), if follow_link => match change {
-                Ok(LinkChange::Gone) => follow_link = running.follow_link().await,
-                Ok(change) => control.link_changed(change),
-                Err(error) => {
-                    tracing::warn!(%error, "the interface's state is not followed any more");
-                    control.set_up(true);
-                    follow_link = false;
-                }
-            },
         }
-        if control.shared.tun_gone.load(Ordering::Relaxed) {
-            tracing::info!(interface = options.interface, "the interface was deleted");
-            break Ok(());
-        }
-        if running.is_dead() {
-            break Err(anyhow::anyhow!("every worker has ended"));
-        }
-    };
-    if !serving.is_finished() {
-        serving.abort();
-        let _ = serving.await;
     }
-    running.stop(STOP_TIMEOUT);
-    tracing::info!(interface = options.interface, "down");
-    outcome
+    Ok(())
 }
 
-/// Waits for the next clone; for ever if nobody tells.
-async fn next_clone(watch: Option<&CloneWatch>) -> std::io::Result<()> {
-    match watch {
-        Some(watch) => watch.next().await,
-        None => std::future::pending().await,
+/// Ends a task when it is dropped.
+struct AbortOnDrop(AbortHandle);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// Goes on with what a predecessor has left, if there was one, and begins to leave something itself.
+fn begin_memory(
+    control: &Control,
+    keeper: &Rc<Keeper>,
+    left: Option<OwnedFd>,
+) -> Result<(), MemoryError> {
+    if let Some(left) = &left {
+        match memory::read(left) {
+            Ok(remembered) => {
+                control.recall(&remembered);
+                control.recall_sockets();
+            }
+            Err(error) => {
+                tracing::error!(%error, "what the process before has left cannot be read");
+            }
+        }
+    }
+    let (keeper, device) = (Rc::clone(keeper), control.shared.device.0);
+    control.remember(Box::new(move |memory| {
+        keeper.remember(device, memory);
+        Ok(())
+    }))?;
+    left.map_or(Ok(()), memory::wipe)
+}
+
+/// Has `control` look at the addresses that peers are sent to from, whenever the routing table may
+/// prefer another.
+async fn follow_routes(control: Rc<Control>, changed: Rc<Notify>) {
+    loop {
+        changed.notified().await;
+        control.routes_changed().await;
     }
 }

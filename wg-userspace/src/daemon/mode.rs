@@ -1,7 +1,17 @@
 //! Which back end moves datagrams.
 
 /// Which back end to use.
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, clap::ValueEnum)]
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    Eq,
+    PartialEq,
+    clap::ValueEnum,
+    serde::Deserialize,
+    serde::Serialize,
+)]
 pub enum Mode {
     /// AF_XDP on the NICs that were named, sockets where it does not work.
     #[default]

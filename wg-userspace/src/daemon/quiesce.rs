@@ -26,7 +26,7 @@ pub fn begin(shared: &Shared, time: Option<Duration>, now: Now) -> Begun {
     shared.end_keypairs(now);
     shared.wake_all();
     // After the stores: who begins a turn later than this obeys them.
-    let turns = workers(shared).map(|worker| shared.turns(worker)).collect();
+    let turns = workers(shared).map(|worker| shared.crew.turns(worker)).collect();
     Begun { turns }
 }
 
@@ -39,7 +39,7 @@ pub async fn settled(shared: &Shared, turns: Vec<u64>) -> Option<usize> {
         if !shared.is_quiesced(now) {
             return None;
         }
-        let late = |&worker: &WorkerId| shared.turns(worker) == turns[usize::from(worker.0)];
+        let late = |&worker: &WorkerId| shared.crew.turns(worker) == turns[usize::from(worker.0)];
         let (mut stuck, mut waits) = (0, false);
         for worker in workers(shared).filter(late) {
             stuck += 1;
@@ -103,7 +103,7 @@ mod tests {
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 std::thread::sleep(Duration::from_millis(20));
-                (0..2).for_each(|worker| shared.begin_turn(WorkerId(worker)));
+                (0..2).for_each(|worker| shared.crew.begin_turn(WorkerId(worker)));
             });
             assert_eq!(wait(&shared, begun.turns), Some(0));
         });
@@ -115,7 +115,7 @@ mod tests {
         let shared = shared(2);
         shared.beat(WorkerId(0), clock::boot_now());
         let begun = begin(&shared, None, clock::boot_now());
-        shared.begin_turn(WorkerId(0));
+        shared.crew.begin_turn(WorkerId(0));
         assert_eq!(wait(&shared, begun.turns), Some(1));
     }
 
@@ -135,7 +135,7 @@ mod tests {
     fn a_pause_that_somebody_ended_is_not_said_to_have_settled() {
         let shared = shared(1);
         let begun = begin(&shared, None, clock::boot_now());
-        shared.begin_turn(WorkerId(0));
+        shared.crew.begin_turn(WorkerId(0));
         shared.set_quiesced_until(Now::default());
         assert_eq!(wait(&shared, begun.turns), None);
     }

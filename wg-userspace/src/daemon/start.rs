@@ -1,6 +1,5 @@
-//! Opens the edges, chooses the back end, starts the workers.
+//! Takes over the edges, chooses the back end, starts the workers.
 
-use std::os::fd::AsFd as _;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -8,81 +7,51 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use rand_core::Rng as _;
 use wg_common::id::{DeviceId, WorkerId};
 use wg_common::index::{IndexLayout, IndexPermutation};
-use wg_common::map::{QUEUES_LEN, QueueEntry, QueueKey};
+use wg_common::map::QUEUES_LEN;
 
 use super::control::Control;
 use super::mode::{Mode, ModeInUse};
 use super::pull::{PullEvents, Pulling};
 use super::status::Nic;
-use super::{Error, Options, follow};
 use crate::aead::{BatchAead, RingAead};
-use crate::bpf::{LogReader, Steer, SteerOptions};
 use crate::datapath::handoff::Mesh;
-use crate::datapath::shared::PARCEL_RING_LEN;
-use crate::datapath::{Shared, SocketGroup, Worker, WorkerEdges, XskPort};
+use crate::datapath::shared::{DATAGRAM_LEN_MAX, PARCEL_RING_LEN};
+use crate::datapath::{Crew, Shared, SocketGroup, Worker, WorkerThread, XskPort};
 use crate::handshake::{Handshakes, Os, Pool, source};
-use crate::host::{AddressWatch, Host, Link, LinkChange, LinkWatch, RouteWatch};
+use crate::keeper::protocol::{DeviceSetup, Setup};
+use crate::keeper::{Keeper, NoXsk};
 use crate::lookup::HttpSource;
-use crate::sys::{affinity, clock, random};
-use crate::tun::{Tun, TunError};
-use crate::udp;
-use crate::xsk::{Xsk, XskError, XskOptions};
+use crate::sys::{SharedWords, affinity, clock};
 
-/// Most workers of one device.
-const WORKER_COUNT_MAX: usize = 64;
+static AEAD: &dyn BatchAead = &RingAead;
 
-/// A daemon that runs.
-pub struct Running {
+/// A device that runs.
+pub struct Device {
+    /// Name of the interface, as it was made.
+    pub interface: String,
     /// What answers and applies.
     pub control: Rc<Control>,
-    /// Changes of the host's addresses.
-    pub addresses: AddressWatch,
-    /// Changes of the TUN device.
-    pub link: LinkWatch,
-    /// Log lines of the kernel side, if it is loaded.
-    pub steer_log: Option<LogReader>,
     /// What happens around pulled peers, if there is a source of them.
     pub pull_events: Option<PullEvents>,
-    workers: Vec<JoinHandle<()>>,
-    pool: Pool,
+    /// Does its handshakes.
+    pub pool: Pool,
 }
 
-impl Running {
-    /// Whether no worker is left.
-    pub fn is_dead(&self) -> bool {
-        self.workers.iter().all(JoinHandle::is_finished)
+/// The threads on which the workers of all devices run.
+pub struct Threads(Vec<JoinHandle<()>>);
+
+impl Threads {
+    /// Whether none is left.
+    pub fn are_dead(&self) -> bool {
+        self.0.iter().all(JoinHandle::is_finished)
     }
 
-    /// Follows the TUN device, which is gone from where it was. Says whether it is followed.
-    pub async fn follow_link(&mut self) -> bool {
-        match follow::moved_link(&self.control.shared.tun_queues[0]).await {
-            Ok(Some(link)) => self.link = link,
-            Ok(None) => self.control.link_changed(LinkChange::Gone),
-            Err(error) => {
-                tracing::warn!(
-                    error = format!("{error:#}"),
-                    "the interface's state is not followed any more"
-                );
-                // Else nothing would ever go through it again.
-                self.control.set_up(true);
-                return false;
-            }
-        }
-        true
-    }
-
-    /// Stops the workers and closes what they used. Workers that do not stop in time are left alone.
-    pub fn stop(self, timeout: Duration) {
-        let shared = Arc::clone(&self.control.shared);
-        // No datagram is steered to a worker that is about to go.
-        self.control.detach();
-        shared.stopping.store(true, Ordering::Relaxed);
-        shared.wake_all();
+    /// Waits for their end, of which they were told. Those that do not stop in time are left alone.
+    pub fn join(self, timeout: Duration) {
         let deadline = Instant::now() + timeout;
-        for worker in self.workers {
+        for worker in self.0 {
             while !worker.is_finished() && Instant::now() < deadline {
                 std::thread::sleep(Duration::from_millis(1));
             }
@@ -92,208 +61,179 @@ impl Running {
                 tracing::error!("a worker had panicked");
             }
         }
-        self.pool.stop();
     }
 }
 
-/// The kernel side and the NICs it is attached to.
-#[derive(Default)]
-struct Kernel {
-    steer: Option<Steer>,
-    nics: Vec<Link>,
-    /// Why NICs that were named are not among them.
-    refused: Vec<String>,
+/// What a device is made of before its workers run.
+struct Prepared {
+    interface: String,
+    shared: Arc<Shared>,
+    handshakes: Arc<Handshakes>,
+    pulling: Option<Pulling>,
+    pull_events: Option<PullEvents>,
+    pool: Pool,
 }
 
-/// Opens everything and starts the workers.
+/// Takes over what the keeper has opened and starts the workers. Gives the devices in the keeper's order.
 ///
 /// # Errors
 /// If something that is needed in every mode cannot be had.
-pub async fn start(options: &Options, host: &Host) -> anyhow::Result<Running> {
+pub fn start(
+    keeper: &Rc<Keeper>,
+    setup: &Setup,
+    heartbeats: SharedWords,
+    live_indexes: Option<SharedWords>,
+) -> anyhow::Result<(Vec<Device>, Threads)> {
     let cpus = affinity::inherited_cpus().context("reading which CPUs this process may use")?;
-    let worker_count = options.workers.unwrap_or(cpus.len()).clamp(1, WORKER_COUNT_MAX);
-    let indexes = IndexPermutation::new(random_key(), IndexLayout::DEFAULT);
-    let mut kernel = open_kernel(options, host, indexes).await?;
-    let tun = open_tun(&options.interface, worker_count)?;
-    let tun_index = tun.ifindex();
-    let aead: &'static dyn BatchAead = &RingAead;
-    let (port, of_worker) =
-        udp::bind_group(0, worker_count, 0).context("opening the UDP sockets")?;
-    let heartbeats = kernel.steer.as_ref().map(Steer::heartbeats);
-    let live_indexes = kernel.steer.as_ref().map(Steer::live_indexes);
+    let crew = Crew::new(setup.worker_count, Some(Arc::new(heartbeats)))
+        .context("preparing the workers")?;
+    let live_indexes = live_indexes.map(Arc::new);
+    let mut devices = Vec::new();
+    for DeviceSetup { number, interface, .. } in &setup.devices {
+        let (device, live) = (DeviceId(*number), live_indexes.clone());
+        let pool_len = Pool::thread_count(cpus.len());
+        let device = prepare(keeper, setup, device, &crew, live, pool_len)
+            .with_context(|| format!("preparing {interface}"))?;
+        devices.push(Prepared { interface: interface.clone(), ..device });
+    }
+    let (nics, refused, xsks) = bind_xsks(keeper, setup);
+    let mode = mode_in_use(setup, &refused, &nics);
+    let threads = start_threads(&cpus, &crew, &devices, xsks)?;
+
+    let devices = devices.into_iter().map(|device| {
+        let Prepared { interface, shared, handshakes, pulling, pull_events, pool } = device;
+        let (keeper, nics) = (Some(Rc::clone(keeper)), nics.clone());
+        let control = Control::new(shared, handshakes, keeper, mode.clone(), nics, AEAD.name());
+        let control = Rc::new(control.with_pulling(pulling));
+        Device { interface, control, pull_events, pool }
+    });
+    Ok((devices.collect(), threads))
+}
+
+fn prepare(
+    keeper: &Rc<Keeper>,
+    setup: &Setup,
+    device: DeviceId,
+    crew: &Arc<Crew>,
+    live_indexes: Option<Arc<SharedWords>>,
+    pool_len: usize,
+) -> anyhow::Result<Prepared> {
+    let worker_count = setup.worker_count;
+    let indexes = IndexPermutation::new(setup.index_key, IndexLayout::DEFAULT);
+    let slots = indexes.layout().share(u32::from(device.0), setup.device_count as u32);
+    let tun_queues = keeper.tun_queues(device.0);
+    let (port, of_worker) = keeper.sockets(device.0);
+    anyhow::ensure!(
+        tun_queues.len() == worker_count && of_worker.len() == worker_count,
+        "the keeper gave {} queues and {} sockets for {worker_count} workers",
+        tun_queues.len(),
+        of_worker.len(),
+    );
     let sockets = SocketGroup { port, of_worker };
+    let (crew, place) = (Arc::clone(crew), (device, slots));
     let (shared, work) =
-        Shared::new(DeviceId(0), worker_count, tun.into_queues(), sockets, heartbeats, indexes)
+        Shared::in_crew(crew, place, tun_queues, sockets, indexes, DATAGRAM_LEN_MAX)
             .context("preparing the workers")?;
-    // It is down until the link's watch says that it was taken up.
+    // It is down until the keeper says that it was taken up.
     shared.up.store(false, Ordering::Relaxed);
     let outside = Os::new(Arc::clone(&shared));
-    let mut handshakes = Handshakes::new(Arc::clone(&shared), outside, aead, live_indexes);
+    let mut handshakes = Handshakes::new(Arc::clone(&shared), outside, AEAD, live_indexes);
     let (mut pulling, mut pull_events) = (None, None);
-    if let Some(socket) = &options.peer_source {
-        let (http, reports) = HttpSource::new(socket);
+    if setup.has_peer_source {
+        let keeper = Rc::clone(keeper);
+        let (http, reports) = HttpSource::new(move || keeper.connect_peer_source());
         let (events, notify) = PullEvents::new(reports);
         handshakes = handshakes.with_source(source::Limits::default(), notify);
         (pulling, pull_events) = (Some(Pulling::new(Box::new(http))), Some(events));
     }
     let handshakes = Arc::new(handshakes);
-    let pool = Pool::start(&handshakes, &work, Pool::thread_count(cpus.len()))
-        .context("starting the handshake pool")?;
+    let pool = Pool::start(&handshakes, &work, pool_len).context("starting the handshake pool")?;
+    Ok(Prepared { interface: String::new(), shared, handshakes, pulling, pull_events, pool })
+}
 
-    let (nics, mut xsks) = bind_xsks(&mut kernel, worker_count);
-    let mode = mode_in_use(options, &kernel, &nics);
-    let mut workers = Vec::new();
-    for worker in 0..worker_count {
-        // Threads take their time to start; nobody is stuck meanwhile.
-        shared.beat(WorkerId(worker as u16), clock::boot_now());
-    }
-    for (number, mesh) in Mesh::between(worker_count, PARCEL_RING_LEN).into_iter().enumerate() {
-        let edges = WorkerEdges { xsks: std::mem::take(&mut xsks[number]), mesh };
-        let worker = Worker::new(WorkerId(number as u16), Arc::clone(&shared), edges, aead)
+/// Starts the threads, each with a worker of every device and some of the XSKs.
+fn start_threads(
+    cpus: &[usize],
+    crew: &Arc<Crew>,
+    devices: &[Prepared],
+    xsks: Vec<Vec<XskPort>>,
+) -> anyhow::Result<Threads> {
+    let ids = || (0..crew.thread_count()).map(|number| WorkerId(number as u16));
+    // Threads take their time to start; nobody is stuck meanwhile.
+    ids().for_each(|id| crew.beat(id, clock::boot_now()));
+    let between = |_| Mesh::between(crew.thread_count(), PARCEL_RING_LEN);
+    let mut meshes: Vec<_> = devices.iter().map(between).collect();
+    let mut threads = Vec::new();
+    for (id, ports) in ids().zip(xsks) {
+        let workers = devices.iter().zip(&mut meshes).map(|(device, meshes)| {
+            let mesh = meshes.pop_front().expect("one for each worker");
+            Worker::new(id, Arc::clone(&device.shared), mesh, AEAD)
+        });
+        let thread = WorkerThread::new(id, Arc::clone(crew), ports, workers.collect())
             .context("preparing a worker")?;
-        let cpu = cpus[number % cpus.len()];
-        let thread = std::thread::Builder::new()
-            .name(format!("worker-{number}"))
-            .spawn(move || {
-                if let Err(error) = affinity::pin(cpu) {
-                    tracing::warn!(cpu, %error, "a worker is not pinned");
-                }
-                worker.run();
-            })
-            .context("starting a worker")?;
-        workers.push(thread);
-    }
-
-    let steer_log = kernel.steer.as_mut().and_then(Steer::log_reader);
-    let addresses = AddressWatch::new(host.clone())?;
-    let link = LinkWatch::new(host.clone(), tun_index)?;
-    let routes = RouteWatch::new()?;
-    let control = Control::new(shared, handshakes, kernel.steer, mode, nics, aead.name());
-    let control = Rc::new(control.with_pulling(pulling));
-    tokio::task::spawn_local(follow::routes(Rc::clone(&control), host.clone(), routes));
-    Ok(Running { control, addresses, link, steer_log, pull_events, workers, pool })
-}
-
-/// A key for receiver indexes, another one at each start: indexes from before mean nothing.
-fn random_key() -> [u32; IndexPermutation::KEY_LEN] {
-    std::array::from_fn(|_| random::Rng.next_u32())
-}
-
-fn open_tun(name: &str, worker_count: usize) -> anyhow::Result<Tun> {
-    Tun::open(name, worker_count).map_err(|error| {
-        let known = match &error {
-            TunError::NotPermitted { .. } => Some(Error::Privilege(error.to_string())),
-            TunError::Exists { .. } => Some(Error::AlreadyExists(name.to_owned())),
-            _ => None,
-        };
-        match known {
-            // It says all that its source does.
-            Some(known) => known.into(),
-            None => anyhow::Error::new(error).context(format!("creating the interface {name}")),
-        }
-    })
-}
-
-/// Loads the kernel side and attaches it to the NICs that were named, where that is wanted and works.
-/// Without queues it lets everything pass.
-async fn open_kernel(
-    options: &Options,
-    host: &Host,
-    indexes: IndexPermutation,
-) -> anyhow::Result<Kernel> {
-    let mut kernel = Kernel::default();
-    if options.mode == Mode::Udp {
-        return Ok(kernel);
-    }
-    for name in &options.xdp {
-        let link = host.link(name).await?.ok_or_else(|| Error::NotFound(name.clone()))?;
-        if kernel.steer.is_none() {
-            let log = tracing::enabled!(target: "wg_ebpf", tracing::Level::DEBUG);
-            let options = SteerOptions { log, ..SteerOptions::new(indexes) };
-            match Steer::load(options) {
-                Ok(steer) => kernel.steer = Some(steer),
-                Err(error) => {
-                    tracing::warn!(%error, "no kernel side; sockets instead");
-                    kernel.refused.push(error.to_string());
-                    break;
-                }
+        let cpu = cpus[usize::from(id.0) % cpus.len()];
+        let spawned = std::thread::Builder::new().name(format!("worker-{id}")).spawn(move || {
+            if let Err(error) = affinity::pin(cpu) {
+                tracing::warn!(cpu, %error, "a worker is not pinned");
             }
-        }
-        let steer = kernel.steer.as_mut().expect("loaded above");
-        match steer.attach(name) {
-            Ok(()) => kernel.nics.push(link),
-            Err(error) => {
-                tracing::warn!(nic = name, %error, "no XDP on this NIC; sockets instead");
-                kernel.refused.push(format!("{name}: {error}"));
-            }
-        }
+            thread.run();
+        });
+        threads.push(spawned.context("starting a worker")?);
     }
-    if kernel.nics.is_empty() {
-        kernel.steer = None;
-    }
-    Ok(kernel)
+    Ok(Threads(threads))
 }
 
-/// Binds an XSK to each queue of each NIC, and has the steer program use it. Gives the XSKs of each
-/// worker: queue *q* belongs to worker *q* modulo their number.
-fn bind_xsks(kernel: &mut Kernel, worker_count: usize) -> (Vec<Nic>, Vec<Vec<XskPort>>) {
+/// Has an XSK bound to each queue of each NIC. Gives the NICs, why others are not among them, and the XSKs
+/// of each worker: queue *q* belongs to worker *q* modulo their number.
+fn bind_xsks(keeper: &Keeper, setup: &Setup) -> (Vec<Nic>, Vec<String>, Vec<Vec<XskPort>>) {
+    let worker_count = setup.worker_count;
     let mut of_worker: Vec<Vec<XskPort>> = (0..worker_count).map(|_| Vec::new()).collect();
-    let mut nics = Vec::new();
+    let (mut nics, mut refused) = (Vec::new(), setup.refused.clone());
     let mut slots = 0..QUEUES_LEN;
-    let Some(steer) = &mut kernel.steer else { return (nics, of_worker) };
-    for nic in &kernel.nics {
+    for nic in &setup.nics {
         let mut status = Nic { name: nic.name.clone(), queues: 0, zero_copy: false };
-        for queue in 0..nic.rx_queue_count {
-            let xsk = match Xsk::bind(nic.index, queue, XskOptions::default()) {
+        for queue in 0..nic.queue_count {
+            let Some(slot) = slots.next() else { break };
+            let worker = queue as usize % worker_count;
+            let xsk = match keeper.bind_xsk(nic.ifindex, queue, slot, worker as u16) {
                 Ok(xsk) => xsk,
                 // Drivers make room for more queues than they use.
-                Err(XskError::NoQueue { .. }) if queue > 0 => break,
+                Err(NoXsk::NoQueue) if queue > 0 => break,
                 Err(error) => {
                     tracing::warn!(nic = nic.name, queue, %error, "no XSK; sockets instead");
-                    kernel.refused.push(format!("{} queue {queue}: {error}", nic.name));
+                    refused.push(format!("{} queue {queue}: {error}", nic.name));
                     continue;
                 }
             };
-            let Some(slot) = slots.next() else { break };
-            let worker = WorkerId((queue as usize % worker_count) as u16);
-            let key = QueueKey { ifindex: nic.index, queue };
-            if let Err(error) = steer.set_queue(key, QueueEntry::new(slot, worker), xsk.as_fd()) {
-                tracing::warn!(nic = nic.name, queue, %error, "cannot steer to this queue's XSK");
-                continue;
-            }
             status.queues += 1;
             status.zero_copy |= xsk.is_zero_copy().unwrap_or(false);
-            of_worker[usize::from(worker.0)].push(XskPort {
-                xsk,
-                ifindex: nic.index,
-                dropped: [0; 2],
-            });
+            of_worker[worker].push(XskPort { xsk, ifindex: nic.ifindex, dropped: [0; 2] });
         }
         if status.queues > 0 {
             nics.push(status);
         }
     }
-    (nics, of_worker)
+    (nics, refused, of_worker)
 }
 
-fn mode_in_use(options: &Options, kernel: &Kernel, nics: &[Nic]) -> ModeInUse {
-    let reason = if options.mode == Mode::Udp {
+fn mode_in_use(setup: &Setup, refused: &[String], nics: &[Nic]) -> ModeInUse {
+    let reason = if setup.mode == Mode::Udp {
         "asked for".to_owned()
-    } else if options.xdp.is_empty() {
+    } else if !setup.xdp_asked {
         "no NIC was named for XDP".to_owned()
     } else if nics.is_empty() {
-        kernel.refused.join("; ")
+        refused.join("; ")
     } else {
         let on: Vec<String> =
             nics.iter().map(|nic| format!("{} (queues: {})", nic.name, nic.queues)).collect();
         let mut reason = format!("XSKs on {}", on.join(", "));
-        for refused in &kernel.refused {
+        for refused in refused {
             reason.push_str("; not on ");
             reason.push_str(refused);
         }
         reason
     };
-    if nics.is_empty() && options.mode == Mode::Native {
+    if nics.is_empty() && setup.mode == Mode::Native {
         tracing::warn!(reason, "native mode was asked for, sockets are in use");
     }
     ModeInUse { native: !nics.is_empty(), reason }

@@ -4,6 +4,8 @@ use serde::Serialize;
 use std::collections::BTreeMap;
 use wg_common::time::Now;
 
+use crate::sandbox;
+
 /// What a daemon says of its data path.
 #[derive(Clone, Debug, Serialize)]
 pub struct Status {
@@ -15,6 +17,8 @@ pub struct Status {
     pub nics: Vec<Nic>,
     /// Number of workers.
     pub workers: usize,
+    /// What this process may still do, if it was confined.
+    pub privileges: Option<sandbox::Report>,
     /// Workers that do not move at present.
     pub stuck_workers: usize,
     /// Whether handshakes come faster than we would do them: cookies are demanded.

@@ -44,12 +44,12 @@ impl Watchdog {
         }
         let count = self.left.len() as u16;
         for (worker, left) in (0..count).map(WorkerId).zip(&mut self.left) {
-            let deputy = shared.deputy_of(worker);
+            let deputy = shared.crew.deputy_of(worker);
             if shared.moves(worker, now) {
                 *left = false;
                 if deputy.is_some() {
                     tracing::info!(%worker, "the worker moves again");
-                    shared.set_deputy(worker, None);
+                    shared.crew.set_deputy(worker, None);
                 }
                 continue;
             }
@@ -59,9 +59,9 @@ impl Watchdog {
             let Some(next) = next else { continue };
             if !deputy.is_some_and(|deputy| shared.moves(deputy, now)) {
                 tracing::warn!(%worker, deputy = %next, "the worker stands still; another reads for it");
-                shared.set_deputy(worker, Some(next));
+                shared.crew.set_deputy(worker, Some(next));
             }
-            if !*left && shared.still_for(worker, now) > HOME_LOST_AFTER {
+            if !*left && shared.crew.still_for(worker, now) > HOME_LOST_AFTER {
                 tracing::warn!(%worker, "its peers handshake anew, to be at home elsewhere");
                 handshakes.leave_home(worker, now);
                 *left = true;

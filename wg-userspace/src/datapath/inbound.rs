@@ -268,9 +268,9 @@ impl Inbound {
     }
 
     fn wake(&self, workers: u64) {
-        for (number, worker) in self.shared.workers.iter().enumerate() {
-            if workers & (1 << (number % 64)) != 0 && number != usize::from(self.id.0) {
-                worker.wake.signal();
+        for worker in (0..self.shared.workers.len()).map(|number| WorkerId(number as u16)) {
+            if workers & (1 << (worker.0 % 64)) != 0 && worker != self.id {
+                self.shared.crew.wake(worker).signal();
             }
         }
     }

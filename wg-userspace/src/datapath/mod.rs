@@ -1,4 +1,9 @@
-//! The workers: pinned threads that move batches of packets, and what they share with control.
+//! The workers, which move batches of packets on pinned threads, and what they share with control.
+//!
+//! A thread ([`WorkerThread`]) has the XSKs of its queues, and one [`Worker`] of each device that the
+//! process serves: it takes frames to the device on whose port they came, and goes round the workers so
+//! that none starves. What concerns the thread alone (its heartbeat, who stands in for it) is in
+//! [`Crew`], what concerns the device in [`Shared`].
 //!
 //! Inbound, a worker takes datagrams from its XSKs and sockets, opens transport data in batches and
 //! writes the packets to its TUN queue. Outbound it reads the TUN queue, seals in batches and sends
@@ -9,6 +14,7 @@
 //! counters: it reads what control published in [`Shared`] and leaves the rest in bounded queues.
 
 mod answers;
+pub mod crew;
 pub mod encap;
 pub mod handoff;
 pub mod inbound;
@@ -18,12 +24,15 @@ pub mod shared;
 mod staging;
 #[cfg(test)]
 mod tests;
+pub mod thread;
 mod work_queue;
 pub mod worker;
 
+pub use crew::Crew;
 pub use shared::{Shared, SocketGroup};
+pub use thread::{WorkerThread, XskPort};
 pub use work_queue::WorkQueue;
-pub use worker::{Worker, WorkerEdges, XskPort};
+pub use worker::Worker;
 
 /// Packets that one turn takes from one source, and that one AEAD call sees.
 pub const BATCH_LEN: usize = 64;

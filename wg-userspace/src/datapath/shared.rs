@@ -1,25 +1,25 @@
 //! What workers and control share: published snapshots, tables, queues, signs of life.
 
 use std::net::IpAddr;
+use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, AtomicUsize, Ordering};
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use arc_swap::{ArcSwap, ArcSwapOption};
 use hashbrown::HashSet;
 use wg_common::id::{DeviceId, PeerId, ReceiverIndex, ShardId, WorkerId};
 use wg_common::index::IndexPermutation;
-use wg_common::map::HEARTBEAT_STALE_NS;
 use wg_common::outcome::DropReason;
 use wg_common::protocol::{DEFAULT_MTU, HANDSHAKE_QUEUE_LEN};
 use wg_common::time::{Now, Reading};
 
 use super::WorkQueue;
+use super::crew::Crew;
 use super::handoff::{ParcelPool, Work};
 use crate::counters::Counters;
 use crate::routing::RoutingTable;
 use crate::session::{Break, Continuity, HotPeer, Keypair, SlotTable};
-use crate::sys::{EventFd, SharedWords};
+use crate::sys::SharedWords;
 use crate::tun::TunQueue;
 use crate::udp::UdpSockets;
 
@@ -41,6 +41,10 @@ pub struct Shared {
     pub device: DeviceId,
     /// Makes local indexes and takes them apart.
     pub indexes: IndexPermutation,
+    /// The slots whose indexes this device lends. Other devices of the process have others.
+    pub slots: Range<u32>,
+    /// The threads that its workers run on, with those of the process's other devices.
+    pub crew: Arc<Crew>,
     /// Keypairs by the slot of their local index. Control writes.
     keypairs: SlotTable<Keypair>,
     /// Peers by id. Control writes.
@@ -60,9 +64,7 @@ pub struct Shared {
     pub host_addresses: ArcSwap<HashSet<IpAddr>>,
     /// One for each worker.
     pub workers: Vec<WorkerShared>,
-    /// Changes whenever some [`WorkerShared::deputy`] does.
-    pub deputies_epoch: AtomicU32,
-    /// Workers stop at their next turn once this is set.
+    /// The device's workers stop at their next turn once this is set.
     pub stopping: AtomicBool,
     /// The TUN device is gone.
     pub tun_gone: AtomicBool,
@@ -75,24 +77,14 @@ pub struct Shared {
     /// Boot time in nanoseconds until which there are to be no keypairs; 0 if there may be.
     quiesced_until: AtomicU64,
     work: Arc<WorkQueue>,
-    /// The heartbeats as the kernel side sees them, if there is one.
-    kernel_heartbeats: Option<Arc<SharedWords>>,
 }
 
 /// What one worker shares with everyone else.
 pub struct WorkerShared {
     /// What it counted.
     pub counters: Counters,
-    /// Wakes it.
-    pub wake: EventFd,
     /// Buffers of the parcels it sends.
     pub parcels: ParcelPool,
-    /// Boot time in nanoseconds at which it last moved.
-    heartbeat: AtomicU64,
-    /// Number of turns that it has begun.
-    turns: AtomicU64,
-    /// Who reads its sockets and TUN queue while it is stuck: worker number + 1, or 0.
-    deputy: AtomicU16,
 }
 
 /// The sockets on one listen port: one pair for each worker.
@@ -104,8 +96,8 @@ pub struct SocketGroup {
 }
 
 impl Shared {
-    /// The shared state of a device with `worker_count` workers, and the work that they leave to the
-    /// handshake pool. Workers that run need as many TUN queues and pairs of sockets.
+    /// The shared state of the only device of its process, with `worker_count` workers, and the work that
+    /// they leave to the handshake pool. Workers that run need as many TUN queues and pairs of sockets.
     ///
     /// # Errors
     /// If the kernel gives no event descriptor.
@@ -118,48 +110,38 @@ impl Shared {
         indexes: IndexPermutation,
     ) -> std::io::Result<(Arc<Self>, Arc<WorkQueue>)> {
         let parcel_len = DATAGRAM_LEN_MAX;
-        Self::with_parcels(
-            device,
-            worker_count,
-            tun_queues,
-            sockets,
-            kernel_heartbeats,
-            indexes,
-            parcel_len,
-        )
+        let crew = Crew::new(worker_count, kernel_heartbeats)?;
+        let slots = indexes.layout().share(0, 1);
+        Self::in_crew(crew, (device, slots), tun_queues, sockets, indexes, parcel_len)
     }
 
-    /// As [`Shared::new`], but no datagram that goes from worker to worker is longer than `parcel_len`:
-    /// for who has many devices in one process.
+    /// As [`Shared::new`], for a device that has its workers on the threads of `crew` and lends the indexes
+    /// of these slots. No datagram that goes from worker to worker is longer than `parcel_len`.
     ///
     /// # Errors
     /// If the kernel gives no event descriptor.
-    pub fn with_parcels(
-        device: DeviceId,
-        worker_count: usize,
+    pub fn in_crew(
+        crew: Arc<Crew>,
+        (device, slots): (DeviceId, Range<u32>),
         tun_queues: Vec<TunQueue>,
         sockets: SocketGroup,
-        kernel_heartbeats: Option<Arc<SharedWords>>,
         indexes: IndexPermutation,
         parcel_len: usize,
     ) -> std::io::Result<(Arc<Self>, Arc<WorkQueue>)> {
+        let worker_count = crew.thread_count();
         let work = Arc::new(WorkQueue::new(HANDSHAKE_QUEUE_LEN, NEED_QUEUE_LEN)?);
         let parcel_count = if worker_count > 1 { PARCEL_COUNT } else { 0 };
         let workers = (0..worker_count)
-            .map(|_| {
-                Ok(WorkerShared {
-                    counters: Counters::default(),
-                    wake: EventFd::new()?,
-                    parcels: ParcelPool::new(parcel_count, parcel_len),
-                    heartbeat: AtomicU64::new(0),
-                    turns: AtomicU64::new(0),
-                    deputy: AtomicU16::new(0),
-                })
+            .map(|_| WorkerShared {
+                counters: Counters::default(),
+                parcels: ParcelPool::new(parcel_count, parcel_len),
             })
-            .collect::<std::io::Result<_>>()?;
+            .collect();
         let shared = Self {
             device,
             indexes,
+            slots,
+            crew,
             keypairs: SlotTable::with_capacity(indexes.layout().slot_count() as usize),
             // A request may need slots for new peers beside those that it frees.
             peers: SlotTable::with_capacity(2 * PEER_COUNT_MAX),
@@ -170,7 +152,6 @@ impl Shared {
             up: AtomicBool::new(true),
             host_addresses: ArcSwap::default(),
             workers,
-            deputies_epoch: AtomicU32::new(0),
             stopping: AtomicBool::new(false),
             tun_gone: AtomicBool::new(false),
             keys_not_before: AtomicU64::new(0),
@@ -178,7 +159,6 @@ impl Shared {
             break_seen: AtomicU64::new(0),
             quiesced_until: AtomicU64::new(0),
             work: Arc::clone(&work),
-            kernel_heartbeats,
         };
         Ok((Arc::new(shared), work))
     }
@@ -242,46 +222,14 @@ impl Shared {
         ShardId::new(worker + count * (peer.0 as usize % shards))
     }
 
-    /// Says that `worker` moves.
+    /// Says that `worker` moves. One of the same thread says it for the workers of all devices.
     pub fn beat(&self, worker: WorkerId, now: Now) {
-        let index = usize::from(worker.0);
-        self.workers[index].heartbeat.store(now.boot_ns(), Ordering::Release);
-        if let Some(word) = self.kernel_heartbeats.as_ref().and_then(|words| words.get(index)) {
-            word.store(now.boot_ns(), Ordering::Relaxed);
-        }
+        self.crew.beat(worker, now);
     }
 
     /// Whether `worker` moved lately.
     pub fn moves(&self, worker: WorkerId, now: Now) -> bool {
-        self.still_for(worker, now) < Duration::from_nanos(HEARTBEAT_STALE_NS)
-    }
-
-    /// How long ago `worker` last said that it moves.
-    pub fn still_for(&self, worker: WorkerId, now: Now) -> Duration {
-        let beat = self.workers[usize::from(worker.0)].heartbeat.load(Ordering::Relaxed);
-        now.since(Now::from_boot_ns(beat))
-    }
-
-    /// Whether every worker has begun a turn after `at`: what one had sealed before has left, and what it
-    /// had accepted is delivered.
-    pub fn all_turned_since(&self, at: Now) -> bool {
-        self.workers.iter().all(|worker| worker.heartbeat.load(Ordering::Acquire) > at.boot_ns())
-    }
-
-    /// Has `deputy` read what belongs to `worker`; `None` gives it back.
-    pub fn set_deputy(&self, worker: WorkerId, deputy: Option<WorkerId>) {
-        let value = deputy.map_or(0, |d| d.0 + 1);
-        let cell = &self.workers[usize::from(worker.0)].deputy;
-        if cell.swap(value, Ordering::Relaxed) != value {
-            self.deputies_epoch.fetch_add(1, Ordering::Release);
-            self.wake_all();
-        }
-    }
-
-    /// Who reads what belongs to `worker`, if not itself.
-    pub fn deputy_of(&self, worker: WorkerId) -> Option<WorkerId> {
-        let value = self.workers[usize::from(worker.0)].deputy.load(Ordering::Relaxed);
-        value.checked_sub(1).map(WorkerId)
+        self.crew.moves(worker, now)
     }
 
     /// Leaves work to the handshake pool; `false` if it is not taken.
@@ -372,22 +320,14 @@ impl Shared {
         now < self.quiesced_until()
     }
 
-    /// Says that `worker` begins a turn: what it seals and opens in it obeys what it reads from now on.
-    pub fn begin_turn(&self, worker: WorkerId) {
-        self.workers[usize::from(worker.0)].turns.fetch_add(1, Ordering::SeqCst);
-    }
-
-    /// Number of turns that `worker` has begun. Once it grows, whatever was stored before it was read is
-    /// obeyed.
-    pub fn turns(&self, worker: WorkerId) -> u64 {
-        self.workers[usize::from(worker.0)].turns.load(Ordering::SeqCst)
-    }
-
     /// Wakes every worker: something it must look at has changed.
     pub fn wake_all(&self) {
-        for worker in &self.workers {
-            worker.wake.signal();
-        }
+        self.crew.wake_all();
+    }
+
+    /// Whether the device's workers are to let go of it: it is being stopped, or its TUN device is gone.
+    pub fn is_over(&self) -> bool {
+        self.stopping.load(Ordering::Relaxed) || self.tun_gone.load(Ordering::Relaxed)
     }
 
     /// Says that the TUN device is gone.

@@ -1,6 +1,7 @@
 //! Workers' two halves against each other, without a kernel: what goes to the TUN device and to the
 //! sockets is written down instead.
 
+mod devices;
 mod link;
 
 use std::cell::RefCell;
@@ -717,9 +718,9 @@ fn a_keypair_that_was_handed_over_neither_opens_nor_seals() {
 fn a_turn_has_passed_when_every_worker_began_a_new_one() {
     let gateway = Gateway::new();
     let (tick, shared) = (Duration::from_nanos(1), &gateway.shared);
-    assert!(!shared.all_turned_since(START), "a turn that began then may have begun before");
+    assert!(!shared.crew.all_turned_since(START), "a turn that began then may have begun before");
     shared.beat(WorkerId(0), START + tick);
-    assert!(!shared.all_turned_since(START), "the other worker is at its old turn yet");
+    assert!(!shared.crew.all_turned_since(START), "the other worker is at its old turn yet");
     shared.beat(WorkerId(1), START + tick);
-    assert!(shared.all_turned_since(START) && !shared.all_turned_since(START + tick));
+    assert!(shared.crew.all_turned_since(START) && !shared.crew.all_turned_since(START + tick));
 }

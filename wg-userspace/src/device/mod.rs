@@ -241,6 +241,11 @@ impl Device {
         self.peers.by_key.len()
     }
 
+    /// Number of slots: the ids of all peers are below.
+    pub fn slot_count(&self) -> usize {
+        self.peers.slots.len()
+    }
+
     /// Which peer owns which prefix.
     pub const fn allowed_ips(&self) -> &AllowedIps {
         &self.allowed_ips

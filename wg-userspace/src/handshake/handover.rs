@@ -30,7 +30,7 @@ impl<O: Outside> Handshakes<O> {
     /// `index_key` is what receiver indexes are made with.
     ///
     /// `quiet` is called when all keypairs are frozen. It returns when every worker has passed a turn: when
-    /// [`Shared::all_turned_since`] the moment it was called, asked again and again after
+    /// [`Crew::all_turned_since`] the moment it was called, asked again and again after
     /// [`Shared::wake_all`]. What was sealed before has left then, and all that was accepted is
     /// delivered. It may give up on a worker that is stuck: keypairs with which that one receives just
     /// then are left out, and what it sealed and has not sent comes too late to be accepted. The
@@ -43,7 +43,7 @@ impl<O: Outside> Handshakes<O> {
     /// [`resume_all`](Self::resume_all).
     ///
     /// [`Shared::now_of`]: crate::datapath::Shared::now_of
-    /// [`Shared::all_turned_since`]: crate::datapath::Shared::all_turned_since
+    /// [`Crew::all_turned_since`]: crate::datapath::Crew::all_turned_since
     /// [`Shared::wake_all`]: crate::datapath::Shared::wake_all
     pub fn export_all(
         &self,
@@ -323,7 +323,7 @@ mod tests {
         let shared = &gateway.shared;
         let quiet = || {
             shared.beat(WorkerId(0), now + Duration::from_nanos(1));
-            assert!(shared.all_turned_since(now));
+            assert!(shared.crew.all_turned_since(now));
         };
         gateway.handshakes.export_all(b"key", quiet, now).unwrap().into_bytes()
     }

@@ -6,6 +6,7 @@
 //! their way to its last user do not meet the next one; the next one has another index.
 
 use std::collections::{BTreeSet, VecDeque};
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -25,7 +26,9 @@ pub const REST_TIME: Duration = REJECT_AFTER_TIME.saturating_mul(3);
 /// The receiver indexes of one device. `T` is whom an index belongs to.
 pub struct IndexTable<T> {
     indexes: IndexPermutation,
-    /// The slots that were ever used, or lie below one that a predecessor had lent; the rest of them
+    /// The slots that are ours to lend.
+    range: Range<u32>,
+    /// Those of them that were ever used, or lie below one that a predecessor had lent; the rest of them
     /// cost nothing.
     slots: Vec<Slot<T>>,
     /// The slots that are free again, first freed first, and when each may be used.
@@ -48,14 +51,16 @@ struct Slot<T> {
 }
 
 impl<T> IndexTable<T> {
-    /// A table of all slots that `indexes` has, mirrored in `live` if there is a kernel side.
+    /// A table of these slots of `indexes`, mirrored in `live` if there is a kernel side.
     pub fn new(
         indexes: IndexPermutation,
+        range: Range<u32>,
         live: Option<Arc<SharedWords>>,
         rng: &mut impl Rng,
     ) -> Self {
         Self {
             indexes,
+            range,
             slots: Vec::new(),
             resting: VecDeque::new(),
             gaps: BTreeSet::new(),
@@ -70,50 +75,49 @@ impl<T> IndexTable<T> {
         let slot = match self.resting.front() {
             Some(&(slot, until)) if until <= now => {
                 self.resting.pop_front();
-                let used = &mut self.slots[slot as usize];
+                let used = self.slot_mut(slot);
                 used.epoch = used.epoch.wrapping_add(1);
                 slot
             }
-            _ if self.slots.len() < self.indexes.layout().slot_count() as usize => {
-                self.slots.push(Slot { owner: None, epoch: self.first_epoch });
-                self.slots.len() as u32 - 1
-            }
+            _ if self.slots.len() < self.range.len() => self.push(),
             _ if self.gaps_rest_until <= now => self.gaps.pop_first()?,
             _ => return None,
         };
-        let used = &mut self.slots[slot as usize];
+        let used = self.slot_mut(slot);
         used.owner = Some(Arc::clone(owner));
-        let index = self.indexes.own_index(slot, used.epoch);
+        let epoch = used.epoch;
+        let index = self.indexes.own_index(slot, epoch);
         self.store(slot, index_entry(index));
         Some(index)
     }
 
     /// Takes over an index that a predecessor had lent, for `owner`; live when this returns. `true`
-    /// also if it is lent to `owner` already, `false` if its slot is, or was, another's.
+    /// also if it is lent to `owner` already, `false` if its slot is, or was, another's, or is not ours.
     ///
     /// Slots below it that nobody takes over rest from `now` on: the predecessor may have lent them.
     pub fn adopt(&mut self, index: ReceiverIndex, owner: &Arc<T>, now: Now) -> bool {
         if let Some(known) = self.owner(index) {
             return Arc::ptr_eq(known, owner);
         }
-        let Some(slot) = self.indexes.slot_of(index) else { return false };
-        while self.slots.len() <= slot as usize {
-            self.gaps.insert(self.slots.len() as u32);
+        let slot = self.indexes.slot_of(index).filter(|slot| self.range.contains(slot));
+        let Some(slot) = slot else { return false };
+        while self.slot(slot).is_none() {
+            let gap = self.push();
+            self.gaps.insert(gap);
             self.gaps_rest_until = now + REST_TIME;
-            self.slots.push(Slot { owner: None, epoch: self.first_epoch });
         }
         if !self.gaps.remove(&slot) {
             return false;
         }
         let epoch = self.indexes.parts_of(index).epoch;
-        self.slots[slot as usize] = Slot { owner: Some(Arc::clone(owner)), epoch };
+        *self.slot_mut(slot) = Slot { owner: Some(Arc::clone(owner)), epoch };
         self.store(slot, index_entry(index));
         true
     }
 
     /// Whom `index` belongs to; nobody if its slot has another user by now, or none.
     pub fn owner(&self, index: ReceiverIndex) -> Option<&Arc<T>> {
-        self.slots[self.slot_in_use(index)? as usize].owner.as_ref()
+        self.slot(self.slot_in_use(index)?)?.owner.as_ref()
     }
 
     /// Number of indexes that are lent.
@@ -125,16 +129,33 @@ impl<T> IndexTable<T> {
     pub fn release(&mut self, index: ReceiverIndex, now: Now) {
         let Some(slot) = self.slot_in_use(index) else { return };
         self.store(slot, 0);
-        self.slots[slot as usize].owner = None;
+        self.slot_mut(slot).owner = None;
         self.resting.push_back((slot, now + REST_TIME));
     }
 
     /// The slot that is in use under this very index.
     fn slot_in_use(&self, index: ReceiverIndex) -> Option<u32> {
         let slot = self.indexes.slot_of(index)?;
-        let used = self.slots.get(slot as usize)?;
+        let used = self.slot(slot)?;
         let is_its_index = self.indexes.own_index(slot, used.epoch) == index;
         (used.owner.is_some() && is_its_index).then_some(slot)
+    }
+
+    /// A slot of ours that was used before, or passed over.
+    fn slot(&self, slot: u32) -> Option<&Slot<T>> {
+        self.slots.get(slot.checked_sub(self.range.start)? as usize)
+    }
+
+    /// As [`slot`](Self::slot), for one that is known to have been.
+    fn slot_mut(&mut self, slot: u32) -> &mut Slot<T> {
+        &mut self.slots[(slot - self.range.start) as usize]
+    }
+
+    /// Begins with the next slot that nobody had.
+    fn push(&mut self) -> u32 {
+        let slot = self.range.start + self.slots.len() as u32;
+        self.slots.push(Slot { owner: None, epoch: self.first_epoch });
+        slot
     }
 
     fn store(&self, slot: u32, entry: u64) {
@@ -164,7 +185,17 @@ mod tests {
     }
 
     fn table() -> IndexTable<u8> {
-        IndexTable::new(indexes(), None, &mut rand::rngs::StdRng::seed_from_u64(1))
+        whole(indexes(), None, 1)
+    }
+
+    /// A table of all slots.
+    fn whole(
+        indexes: IndexPermutation,
+        live: Option<Arc<SharedWords>>,
+        seed: u64,
+    ) -> IndexTable<u8> {
+        let slots = indexes.layout().share(0, 1);
+        IndexTable::new(indexes, slots, live, &mut rand::rngs::StdRng::seed_from_u64(seed))
     }
 
     fn slot(index: ReceiverIndex) -> u32 {
@@ -226,8 +257,7 @@ mod tests {
     #[test]
     fn slots_that_were_never_used_cost_nothing() {
         let indexes = IndexPermutation::new([0; 4], IndexLayout::DEFAULT);
-        let mut rng = rand::rngs::StdRng::seed_from_u64(1);
-        let mut table = IndexTable::new(indexes, None, &mut rng);
+        let mut table = whole(indexes, None, 1);
         let owner = Arc::new(0);
         let mut now = START;
         for _ in 0..1000 {
@@ -272,9 +302,14 @@ mod tests {
         ]
     }
 
+    /// One of some devices that share the slots.
+    fn share() -> impl Strategy<Value = (u32, u32)> {
+        (1u32..=4).prop_flat_map(|count| (0..count, Just(count)))
+    }
+
     /// What a table must be, said plainly.
-    #[derive(Default)]
     struct Model {
+        range: Range<u32>,
         in_use: BTreeMap<u32, (ReceiverIndex, u8)>,
         /// Slot, and when it was freed.
         freed: Vec<(u32, Now)>,
@@ -284,15 +319,20 @@ mod tests {
     }
 
     impl Model {
+        fn new(range: Range<u32>) -> Self {
+            let (in_use, freed, given) = Default::default();
+            Self { ever_used: range.start, range, in_use, freed, given }
+        }
+
         /// Which slot is next.
-        fn next(&mut self, slot_count: u32, now: Now) -> Option<u32> {
+        fn next(&mut self, now: Now) -> Option<u32> {
             let first = self.freed.first().copied();
             match first {
                 Some((slot, at)) if now.since(at) >= Duration::from_secs(540) => {
                     self.freed.remove(0);
                     Some(slot)
                 }
-                _ if self.ever_used < slot_count => {
+                _ if self.ever_used < self.range.end => {
                     self.ever_used += 1;
                     Some(self.ever_used - 1)
                 }
@@ -320,7 +360,7 @@ mod tests {
         #[test]
         fn a_table_is_what_its_model_is(
             key in any::<[u32; 4]>(), node_bits in 0u32..=8, node in any::<u32>(),
-            slot_bits in 1u32..=4, first in any::<u64>(),
+            slot_bits in 1u32..=4, first in any::<u64>(), (number, count) in share(),
             map_len in 1usize..=16,
             steps in prop::collection::vec(step(), 0..200),
         ) {
@@ -328,18 +368,25 @@ mod tests {
             let indexes = IndexPermutation::new(key, layout).at_node(node);
             let live = Arc::new(SharedWords::private(map_len).unwrap());
             let mut rng = rand::rngs::StdRng::seed_from_u64(first);
-            let mut table = IndexTable::new(indexes, Some(Arc::clone(&live)), &mut rng);
+            let range = layout.share(number, count);
+            let shared = Some(Arc::clone(&live));
+            let mut table = IndexTable::new(indexes, range.clone(), shared, &mut rng);
+            // What other devices hold.
+            let foreign = |slot: u32| u64::from(!range.contains(&slot)) * 0xf0f0;
+            for (slot, word) in live.iter().enumerate() {
+                word.store(foreign(slot as u32), Ordering::Relaxed);
+            }
             // What the kernel side does with a packet to this index.
             let reaches = |index| may_live(&indexes, index, |slot| {
                 live.get(slot as usize).map(|word| word.load(Ordering::Acquire))
             });
-            let mut model = Model::default();
+            let mut model = Model::new(range.clone());
             let mut now = START;
             for step in steps {
                 match step {
                     Step::Allocate(owner) => {
                         let index = table.allocate(&Arc::new(owner), now);
-                        let slot = model.next(layout.slot_count(), now);
+                        let slot = model.next(now);
                         prop_assert_eq!(index.and_then(|index| indexes.slot_of(index)), slot);
                         if let Some((index, slot)) = index.zip(slot) {
                             prop_assert!(model.given.iter().all(|(before, _)| *before != index));
@@ -368,10 +415,10 @@ mod tests {
                         prop_assert_eq!(table.owner(index).map(|owner| **owner), model.owner(index));
                     }
                 }
-                // The map in the kernel holds what is in use, and nothing else.
+                // The map in the kernel holds what is in use, and else what others put there.
                 for (slot, word) in live.iter().enumerate() {
                     let used = model.in_use.get(&(slot as u32));
-                    let entry = used.map_or(0, |(index, _)| index_entry(*index));
+                    let entry = used.map_or(foreign(slot as u32), |(index, _)| index_entry(*index));
                     prop_assert_eq!(word.load(Ordering::Acquire), entry);
                 }
                 // A packet to any index ever given out, however late, finds its owner or nobody.
@@ -387,12 +434,46 @@ mod tests {
     }
 
     #[test]
+    fn devices_that_share_the_slots_never_lend_the_same_one() {
+        let layout = IndexLayout::new(0, 4).unwrap();
+        let indexes = IndexPermutation::new([1, 2, 3, 4], layout);
+        let live = Arc::new(SharedWords::private(16).unwrap());
+        let mut tables = [0, 1, 2].map(|number| {
+            let mut rng = rand::rngs::StdRng::seed_from_u64(u64::from(number));
+            let slots = layout.share(number, 3);
+            IndexTable::new(indexes, slots, Some(Arc::clone(&live)), &mut rng)
+        });
+        let owners = [0, 1, 2].map(Arc::new);
+        let mut lent = BTreeMap::new();
+        for (table, owner) in tables.iter_mut().zip(&owners) {
+            while let Some(index) = table.allocate(owner, START) {
+                let slot = indexes.slot_of(index).unwrap();
+                assert!(lent.insert(slot, (index, **owner)).is_none(), "slot {slot} is lent twice");
+            }
+        }
+        assert_eq!(lent.len(), 16, "and none is left over");
+        for (index, of) in lent.values() {
+            for (number, table) in tables.iter_mut().enumerate() {
+                let is_its = *of == number;
+                assert_eq!(table.owner(*index).is_some(), is_its);
+                // Another's is neither freed nor taken over, by whatever mistake or message.
+                if !is_its {
+                    table.release(*index, START);
+                    assert!(!table.adopt(*index, &owners[number], START));
+                }
+            }
+            let slot = indexes.slot_of(*index).unwrap() as usize;
+            assert_eq!(live[slot].load(Ordering::Acquire), index_entry(*index));
+        }
+    }
+
+    #[test]
     fn an_adopted_index_is_lent_to_nobody_else() {
         // The predecessor lent slots 1 and 3; of 0 and 2 we know nothing.
         let indexes = IndexPermutation::new([1, 2, 3, 4], IndexLayout::new(0, 3).unwrap());
         let index = |slot| indexes.own_index(slot, 0xabc);
         let slot = |index| indexes.slot_of(index).unwrap();
-        let mut table = IndexTable::new(indexes, None, &mut rand::rngs::StdRng::seed_from_u64(1));
+        let mut table = whole(indexes, None, 1);
         let (owner, other) = (Arc::new(0), Arc::new(1));
         for slot in [1, 3] {
             assert!(table.adopt(index(slot), &owner, START));

@@ -159,7 +159,8 @@ impl<O: Outside> Handshakes<O> {
         aead: &'static dyn BatchAead,
         live_indexes: Option<Arc<SharedWords>>,
     ) -> Self {
-        let indexes = IndexTable::new(shared.indexes, live_indexes, &mut outside.rng());
+        let slots = shared.slots.clone();
+        let indexes = IndexTable::new(shared.indexes, slots, live_indexes, &mut outside.rng());
         let lanes = Lanes::new(&mut outside.rng());
         Self {
             shared,

@@ -3,7 +3,6 @@
 //! A connection on a Unix socket costs some ten microseconds. To keep one open would save that, and
 //! make it a question whether a request that failed had reached anybody.
 
-use std::path::Path;
 use std::pin::pin;
 
 use http_body_util::BodyExt as _;
@@ -22,16 +21,13 @@ pub(super) const BODY_LEN_MAX: usize = 64 << 10;
 const HEAD_LEN_MAX: usize = 16 << 10;
 const HEADER_COUNT_MAX: usize = 64;
 
-/// Sends a request to the service at `socket`; gives the answer's status, and its body if that is 200.
+/// Sends a request to the service on `stream`; gives the answer's status, and its body if that is 200.
 pub(super) async fn exchange(
-    socket: &Path,
+    stream: UnixStream,
     method: Method,
     path: &str,
     body: String,
 ) -> Result<(StatusCode, Zeroizing<Vec<u8>>), LookupError> {
-    let stream = UnixStream::connect(socket)
-        .await
-        .map_err(|source| LookupError::Connect { path: socket.to_owned(), source })?;
     let (mut sender, connection) = http1::Builder::new()
         .max_buf_size(HEAD_LEN_MAX)
         .max_headers(HEADER_COUNT_MAX)

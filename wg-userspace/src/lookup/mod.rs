@@ -52,13 +52,15 @@
 mod answer;
 mod exchange;
 
-use std::path::{Path, PathBuf};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream as StdStream;
 use std::rc::Rc;
 use std::time::Duration;
 
 use base64::Engine as _;
 use base64::prelude::BASE64_URL_SAFE_NO_PAD;
 use hyper::{Method, StatusCode};
+use tokio::net::UnixStream;
 use tokio::sync::{Semaphore, mpsc};
 
 use self::exchange::exchange;
@@ -80,13 +82,8 @@ const REPORT_COUNT_MAX: usize = 64;
 #[derive(Debug, thiserror::Error)]
 pub enum LookupError {
     /// There is no connection to be had.
-    #[error("connecting to {path}: {source}")]
-    Connect {
-        /// Where the service should be.
-        path: PathBuf,
-        /// Why not.
-        source: std::io::Error,
-    },
+    #[error("connecting to the service: {0}")]
+    Connect(std::io::Error),
     /// The exchange broke off, or is no HTTP.
     #[error("talking HTTP: {0}")]
     Http(#[from] hyper::Error),
@@ -129,20 +126,25 @@ pub enum Report {
 #[derive(Clone)]
 pub struct HttpSource(Rc<Inner>);
 
+/// Makes connections to the service.
+type Connect = Box<dyn Fn() -> std::io::Result<OwnedFd>>;
+
 struct Inner {
-    path: PathBuf,
+    connect: Connect,
     lookups: Semaphore,
     timestamps: Semaphore,
     reports: mpsc::Sender<Report>,
 }
 
 impl HttpSource {
-    /// The service whose socket is at `path`, and where its answers come out. Nothing is opened yet:
-    /// the service may come and go.
-    pub fn new(path: &Path) -> (Self, mpsc::Receiver<Report>) {
+    /// The service to which `connect` makes connections, and where its answers come out. Nothing is
+    /// opened yet: the service may come and go.
+    pub fn new(
+        connect: impl Fn() -> std::io::Result<OwnedFd> + 'static,
+    ) -> (Self, mpsc::Receiver<Report>) {
         let (reports, receiver) = mpsc::channel(REPORT_COUNT_MAX);
         let inner = Inner {
-            path: path.to_owned(),
+            connect: Box::new(connect),
             lookups: Semaphore::new(LOOKUP_CONNECTION_COUNT),
             timestamps: Semaphore::new(TIMESTAMP_CONNECTION_COUNT),
             reports,
@@ -175,10 +177,20 @@ impl PeerSource for HttpSource {
 }
 
 impl Inner {
+    fn connect(&self) -> Result<UnixStream, LookupError> {
+        (self.connect)()
+            .and_then(|fd| {
+                let stream = StdStream::from(fd);
+                stream.set_nonblocking(true)?;
+                UnixStream::from_std(stream)
+            })
+            .map_err(LookupError::Connect)
+    }
+
     async fn look_up(&self, key: &PublicKey) -> Result<Option<Box<KnownPeer>>, LookupError> {
         let request = async {
             let _permit = self.lookups.acquire().await;
-            exchange(&self.path, Method::GET, &peer_path(key), String::new()).await
+            exchange(self.connect()?, Method::GET, &peer_path(key), String::new()).await
         };
         let (status, body) = in_time(request).await?;
         match status {
@@ -192,7 +204,7 @@ impl Inner {
         let path = format!("{}/timestamp", peer_path(key));
         let request = async {
             let _permit = self.timestamps.acquire().await;
-            exchange(&self.path, Method::PUT, &path, answer::to_hex(timestamp)).await
+            exchange(self.connect()?, Method::PUT, &path, answer::to_hex(timestamp)).await
         };
         match in_time(request).await?.0 {
             status if status.is_success() => Ok(()),
@@ -215,6 +227,7 @@ fn peer_path(key: &PublicKey) -> String {
 mod tests {
     use std::io::{Read as _, Write as _};
     use std::os::unix::net::UnixListener;
+    use std::path::Path;
 
     use super::*;
 
@@ -250,7 +263,9 @@ mod tests {
     fn run<T>(path: &Path, act: impl AsyncFnOnce(HttpSource, mpsc::Receiver<Report>) -> T) -> T {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         tokio::task::LocalSet::new().block_on(&runtime, async {
-            let (source, reports) = HttpSource::new(path);
+            let path = path.to_owned();
+            let (source, reports) =
+                HttpSource::new(move || StdStream::connect(&path).map(OwnedFd::from));
             act(source, reports).await
         })
     }

@@ -47,14 +47,16 @@ pub fn reading() -> Reading {
     }
 }
 
-/// A hook for tests: once the file is there that `TIDEGATE_TEST_SLEPT` names, the host has slept for
-/// ten seconds.
+/// A hook for tests: once there is something in the file that `TIDEGATE_TEST_SLEPT` names, the host has
+/// slept for ten seconds. It is opened at the first reading: later, this process may open nothing.
 #[cfg(debug_assertions)]
 fn slept_ns_in_test() -> u64 {
-    use std::{path::PathBuf, sync::OnceLock};
-    static FILE: OnceLock<Option<PathBuf>> = OnceLock::new();
-    let file = FILE.get_or_init(|| std::env::var_os("TIDEGATE_TEST_SLEPT").map(PathBuf::from));
-    if file.as_ref().is_some_and(|file| file.exists()) { 10_000_000_000 } else { 0 }
+    use std::{fs::File, sync::OnceLock};
+    static FILE: OnceLock<Option<File>> = OnceLock::new();
+    let file =
+        FILE.get_or_init(|| std::env::var_os("TIDEGATE_TEST_SLEPT").map(File::open)?.ok()).as_ref();
+    let len = file.and_then(|file| file.metadata().ok()).map_or(0, |metadata| metadata.len());
+    if len > 0 { 10_000_000_000 } else { 0 }
 }
 
 fn read(clock: ClockId) -> (u64, u32) {

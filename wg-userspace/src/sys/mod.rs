@@ -12,6 +12,7 @@ pub mod link;
 pub mod memory;
 pub mod mmsg;
 pub mod netns;
+pub mod process;
 pub mod random;
 pub mod socket;
 pub mod tuntap;
@@ -25,7 +26,7 @@ pub use wait::{EventFd, poll};
 /// Error numbers that the edges tell apart and [`std::io::ErrorKind`] does not.
 pub mod errno {
     pub use libc::{
-        E2BIG, EACCES, EADDRNOTAVAIL, EAFNOSUPPORT, EBADFD, EBUSY, EEXIST, EFAULT, EINVAL,
-        EMSGSIZE, ENETDOWN, ENETUNREACH, ENOBUFS, ENODEV, EOPNOTSUPP, EPERM,
+        E2BIG, EACCES, EADDRINUSE, EADDRNOTAVAIL, EAFNOSUPPORT, EBADFD, EBUSY, EEXIST, EFAULT,
+        EINVAL, EMSGSIZE, ENETDOWN, ENETUNREACH, ENOBUFS, ENODEV, EOPNOTSUPP, EPERM,
     };
 }

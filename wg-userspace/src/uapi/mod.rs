@@ -3,8 +3,8 @@
 //!
 //! Requests and answers are lines of `key=value` and end with an empty line. [`SetParser`] makes a
 //! [`SetRequest`](crate::device::SetRequest) of the lines after `set=1`; [`format_get`] writes what
-//! answers `get=1`; both are pure. [`Server`] is not: it owns the socket `/var/run/wireguard/IF.sock` and asks a [`Handler`],
-//! which is `daemon`. Of our own are the requests `tidegate=status` and `tidegate=quiesce`
+//! answers `get=1`; both are pure. [`Server`] is not: it answers on the socket `/var/run/wireguard/IF.sock`, which `keeper`
+//! owns as a [`Listener`], and asks a [`Handler`], which is `daemon`. Of our own are the requests `tidegate=status` and `tidegate=quiesce`
 //! (a line `seconds=N` may follow), answered with one line of JSON, and `tidegate=resume`.
 //!
 //! A request that fails changes nothing: it is read to its end before the handler sees it.
@@ -18,7 +18,7 @@ mod tests;
 
 pub use self::errno::Errno;
 pub use self::get::{PeerStatus, format_get};
-pub use self::server::{BindError, Handler, Server};
+pub use self::server::{BindError, Handler, Listener, Server};
 pub use self::set::{SetParser, SetProblem, UapiError, format_set, parse_set};
 
 /// Where wg(8) looks for sockets.

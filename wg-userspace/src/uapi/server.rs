@@ -4,11 +4,12 @@ use std::convert::Infallible;
 use std::fs::{self, DirBuilder, File};
 use std::future::Future;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener as StdListener, UnixStream as StdStream};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use futures_util::StreamExt;
@@ -89,12 +90,26 @@ pub enum BindError {
     },
 }
 
-/// A socket for wg(8). Its file is removed on drop, if it is still its own.
+/// A socket for wg(8) on which nobody answers yet.
+#[derive(Debug)]
+pub struct Listener {
+    fd: OwnedFd,
+    file: SocketFile,
+}
+
+/// Answers on a socket for wg(8).
 #[derive(Debug)]
 pub struct Server {
     listener: UnixListener,
+    /// Nothing if it is another process that removes it.
+    file: Option<SocketFile>,
+}
+
+/// The file of a socket. It is removed on drop, if it is still its own.
+#[derive(Debug)]
+struct SocketFile {
     path: PathBuf,
-    file: FileId,
+    id: FileId,
 }
 
 /// What tells a file from another one of the same name.
@@ -104,10 +119,10 @@ fn file_id(path: &Path) -> io::Result<FileId> {
     fs::symlink_metadata(path).map(|metadata| (metadata.dev(), metadata.ino()))
 }
 
-impl Server {
+impl Listener {
     /// Opens the socket of an interface, where wg(8) looks for it.
     ///
-    /// A socket that a dead process left is replaced. Needs a tokio runtime around it.
+    /// A socket that a dead process left is replaced.
     ///
     /// # Errors
     /// [`BindError`] says why not.
@@ -115,7 +130,7 @@ impl Server {
         Self::bind_in(Path::new(SOCKET_DIR), interface)
     }
 
-    /// As [`Server::bind`], in another directory, which is made if it is missing.
+    /// As [`Listener::bind`], in another directory, which is made if it is missing.
     ///
     /// # Errors
     /// [`BindError`] says why not.
@@ -141,25 +156,57 @@ impl Server {
             .map_err(failed("locking the directory", dir))?;
         remove_if_dead(&path)?;
         let fd = listen(&path).map_err(failed("listening on", &path))?;
-        Self::from_fd(fd, path.clone()).map_err(failed("listening on", &path))
+        let file = SocketFile::of(path.clone()).map_err(failed("listening on", &path))?;
+        Ok(Self { fd, file })
+    }
+}
+
+/// For who hands it to another process, to answer there: the file stays here.
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl Server {
+    /// Opens the socket of an interface, as [`Listener::bind`]. Needs a tokio runtime around it.
+    ///
+    /// # Errors
+    /// [`BindError`] says why not.
+    pub fn bind(interface: &str) -> Result<Self, BindError> {
+        Self::bind_in(Path::new(SOCKET_DIR), interface)
     }
 
-    /// Takes over a socket that listens already, and with it the file at `path`.
+    /// As [`Server::bind`], in another directory, which is made if it is missing.
+    ///
+    /// # Errors
+    /// [`BindError`] says why not.
+    pub fn bind_in(dir: &Path, interface: &str) -> Result<Self, BindError> {
+        let Listener { fd, file } = Listener::bind_in(dir, interface)?;
+        let path = file.path.clone();
+        let server = Self::from_fd(fd).map_err(|source| {
+            let doing = "listening on";
+            BindError::Io { doing, path, source }
+        })?;
+        Ok(Self { file: Some(file), ..server })
+    }
+
+    /// Takes over a socket that listens already. Its file is another's to remove.
     ///
     /// Needs a tokio runtime around it.
     ///
     /// # Errors
-    /// If `path` is not there, or the socket cannot be waited for.
-    pub fn from_fd(fd: OwnedFd, path: PathBuf) -> io::Result<Self> {
+    /// If the socket cannot be waited for.
+    pub fn from_fd(fd: OwnedFd) -> io::Result<Self> {
+        LINKS.get_or_init(links_socket);
         let listener = StdListener::from(fd);
         listener.set_nonblocking(true)?;
-        let file = file_id(&path)?;
-        Ok(Self { listener: UnixListener::from_std(listener)?, path, file })
+        Ok(Self { listener: UnixListener::from_std(listener)?, file: None })
     }
 
-    /// The socket's file.
-    pub fn path(&self) -> &Path {
-        &self.path
+    /// The socket's file, if it is this server's.
+    pub fn path(&self) -> Option<&Path> {
+        self.file.as_ref().map(|file| file.path.as_path())
     }
 
     /// Answers clients until it is dropped, several at a time.
@@ -185,9 +232,16 @@ impl Server {
     }
 }
 
-impl Drop for Server {
+impl SocketFile {
+    fn of(path: PathBuf) -> io::Result<Self> {
+        let id = file_id(&path)?;
+        Ok(Self { path, id })
+    }
+}
+
+impl Drop for SocketFile {
     fn drop(&mut self) {
-        if file_id(&self.path).is_ok_and(|file| file == self.file)
+        if file_id(&self.path).is_ok_and(|id| id == self.id)
             && let Err(error) = fs::remove_file(&self.path)
         {
             tracing::warn!(path = %self.path.display(), %error, "cannot remove the UAPI socket");
@@ -354,10 +408,18 @@ async fn in_time<T>(work: impl Future<Output = io::Result<T>>) -> io::Result<T> 
     tokio::time::timeout(IDLE_MAX, work).await?
 }
 
+/// Index of an interface that an address names as its scope.
 fn interface_index(name: &str) -> Option<u32> {
+    let socket = LINKS.get_or_init(links_socket).as_ref()?;
+    rustix::net::netdevice::name_to_index(socket, name).ok()
+}
+
+/// What interfaces are looked up by. It is opened with a server: later, this process may open none.
+static LINKS: OnceLock<Option<OwnedFd>> = OnceLock::new();
+
+fn links_socket() -> Option<OwnedFd> {
     let flags = SocketFlags::CLOEXEC;
-    let any = rustix::net::socket_with(AddressFamily::UNIX, SocketType::DGRAM, flags, None).ok()?;
-    rustix::net::netdevice::name_to_index(any, name).ok()
+    rustix::net::socket_with(AddressFamily::UNIX, SocketType::DGRAM, flags, None).ok()
 }
 
 /// The lines that a client sends. They may hold keys, so the only copy here is wiped.

@@ -67,7 +67,7 @@ fn with_server<T>(handler: &Rc<Bare>, client: impl AsyncFnOnce(PathBuf) -> T) ->
     let dir = tempfile::tempdir().unwrap();
     run(async {
         let server = Server::bind_in(dir.path(), "wg0").unwrap();
-        let path = server.path().to_owned();
+        let path = server.path().unwrap().to_owned();
         tokio::select! {
             never = server.serve(Rc::clone(handler)) => match never {},
             outcome = client(path) => outcome,
@@ -211,11 +211,11 @@ fn the_socket_is_the_owners_and_goes_with_its_server() {
     run(async {
         let server = Server::bind_in(&dir, "wg0").unwrap();
         let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
-        assert_eq!((mode(&dir), mode(server.path())), (0o700, 0o600));
+        assert_eq!((mode(&dir), mode(server.path().unwrap())), (0o700, 0o600));
         let busy = Server::bind_in(&dir, "wg0").unwrap_err();
         assert!(matches!(busy, BindError::Busy(_)), "{busy}");
         Server::bind_in(&dir, "wg1").unwrap();
-        let path = server.path().to_owned();
+        let path = server.path().unwrap().to_owned();
         drop(server);
         assert!(!path.exists());
     });
@@ -251,12 +251,13 @@ fn a_server_can_be_built_of_a_socket_that_listens() {
     let path = dir.path().join("wg0.sock");
     run(async {
         let listener = StdListener::bind(&path).unwrap();
-        let server = Server::from_fd(listener.into(), path.clone()).unwrap();
+        let server = Server::from_fd(listener.into()).unwrap();
         tokio::select! {
             never = server.serve(Rc::new(Bare::default())) => match never {},
             answer = ask(&path, "get=1\n\n") => assert_eq!(answer, "listen_port=0\nerrno=0\n\n"),
         }
         assert!(StdStream::connect(&path).is_err());
+        assert!(path.exists(), "its file is another's");
     });
 }
 

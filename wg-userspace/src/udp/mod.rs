@@ -211,13 +211,14 @@ pub struct UdpSocket {
 }
 
 impl UdpSocket {
-    /// Takes over a bound socket from who made it (with [`bind_group`]).
+    /// Takes over a bound socket from who made it (with [`bind_group`]), with its options: they are not
+    /// touched, so that this needs no right to set any.
     ///
     /// # Errors
     /// [`UdpError::NotUdp`] for anything else.
     pub fn from_fd(fd: OwnedFd) -> Result<Self, UdpError> {
         match socket::udp_local(&fd) {
-            Ok((family, port)) if port != 0 => Self::prepare(fd, family, port),
+            Ok((family, port)) if port != 0 => Ok(Self { fd, family, port }),
             _ => Err(UdpError::NotUdp),
         }
     }

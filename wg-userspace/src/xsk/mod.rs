@@ -228,16 +228,25 @@ pub struct XskParts {
     pub ours: Vec<u32>,
 }
 
-impl Xsk {
-    /// Makes an XSK for `queue` of the interface, with its fill ring full. Packets come once it is
-    /// in the steer program's map.
-    ///
-    /// Waits up to a second for a queue that is busy, as it is for some milliseconds after another
-    /// XSK there was closed.
+/// An AF_XDP socket with its UMEM and rings, before it is bound and before anybody has mapped them: for a
+/// process that may make one, and another that uses it. (Rings of a bound socket can be mapped since
+/// Linux 6.4.)
+#[derive(Debug)]
+pub struct Unbound {
+    /// The socket.
+    pub socket: OwnedFd,
+    /// The memfd of the UMEM.
+    pub umem: OwnedFd,
+    /// How it was made, and is to be bound.
+    pub options: XskOptions,
+}
+
+impl Unbound {
+    /// Makes a socket. Its UMEM is mapped here only until the kernel has it.
     ///
     /// # Errors
     /// See [`XskError`].
-    pub fn bind(ifindex: u32, queue: u32, options: XskOptions) -> Result<Self, XskError> {
+    pub fn new(options: XskOptions) -> Result<Self, XskError> {
         options.check()?;
         let umem = Umem::new(&options).map_err(io_error("making a UMEM"))?;
         let socket = xdp::open().map_err(|error| match error.raw_os_error() {
@@ -253,6 +262,64 @@ impl Xsk {
                 _ => io_error("registering a UMEM")(error),
             },
         )?;
+        Ok(Self { socket, umem: umem.into_fd(), options })
+    }
+}
+
+/// Binds the socket of an XSK whose fill ring is full to `queue` of an interface.
+///
+/// Waits up to a second for a queue that is busy, as it is for some milliseconds after another XSK there
+/// was closed.
+///
+/// # Errors
+/// See [`XskError`].
+pub fn bind(socket: impl AsFd, ifindex: u32, queue: u32, mode: BindMode) -> Result<(), XskError> {
+    let give_up = Instant::now() + BUSY_MAX;
+    loop {
+        let Err(error) = xdp::bind(&socket, ifindex, queue, mode) else { return Ok(()) };
+        return Err(match error.raw_os_error() {
+            Some(EBUSY) if Instant::now() < give_up => {
+                sleep(BUSY_PAUSE);
+                continue;
+            }
+            Some(EBUSY) => XskError::Busy { ifindex, queue },
+            Some(EINVAL | ENODEV) => XskError::NoQueue { ifindex, queue },
+            Some(EOPNOTSUPP) => XskError::NoZeroCopy { ifindex },
+            Some(EPERM) => XskError::NotPermitted,
+            _ => io_error("binding an XSK")(error),
+        });
+    }
+}
+
+impl Xsk {
+    /// Makes an XSK for `queue` of the interface, with its fill ring full. Packets come once it is
+    /// in the steer program's map.
+    ///
+    /// Waits for a queue that is busy, as [`bind`] does.
+    ///
+    /// # Errors
+    /// See [`XskError`].
+    pub fn bind(ifindex: u32, queue: u32, options: XskOptions) -> Result<Self, XskError> {
+        let xsk = Self::from_unbound(Unbound::new(options)?, ifindex, queue)?;
+        bind(&xsk, ifindex, queue, options.mode)?;
+        Ok(xsk)
+    }
+
+    /// Takes over a socket that is not bound yet, from this process or another, and fills its fill ring.
+    /// It is to be bound to `queue` of the interface then, with [`bind`].
+    ///
+    /// `unbound` must be used once only, as the parts in [`Xsk::from_parts`].
+    ///
+    /// # Errors
+    /// [`XskError::NotXsk`].
+    pub fn from_unbound(unbound: Unbound, ifindex: u32, queue: u32) -> Result<Self, XskError> {
+        let Unbound { socket, umem, options } = unbound;
+        options.check()?;
+        if !xdp::is_xsk(&socket) {
+            return Err(XskError::NotXsk);
+        }
+        let umem = Umem::from_fd(umem, &options).map_err(|_| XskError::NotXsk)?;
+        let sizes = options.ring_sizes();
         let rings =
             xdp::map_rings(&socket, sizes).map_err(io_error("mapping the rings of an XSK"))?;
         let ledger = Ledger::new(&umem);
@@ -260,27 +327,7 @@ impl Xsk {
         let mut xsk =
             Self::assemble(Backing::Kernel(socket), (ifindex, queue), options, umem, ledger, rings);
         xsk.refill();
-        xsk.bind_patiently()?;
         Ok(xsk)
-    }
-
-    fn bind_patiently(&self) -> Result<(), XskError> {
-        let &Self { ifindex, queue, options: XskOptions { mode, .. }, .. } = self;
-        let give_up = Instant::now() + BUSY_MAX;
-        loop {
-            let Err(error) = xdp::bind(self, ifindex, queue, mode) else { return Ok(()) };
-            return Err(match error.raw_os_error() {
-                Some(EBUSY) if Instant::now() < give_up => {
-                    sleep(BUSY_PAUSE);
-                    continue;
-                }
-                Some(EBUSY) => XskError::Busy { ifindex, queue },
-                Some(EINVAL | ENODEV) => XskError::NoQueue { ifindex, queue },
-                Some(EOPNOTSUPP) => XskError::NoZeroCopy { ifindex },
-                Some(EPERM) => XskError::NotPermitted,
-                _ => io_error("binding an XSK")(error),
-            });
-        }
     }
 
     /// Takes over a bound XSK. What waits in its rings is not lost.

@@ -22,7 +22,7 @@ use wg_userspace::datapath::handoff::{Mesh, Parcel, Work};
 use wg_userspace::datapath::inbound::{Arrival, Inbound};
 use wg_userspace::datapath::outbound::Outbound;
 use wg_userspace::datapath::shared::PARCEL_RING_LEN;
-use wg_userspace::datapath::{BATCH_LEN, Shared, SocketGroup, WorkQueue};
+use wg_userspace::datapath::{BATCH_LEN, Crew, Shared, SocketGroup, WorkQueue};
 use wg_userspace::device::{Device, SetRequest};
 use wg_userspace::handshake::Handshakes;
 use wg_userspace::key::PublicKey;
@@ -156,16 +156,10 @@ impl Engine {
     fn with(worker_count: usize, outside: SimOutside, index_key: [u32; 4]) -> Self {
         let sockets = SocketGroup { port: 0, of_worker: Vec::new() };
         let indexes = IndexPermutation::new(index_key, IndexLayout::DEFAULT);
-        let (shared, work) = Shared::with_parcels(
-            DeviceId(0),
-            worker_count,
-            Vec::new(),
-            sockets,
-            None,
-            indexes,
-            PARCEL_LEN,
-        )
-        .unwrap();
+        let crew = Crew::new(worker_count, None).unwrap();
+        let only = (DeviceId(0), indexes.layout().share(0, 1));
+        let (shared, work) =
+            Shared::in_crew(crew, only, Vec::new(), sockets, indexes, PARCEL_LEN).unwrap();
         let handshakes = Handshakes::new(Arc::clone(&shared), outside.clone(), &AEAD, None);
         let lanes = Mesh::between(worker_count, PARCEL_RING_LEN)
             .into_iter()
@@ -446,7 +440,7 @@ impl Engine {
         let moves = self.moves(lane, now);
         if moves {
             let worker = WorkerId(lane as u16);
-            self.shared.begin_turn(worker);
+            self.shared.crew.begin_turn(worker);
             self.shared.now_of(&mut self.lanes[lane].continuity, &self.reading);
             self.shared.beat(worker, now);
         }
@@ -454,7 +448,7 @@ impl Engine {
     }
 
     fn is_woken(&self, lane: usize) -> bool {
-        let wake = &self.shared.workers[lane].wake;
+        let wake = self.shared.crew.wake(WorkerId(lane as u16));
         let mut fds = [PollFd::from_borrowed_fd(wake.as_fd(), PollFlags::IN)];
         poll(&mut fds, Duration::ZERO).unwrap() > 0
     }
@@ -462,7 +456,7 @@ impl Engine {
     /// As `worker::Worker::turn`.
     fn turn_of(&mut self, lane: usize, now: Now, steps: &mut Vec<Step>) {
         if self.is_woken(lane) {
-            self.shared.workers[lane].wake.drain();
+            self.shared.crew.wake(WorkerId(lane as u16)).drain();
             self.lanes[lane].flush = true;
         }
         self.follow_control(lane);
@@ -485,12 +479,14 @@ impl Engine {
 
     /// As `worker::Worker::follow_control`.
     fn follow_control(&mut self, lane: usize) {
-        let epoch = self.shared.deputies_epoch.load(Ordering::Acquire);
+        let epoch = self.shared.crew.deputies_epoch();
         if epoch != self.lanes[lane].deputies_epoch {
             let own = WorkerId(lane as u16);
             self.lanes[lane].deputies_epoch = epoch;
             self.lanes[lane].reads = (0..self.lanes.len())
-                .filter(|&of| of == lane || self.shared.deputy_of(WorkerId(of as u16)) == Some(own))
+                .filter(|&of| {
+                    of == lane || self.shared.crew.deputy_of(WorkerId(of as u16)) == Some(own)
+                })
                 .collect();
         }
     }

@@ -1,21 +1,17 @@
-//! Follows the TUN device to wherever it is moved, and routes to wherever they lead.
+//! Follows the TUN device to wherever it is moved.
 
-use std::rc::Rc;
 use std::time::Duration;
 
 use anyhow::Context as _;
 use tokio::runtime::Handle;
 
-use super::control::Control;
-use crate::host::{Host, LinkWatch, RouteWatch};
+use crate::host::{Host, LinkWatch};
 use crate::sys::link;
 use crate::tun::{TunQueue, is_gone};
 
 /// A device that is on its way between two namespaces, or is being renamed, is looked for this often.
 const TRIES: u32 = 50;
 const BETWEEN_TRIES: Duration = Duration::from_millis(20);
-/// Routes that change all the time are looked at this often.
-const BETWEEN_ROUTES: Duration = Duration::from_millis(100);
 
 /// Watches the device of `queue` in the network namespace where it is now; `None` if it was deleted.
 ///
@@ -50,17 +46,5 @@ pub async fn moved_link(queue: &TunQueue) -> anyhow::Result<Option<LinkWatch>> {
             }
             Err(_) => tokio::time::sleep(BETWEEN_TRIES).await,
         }
-    }
-}
-
-/// Has `control` look at the addresses that peers are sent to from, whenever the routing table may
-/// prefer another.
-pub async fn routes(control: Rc<Control>, host: Host, mut watch: RouteWatch) {
-    while let Ok(()) = watch.next().await {
-        if let Err(error) = control.routes_changed(&host).await {
-            tracing::warn!(%error, "routes are not followed: peers keep the address that they dialled");
-            return;
-        }
-        tokio::time::sleep(BETWEEN_ROUTES).await;
     }
 }

@@ -1,0 +1,424 @@
+//! Keeps the memory for a successor up to date, and begins from that of a predecessor.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsFd as _, BorrowedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use wg_common::endpoint::Endpoint;
+use wg_common::id::PeerId;
+use wg_common::time::Now;
+
+use super::control::Control;
+use super::effects::preshared_key_of;
+use super::memory::{Known, Memory, MemoryError, Remembered, snapshot};
+use crate::datapath::handoff::Work;
+use crate::device::{Effect, SetRequest};
+use crate::key::PublicKey;
+use crate::uapi;
+
+/// Peers are looked at this often, and this many at a time: what is noted is not much older, but where
+/// there are very many.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+const LOOK_AT_MAX: usize = 8192;
+/// Handshakes with peers of before are begun this many at a time, several times a second.
+const REACH_AT_MAX: usize = 64;
+
+/// Gives a new memory to whoever keeps it, in place of the one before.
+pub type HandOver = Box<dyn Fn(BorrowedFd<'_>) -> io::Result<()>>;
+
+/// What was noted last of the peer in each slot.
+type Noted = Vec<Option<(PublicKey, Known)>>;
+
+/// A memory, and what was written to it.
+pub struct Remembering {
+    memory: Memory,
+    hand_over: HandOver,
+    noted: Noted,
+    /// The slot to be looked at next.
+    next: usize,
+    looked: Now,
+}
+
+impl Control {
+    /// Makes this device, which has no peers yet, what it was before: keys, peers, allowed IPs, and
+    /// where peers were; their initiations of before are replays. Begins handshakes with those that had
+    /// a session as soon as the interface is up. Sockets are as whoever kept them left them.
+    ///
+    /// To be called before anything is received.
+    pub fn recall(&self, remembered: &Remembered) {
+        let mut routing_changed = false;
+        for request in snapshot(&remembered.device) {
+            let effects = self.device.borrow_mut().apply(request);
+            for effect in effects {
+                match effect {
+                    Effect::PeerAdded { id, public_key } => {
+                        let psk = preshared_key_of(&self.device.borrow(), id);
+                        let greatest = remembered.known(&public_key).greatest_timestamp;
+                        let hot = self.hot_peer(id, public_key);
+                        self.handshakes.add_known_peer(hot, psk, greatest);
+                    }
+                    // Once for all.
+                    Effect::RoutingChanged => routing_changed = true,
+                    effect => self.carry_out(effect),
+                }
+            }
+        }
+        if routing_changed {
+            self.carry_out(Effect::RoutingChanged);
+        }
+        let device = self.device.borrow();
+        self.fwmark.set(device.fwmark());
+        let mut reach = VecDeque::new();
+        for (id, peer) in device.peers() {
+            let known = remembered.known(&peer.public_key);
+            if let (Some(addr), Some(cell)) = (known.endpoint, self.handshakes.cell(id)) {
+                cell.hot.endpoint.store(Some(Arc::new(Endpoint::configured(addr))));
+            }
+            // Persistent keepalives begin by themselves.
+            if known.had_session && peer.persistent_keepalive == 0 {
+                reach.push_back(id);
+            }
+        }
+        tracing::info!(
+            peers = device.peer_count(),
+            had_sessions = reach.len(),
+            damaged = remembered.is_damaged,
+            "goes on with what the process before it knew"
+        );
+        self.to_reach.replace(reach);
+    }
+
+    /// Keeps a memory from now on, for which it begins a new one that says what the device is now.
+    /// `hand_over` is called with it, and with each that takes its place; the one before is wiped then.
+    ///
+    /// # Errors
+    /// If there is no memory, or nobody takes it.
+    pub fn remember(&self, hand_over: HandOver) -> Result<(), MemoryError> {
+        let (memory, noted) = self.memorize()?;
+        hand_over(memory.as_fd())?;
+        let remembering = Remembering { memory, hand_over, noted, next: 0, looked: Now::default() };
+        self.remembering.replace(Some(remembering));
+        Ok(())
+    }
+
+    /// Wipes the memory. For an orderly end, which has no successor.
+    pub fn forget(&self) {
+        let Some(remembering) = self.remembering.take() else { return };
+        if let Err(error) = remembering.memory.wipe() {
+            tracing::warn!(%error, "keys may be left in the memory for a successor");
+        }
+    }
+
+    /// The text of a request that is about to be carried out, if it is to be remembered.
+    pub(super) fn to_remember(&self, request: &SetRequest) -> Option<zeroize::Zeroizing<String>> {
+        let is_kept = self.remembering.borrow().is_some();
+        // A pulled peer that a request names is a configured one from then on, of which nothing was
+        // written yet: all is written anew.
+        let device = self.device.borrow();
+        let names_pulled = request.peers.iter().any(|change| {
+            let peer = device.find(&change.public_key).and_then(|id| device.peer(id));
+            peer.is_some_and(|peer| peer.pulled)
+        });
+        match (is_kept, names_pulled) {
+            (false, _) => None,
+            (true, true) => Some(String::new().into()),
+            (true, false) => Some(uapi::format_set(request)),
+        }
+    }
+
+    /// Notes a request that was carried out, by what [`to_remember`](Self::to_remember) gave.
+    pub(super) fn remember_set(&self, text: &str) {
+        if text.is_empty() {
+            return self.compact();
+        }
+        self.note(|memory| memory.append_set_text(text));
+    }
+
+    /// Notes what has changed at peers, a part of them at a time.
+    pub(super) fn remember_tick(&self, now: Now) {
+        let changed = {
+            let mut remembering = self.remembering.borrow_mut();
+            let Some(remembering) = remembering.as_mut() else { return };
+            if now.since(remembering.looked) < LOOK_EVERY {
+                return;
+            }
+            remembering.looked = now;
+            self.changed_peers(remembering)
+        };
+        if !changed.is_empty() {
+            self.note(|memory| memory.append_peers(changed.iter().copied()));
+        }
+    }
+
+    /// Begins some of the handshakes that a process before this one would have had no need of.
+    pub(super) fn reach_tick(&self, now: Now) {
+        if self.shared.pause(now).is_some() {
+            return;
+        }
+        for _ in 0..REACH_AT_MAX {
+            let Some(peer) = self.to_reach.borrow_mut().pop_front() else { return };
+            let Some(known) = self.known(peer) else { continue };
+            if known.endpoint.is_some() && !known.had_session {
+                self.handshakes.work(&Work::Initiate(self.shared.device, peer), now);
+            }
+        }
+    }
+
+    fn changed_peers(&self, remembering: &mut Remembering) -> Vec<(PublicKey, Known)> {
+        let device = self.device.borrow();
+        let slot_count = device.slot_count();
+        remembering.noted.resize(slot_count, None);
+        let mut changed = Vec::new();
+        for _ in 0..slot_count.min(LOOK_AT_MAX) {
+            let slot = remembering.next % slot_count;
+            remembering.next = slot + 1;
+            let id = PeerId(slot as u32);
+            let peer = device.peer(id).filter(|peer| !peer.pulled);
+            let is = peer.and_then(|peer| Some((peer.public_key, self.known(id)?)));
+            if let Some(is) = is
+                && remembering.noted[slot] != Some(is)
+            {
+                changed.push(is);
+            }
+            remembering.noted[slot] = is;
+        }
+        changed
+    }
+
+    fn note(&self, append: impl FnOnce(&mut Memory) -> Result<(), MemoryError>) {
+        let outcome = match self.remembering.borrow_mut().as_mut() {
+            Some(remembering) => append(&mut remembering.memory),
+            None => return,
+        };
+        match outcome {
+            Ok(()) => {}
+            // What was to be noted is in force already, and so part of the new one.
+            Err(MemoryError::Full) => self.compact(),
+            Err(error) => tracing::error!(%error, "a successor would not know of a change"),
+        }
+    }
+
+    /// Has a new memory take the place of this one.
+    fn compact(&self) {
+        let made = self.memorize();
+        let mut remembering = self.remembering.borrow_mut();
+        let Some(remembering) = remembering.as_mut() else { return };
+        let replaced = made.and_then(|(memory, noted)| {
+            (remembering.hand_over)(memory.as_fd())?;
+            remembering.noted = noted;
+            std::mem::replace(&mut remembering.memory, memory).wipe()
+        });
+        if let Err(error) = replaced {
+            tracing::error!(%error, "a successor would not know of a change");
+        }
+    }
+
+    /// A memory of all that is known now, and what it says of the peer in each slot.
+    fn memorize(&self) -> Result<(Memory, Noted), MemoryError> {
+        let device = self.device.borrow();
+        let mut noted = vec![None; device.slot_count()];
+        for (id, peer) in device.peers().filter(|(_, peer)| !peer.pulled) {
+            noted[id.0 as usize] = self.known(id).map(|known| (peer.public_key, known));
+        }
+        let memory = Memory::compacted(&device, noted.iter().flatten().copied())?;
+        Ok((memory, noted))
+    }
+
+    fn known(&self, peer: PeerId) -> Option<Known> {
+        let cell = self.handshakes.cell(peer)?;
+        Some(Known {
+            endpoint: cell.hot.endpoint.load().as_ref().map(|endpoint| endpoint.remote),
+            greatest_timestamp: cell.greatest_timestamp(),
+            had_session: cell.hot.keypairs.load().iter().next().is_some(),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+    use std::os::fd::OwnedFd;
+    use std::rc::Rc;
+    use std::sync::atomic::Ordering;
+
+    use wg_common::id::DeviceId;
+    use wg_common::index::{IndexLayout, IndexPermutation};
+
+    use super::*;
+    use crate::aead::RingAead;
+    use crate::daemon::ModeInUse;
+    use crate::daemon::memory::read;
+    use crate::datapath::{Shared, SocketGroup};
+    use crate::device::{AllowedIpChange, Device, PeerChange};
+    use crate::handshake::{Handshakes, Os};
+    use crate::key::{PresharedKey, PrivateKey};
+    use crate::noise::Timestamp;
+    use crate::sys::clock;
+    use crate::uapi::Handler as _;
+    use crate::udp;
+
+    fn control() -> Control {
+        let (port, of_worker) = udp::bind_group(0, 1, 0).unwrap();
+        let indexes = IndexPermutation::new([1, 2, 3, 4], IndexLayout::DEFAULT);
+        let sockets = SocketGroup { port, of_worker };
+        let (shared, _) = Shared::new(DeviceId(0), 1, Vec::new(), sockets, None, indexes).unwrap();
+        shared.up.store(false, Ordering::Relaxed);
+        let os = Os::new(Arc::clone(&shared));
+        let handshakes = Arc::new(Handshakes::new(Arc::clone(&shared), os, &RingAead, None));
+        let mode = ModeInUse { native: false, reason: "a test".to_owned() };
+        Control::new(shared, handshakes, None, mode, Vec::new(), "ring")
+    }
+
+    /// Where a keeper has the memory.
+    type Kept = Rc<RefCell<Vec<OwnedFd>>>;
+
+    fn kept() -> (Kept, HandOver) {
+        let kept = Kept::default();
+        let keep = Rc::clone(&kept);
+        let hand_over = move |fd: BorrowedFd<'_>| {
+            keep.borrow_mut().push(fd.try_clone_to_owned()?);
+            Ok(())
+        };
+        (kept, Box::new(hand_over))
+    }
+
+    fn latest(kept: &Kept) -> Remembered {
+        read(kept.borrow().last().unwrap()).unwrap()
+    }
+
+    fn key(number: u8) -> PublicKey {
+        PrivateKey::from_bytes([number; 32]).public_key()
+    }
+
+    fn peer(number: u8) -> PeerChange {
+        PeerChange {
+            preshared_key: Some(PresharedKey::from_bytes([number; 32])),
+            endpoint: Some(([127, 0, 0, 1], 9).into()),
+            allowed_ips: vec![AllowedIpChange::Add(
+                ipnet::Ipv4Net::new([10, 0, 0, number].into(), 32).unwrap().into(),
+            )],
+            ..PeerChange::new(key(number))
+        }
+    }
+
+    fn request(peers: Vec<PeerChange>) -> SetRequest {
+        let private_key = Some(Some(PrivateKey::from_bytes([9; 32])));
+        SetRequest { private_key, peers, ..SetRequest::default() }
+    }
+
+    fn words(device: &Device) -> Vec<String> {
+        snapshot(device).map(|request| uapi::format_set(&request).to_string()).collect()
+    }
+
+    #[test]
+    fn a_request_is_remembered_when_it_was_carried_out() {
+        let control = control();
+        control.set(request(vec![peer(1)])).unwrap();
+        let (kept, hand_over) = kept();
+        control.remember(hand_over).unwrap();
+        assert_eq!(words(&latest(&kept).device), words(&control.device.borrow()), "of before");
+        control.set(request(vec![peer(2), PeerChange { remove: true, ..peer(1) }])).unwrap();
+        assert_eq!(words(&latest(&kept).device), words(&control.device.borrow()));
+        assert_eq!(kept.borrow().len(), 1, "in one memory");
+    }
+
+    #[test]
+    fn a_peer_that_has_moved_is_noted_at_a_tick() {
+        let control = control();
+        let (kept, hand_over) = kept();
+        control.remember(hand_over).unwrap();
+        control.set(request(vec![peer(1), peer(2)])).unwrap();
+        let id = control.device.borrow().find(&key(1)).unwrap();
+        let moved = ([127, 0, 0, 2], 99).into();
+        let hot = Arc::clone(&control.handshakes.cell(id).unwrap().hot);
+        hot.endpoint.store(Some(Arc::new(Endpoint::configured(moved))));
+        let now = clock::boot_now();
+        control.remember_tick(now);
+        assert_eq!(latest(&kept).known(&key(1)).endpoint, Some(moved));
+        hot.endpoint.store(None);
+        control.remember_tick(now + LOOK_EVERY / 2);
+        assert_eq!(latest(&kept).known(&key(1)).endpoint, Some(moved), "not before its time");
+        control.remember_tick(now + LOOK_EVERY);
+        assert_eq!(latest(&kept).known(&key(1)).endpoint, None);
+    }
+
+    #[test]
+    fn a_memory_that_is_full_is_replaced_and_wiped() {
+        let control = control();
+        let (kept, hand_over) = kept();
+        control.remember(hand_over).unwrap();
+        while kept.borrow().len() == 1 {
+            control.set(request((1..200).map(peer).collect())).unwrap();
+        }
+        assert_eq!(words(&latest(&kept).device), words(&control.device.borrow()));
+        assert!(read(&kept.borrow()[0]).is_err(), "nothing is left in the former one");
+        control.forget();
+        assert!(read(&kept.borrow()[1]).is_err(), "nor in the last one, after an orderly end");
+    }
+
+    #[test]
+    fn a_pulled_peer_that_is_named_is_remembered_whole() {
+        let control = control();
+        let (kept, hand_over) = kept();
+        control.remember(hand_over).unwrap();
+        let pulled = PeerChange { pulled: true, ..peer(1) };
+        for effect in control.device.borrow_mut().apply(request(vec![pulled])) {
+            if let Effect::PeerAdded { id, public_key } = effect {
+                control.handshakes.add_peer(control.hot_peer(id, public_key));
+            }
+        }
+        let named = PeerChange { update_only: true, ..PeerChange::new(key(1)) };
+        control.set(SetRequest { peers: vec![named], ..SetRequest::default() }).unwrap();
+        assert_eq!(words(&latest(&kept).device), words(&control.device.borrow()));
+        assert_eq!(latest(&kept).device.peer_count(), 1);
+    }
+
+    fn remembered(had_session: bool) -> (Remembered, Known) {
+        let mut device = Device::default();
+        device.apply(SetRequest { fwmark: Some(7), ..request((1..=3).map(peer).collect()) });
+        let known = Known {
+            endpoint: Some(([127, 0, 0, 3], 9).into()),
+            greatest_timestamp: Timestamp::from_unix(1_800_000_000, 0),
+            had_session,
+        };
+        let peers = [(key(2), known)].into();
+        (Remembered { device, peers, is_damaged: false }, known)
+    }
+
+    #[test]
+    fn a_successor_is_the_device_of_before() {
+        let control = control();
+        let (remembered, known) = remembered(true);
+        control.recall(&remembered);
+        assert_eq!(words(&control.device.borrow()), words(&remembered.device));
+        assert_eq!(control.fwmark.get(), 7);
+        let id = control.device.borrow().find(&key(2)).unwrap();
+        let cell = control.handshakes.cell(id).unwrap();
+        assert_eq!(cell.greatest_timestamp(), known.greatest_timestamp);
+        assert_eq!(cell.preshared_key(), PresharedKey::from_bytes([2; 32]));
+        assert_eq!(cell.hot.endpoint.load().as_ref().unwrap().remote, known.endpoint.unwrap());
+        let routing = control.shared.routing.load();
+        assert_eq!(routing.lookup("10.0.0.2".parse().unwrap()), Some(id));
+        // What it knew is there for the next one, too.
+        let (kept, hand_over) = kept();
+        control.remember(hand_over).unwrap();
+        let next = latest(&kept).known(&key(2));
+        assert_eq!(next.greatest_timestamp, known.greatest_timestamp);
+        assert_eq!(next.endpoint, known.endpoint);
+    }
+
+    #[test]
+    fn peers_that_had_a_session_are_reached_for_when_the_interface_is_up() {
+        for (had_session, handshakes) in [(true, 1), (false, 0)] {
+            let control = control();
+            control.recall(&remembered(had_session).0);
+            control.reach_tick(clock::boot_now());
+            assert_eq!(control.handshakes.index_count(), 0, "it is down");
+            control.set_up(true);
+            control.reach_tick(clock::boot_now());
+            assert_eq!(control.handshakes.index_count(), handshakes);
+        }
+    }
+}

@@ -1,0 +1,147 @@
+//! The threads of the data path, as all devices of the process see them: signs of life, who stands in
+//! for whom, what wakes them.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
+
+use wg_common::id::WorkerId;
+use wg_common::map::HEARTBEAT_STALE_NS;
+use wg_common::time::Now;
+
+use crate::counters::Counters;
+use crate::sys::{EventFd, SharedWords};
+
+/// The threads of the data path. Each of them runs one worker of every device.
+pub struct Crew {
+    threads: Vec<Thread>,
+    /// Changes whenever some deputy does.
+    deputies_epoch: AtomicU32,
+    /// The heartbeats as the kernel side sees them, if there is one.
+    kernel_heartbeats: Option<Arc<SharedWords>>,
+}
+
+/// What one thread shares with everyone else, beside what it does for a device.
+struct Thread {
+    /// What it counted that belongs to no device.
+    counters: Counters,
+    wake: EventFd,
+    /// Boot time in nanoseconds at which it last moved.
+    heartbeat: AtomicU64,
+    /// Number of turns that it has begun.
+    turns: AtomicU64,
+    /// Who reads its sockets and TUN queues while it is stuck: worker number + 1, or 0.
+    deputy: AtomicU16,
+}
+
+impl Crew {
+    /// So many threads, none of which has moved yet.
+    ///
+    /// # Errors
+    /// If the kernel gives no event descriptor.
+    pub fn new(
+        thread_count: usize,
+        kernel_heartbeats: Option<Arc<SharedWords>>,
+    ) -> std::io::Result<Arc<Self>> {
+        let threads = (0..thread_count)
+            .map(|_| {
+                Ok(Thread {
+                    counters: Counters::default(),
+                    wake: EventFd::new()?,
+                    heartbeat: AtomicU64::new(0),
+                    turns: AtomicU64::new(0),
+                    deputy: AtomicU16::new(0),
+                })
+            })
+            .collect::<std::io::Result<_>>()?;
+        Ok(Arc::new(Self { threads, deputies_epoch: AtomicU32::new(0), kernel_heartbeats }))
+    }
+
+    /// Number of threads, and so of workers of each device.
+    pub fn thread_count(&self) -> usize {
+        self.threads.len()
+    }
+
+    fn of(&self, worker: WorkerId) -> &Thread {
+        &self.threads[usize::from(worker.0)]
+    }
+
+    /// What the thread of `worker` counted that belongs to no device. Only that thread may add.
+    pub fn counters(&self, worker: WorkerId) -> &Counters {
+        &self.of(worker).counters
+    }
+
+    /// What all threads counted that belongs to no device.
+    pub fn all_counters(&self) -> impl Iterator<Item = &Counters> {
+        self.threads.iter().map(|thread| &thread.counters)
+    }
+
+    /// What wakes the thread of `worker`.
+    pub fn wake(&self, worker: WorkerId) -> &EventFd {
+        &self.of(worker).wake
+    }
+
+    /// Wakes every thread: something it must look at has changed.
+    pub fn wake_all(&self) {
+        for thread in &self.threads {
+            thread.wake.signal();
+        }
+    }
+
+    /// Says that the thread of `worker` moves.
+    pub fn beat(&self, worker: WorkerId, now: Now) {
+        self.of(worker).heartbeat.store(now.boot_ns(), Ordering::Release);
+        let words = self.kernel_heartbeats.as_ref();
+        if let Some(word) = words.and_then(|words| words.get(usize::from(worker.0))) {
+            word.store(now.boot_ns(), Ordering::Relaxed);
+        }
+    }
+
+    /// Whether `worker` moved lately.
+    pub fn moves(&self, worker: WorkerId, now: Now) -> bool {
+        self.still_for(worker, now) < Duration::from_nanos(HEARTBEAT_STALE_NS)
+    }
+
+    /// How long ago `worker` last said that it moves.
+    pub fn still_for(&self, worker: WorkerId, now: Now) -> Duration {
+        let beat = self.of(worker).heartbeat.load(Ordering::Relaxed);
+        now.since(Now::from_boot_ns(beat))
+    }
+
+    /// Whether every thread has begun a turn after `at`: what one had sealed before has left, and what it
+    /// had accepted is delivered.
+    pub fn all_turned_since(&self, at: Now) -> bool {
+        self.threads.iter().all(|thread| thread.heartbeat.load(Ordering::Acquire) > at.boot_ns())
+    }
+
+    /// Has `deputy` read what belongs to `worker`, of every device; `None` gives it back.
+    pub fn set_deputy(&self, worker: WorkerId, deputy: Option<WorkerId>) {
+        let value = deputy.map_or(0, |d| d.0 + 1);
+        if self.of(worker).deputy.swap(value, Ordering::Relaxed) != value {
+            self.deputies_epoch.fetch_add(1, Ordering::Release);
+            self.wake_all();
+        }
+    }
+
+    /// Who reads what belongs to `worker`, if not itself.
+    pub fn deputy_of(&self, worker: WorkerId) -> Option<WorkerId> {
+        self.of(worker).deputy.load(Ordering::Relaxed).checked_sub(1).map(WorkerId)
+    }
+
+    /// Changes whenever some deputy does.
+    pub fn deputies_epoch(&self) -> u32 {
+        self.deputies_epoch.load(Ordering::Acquire)
+    }
+
+    /// Says that the thread of `worker` begins a turn: what it seals and opens in it obeys what it reads
+    /// from now on.
+    pub fn begin_turn(&self, worker: WorkerId) {
+        self.of(worker).turns.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// Number of turns that the thread of `worker` has begun. Once it grows, whatever was stored before it
+    /// was read is obeyed.
+    pub fn turns(&self, worker: WorkerId) -> u64 {
+        self.of(worker).turns.load(Ordering::SeqCst)
+    }
+}

@@ -1,0 +1,301 @@
+//! The loop of one thread: it waits for, and goes round, the XSKs of its queues and its worker of each
+//! device.
+
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use arrayvec::ArrayVec;
+use wg_common::endpoint::{Endpoint, LocalSource};
+use wg_common::headers::parse_frame;
+use wg_common::id::WorkerId;
+use wg_common::outcome::DropReason;
+use wg_common::time::{Now, Reading};
+
+use super::BATCH_LEN;
+use super::crew::Crew;
+use super::inbound::Arrival;
+use super::worker::Worker;
+use crate::counters::Path;
+use crate::sys::clock;
+use crate::sys::mmsg::ReceiveBatch;
+use crate::sys::wait::{PollFd, PollFlags, poll};
+use crate::xsk::{Frame, Xsk};
+
+/// Longest sleep: a thread that waits for packets still says that it lives well before its heartbeat
+/// counts as stale.
+pub(super) const SLEEP_MAX: Duration = Duration::from_millis(100);
+
+/// The kernel is asked this often what it dropped before the XSKs.
+const ASK_INTERVAL: Duration = Duration::from_secs(1);
+/// Descriptors that one thread waits for: its wake-up, XSKs, and of each device three of each worker that
+/// it reads for. The rest is looked at in each turn.
+const POLLED_MAX: usize = 1024;
+/// XSKs among them.
+const POLLED_XSKS_MAX: usize = POLLED_MAX / 2;
+
+/// An XSK and the NIC on which it is bound.
+pub struct XskPort {
+    /// The socket with its rings and UMEM.
+    pub xsk: Xsk,
+    /// The NIC.
+    pub ifindex: u32,
+    /// What the kernel had dropped before this socket when it was last asked: for want of room in the
+    /// rx ring, and of a chunk.
+    pub dropped: [u64; 2],
+}
+
+/// One thread of the data path, before and while it runs.
+pub struct WorkerThread {
+    id: WorkerId,
+    crew: Arc<Crew>,
+    ports: Vec<XskPort>,
+    /// One of each device that is not over.
+    workers: Vec<Worker>,
+    /// The worker that went first in the latest turn.
+    first: usize,
+    received: ReceiveBatch,
+    /// When the kernel was last asked what it dropped before the XSKs.
+    asked: Now,
+    #[cfg(debug_assertions)]
+    stall: Option<Stall>,
+}
+
+impl WorkerThread {
+    /// Thread `id` of `crew`, with the XSKs of its queues and its worker of each device.
+    ///
+    /// # Errors
+    /// If there is no memory for its buffers.
+    pub fn new(
+        id: WorkerId,
+        crew: Arc<Crew>,
+        ports: Vec<XskPort>,
+        workers: Vec<Worker>,
+    ) -> std::io::Result<Self> {
+        Ok(Self {
+            id,
+            crew,
+            ports,
+            workers,
+            first: 0,
+            received: ReceiveBatch::new()?,
+            asked: Now::default(),
+            #[cfg(debug_assertions)]
+            stall: Stall::from_env(id),
+        })
+    }
+
+    /// Moves packets until every device is over.
+    pub fn run(mut self) {
+        let mut more = true;
+        while self.any_left() {
+            self.wait(if more { Duration::ZERO } else { SLEEP_MAX });
+            #[cfg(debug_assertions)]
+            if let Some(stall) = &mut self.stall {
+                stall.hold(&self.workers, clock::boot_now());
+            }
+            more = self.turn(clock::reading);
+        }
+    }
+
+    /// Lets go of devices that are over. Says whether any other is left.
+    pub(super) fn any_left(&mut self) -> bool {
+        self.workers.retain(|worker| !worker.is_over());
+        !self.workers.is_empty()
+    }
+
+    /// One bounded round over everything that may have packets. Says whether there may be more.
+    pub(super) fn turn(&mut self, read_clocks: impl FnOnce() -> Reading) -> bool {
+        self.crew.begin_turn(self.id);
+        // Before anything is sealed or opened.
+        let reading = read_clocks();
+        for worker in &mut self.workers {
+            worker.begin_turn(&reading);
+        }
+        let now = reading.after;
+        self.crew.beat(self.id, now);
+        let mut more = false;
+        for port in 0..self.ports.len() {
+            more |= self.receive_frames(port, now);
+        }
+        // Another device goes first each time, so that none starves.
+        let count = self.workers.len();
+        self.first = if self.first + 1 < count { self.first + 1 } else { 0 };
+        let (before, from) = self.workers.split_at_mut(self.first);
+        for worker in from.iter_mut().chain(before) {
+            more |= worker.turn(&mut self.received, now);
+        }
+        self.count_kernel_drops(now);
+        more
+    }
+
+    /// Now and then, counts what the kernel has dropped before the XSKs.
+    fn count_kernel_drops(&mut self, now: Now) {
+        if now.since(self.asked) < ASK_INTERVAL {
+            return;
+        }
+        self.asked = now;
+        let counters = self.crew.counters(self.id);
+        for XskPort { xsk, dropped, .. } in &mut self.ports {
+            let Ok(counts) = xsk.counts() else { continue };
+            let kernel = counts.kernel;
+            let newest = [kernel.rx_ring_full, kernel.rx_dropped];
+            let reasons = [DropReason::XskRingFull, DropReason::XskNoChunk];
+            for ((reason, before), after) in reasons.into_iter().zip(dropped).zip(newest) {
+                counters.drop(reason, after.wrapping_sub(*before));
+                *before = after;
+            }
+        }
+    }
+
+    /// Sleeps until there is something to do, at most for `timeout`, and tells the workers what has
+    /// something.
+    pub(super) fn wait(&mut self, timeout: Duration) {
+        let wake = self.crew.wake(self.id);
+        let mut fds: ArrayVec<PollFd<'_>, POLLED_MAX> = ArrayVec::new();
+        fds.push(readable_fd(wake.as_fd()));
+        let xsks = self.ports.iter().take(POLLED_XSKS_MAX);
+        fds.extend(xsks.map(|port| readable_fd(port.xsk.as_fd())));
+        let ours = fds.len();
+        let mut polled = fds.remaining_capacity();
+        for fd in self.workers.iter().flat_map(Worker::polled).take(polled) {
+            fds.push(fd);
+            polled -= 1;
+        }
+        match poll(&mut fds, timeout) {
+            // Nothing, unless there was too much to ask for.
+            Ok(0) if polled > 0 => return,
+            Ok(_) => {}
+            Err(error) => {
+                tracing::error!(%error, "waiting for packets");
+                std::thread::sleep(Duration::from_millis(10));
+                return;
+            }
+        }
+        let ready: ArrayVec<bool, POLLED_MAX> = fds.iter().map(is_ready).collect();
+        drop(fds);
+        let woken = ready[0];
+        if woken {
+            wake.drain();
+        }
+        let mut ready = ready.into_iter().skip(ours).chain(std::iter::repeat(true));
+        for worker in &mut self.workers {
+            worker.learn(woken, &mut ready);
+        }
+    }
+
+    fn receive_frames(&mut self, port: usize, now: Now) -> bool {
+        let XskPort { xsk, ifindex, .. } = &mut self.ports[port];
+        let mut frames: ArrayVec<Frame, BATCH_LEN> = ArrayVec::new();
+        xsk.receive(&mut frames);
+        if frames.is_empty() {
+            return false;
+        }
+        let counters = self.crew.counters(self.id);
+        let umem = xsk.umem();
+        // The worker for which the first of them is, and what is for it; then what is for others.
+        let mut device = 0;
+        let mut arrivals: ArrayVec<Arrival<'_>, BATCH_LEN> = ArrayVec::new();
+        let mut others: ArrayVec<(usize, Arrival<'_>), BATCH_LEN> = ArrayVec::new();
+        for frame in &mut frames {
+            let bytes = umem.bytes_mut(frame);
+            // The steer program let it through by the same rules.
+            let Some(outer) = parse_frame(bytes) else {
+                counters.drop(DropReason::BadLength, 1);
+                continue;
+            };
+            let port = outer.dst.port();
+            let whose = match self.workers.get(device) {
+                Some(worker) if worker.port() == port => Some(device),
+                _ => self.workers.iter().position(|worker| worker.port() == port),
+            };
+            let Some(whose) = whose else {
+                // The port was another one a moment ago, or its device is over.
+                counters.drop(DropReason::NoDevice, 1);
+                continue;
+            };
+            let local = LocalSource { addr: outer.dst.ip(), ifindex: *ifindex };
+            let mut remote = outer.src;
+            if let SocketAddr::V6(remote) = &mut remote
+                && remote.ip().is_unicast_link_local()
+            {
+                remote.set_scope_id(*ifindex);
+            }
+            let arrival = Arrival {
+                bytes: &mut bytes[outer.payload],
+                from: Endpoint { remote, local: Some(local) },
+                path: Path::Xsk,
+                worker: self.id,
+            };
+            if arrivals.is_empty() {
+                device = whose;
+            }
+            if whose == device {
+                arrivals.push(arrival);
+            } else {
+                others.push((whose, arrival));
+            }
+        }
+        while !arrivals.is_empty() {
+            self.workers[device].receive(&mut arrivals, now);
+            arrivals.clear();
+            let Some((next, _)) = others.first() else { break };
+            device = *next;
+            for (whose, arrival) in others.take() {
+                if whose == device {
+                    arrivals.push(arrival);
+                } else {
+                    others.push((whose, arrival));
+                }
+            }
+        }
+        drop((arrivals, others));
+        let full = frames.is_full();
+        for frame in frames {
+            xsk.recycle(frame);
+        }
+        full
+    }
+}
+
+fn readable_fd(fd: BorrowedFd<'_>) -> PollFd<'_> {
+    PollFd::from_borrowed_fd(fd, PollFlags::IN)
+}
+
+/// Whether there is something to read, or an error to learn of by reading.
+fn is_ready(fd: &PollFd<'_>) -> bool {
+    !fd.revents().is_empty()
+}
+
+/// A hook for tests: `TIDEGATE_TEST_STALL_WORKER=<worker>:<after ms>[:<for ms>]` makes one thread
+/// stand still, as one does that a debugger holds or a core has lost.
+#[cfg(debug_assertions)]
+struct Stall {
+    from: Now,
+    until: Now,
+}
+
+#[cfg(debug_assertions)]
+impl Stall {
+    fn from_env(id: WorkerId) -> Option<Self> {
+        let text = std::env::var("TIDEGATE_TEST_STALL_WORKER").ok()?;
+        let mut numbers = text.split(':').map(|number| number.parse::<u64>().ok());
+        if numbers.next()?? != u64::from(id.0) {
+            return None;
+        }
+        let from = clock::boot_now() + Duration::from_millis(numbers.next()??);
+        let held = numbers.next().flatten().map_or(Duration::MAX, Duration::from_millis);
+        Some(Self { from, until: from + held })
+    }
+
+    fn hold(&mut self, workers: &[Worker], now: Now) {
+        if now < self.from {
+            return;
+        }
+        while clock::boot_now() < self.until && !workers.iter().all(Worker::is_stopping) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        self.from = Now::from_boot_ns(u64::MAX);
+    }
+}

@@ -1,0 +1,317 @@
+//! The data process's end: what it asks the keeper for.
+
+use std::io;
+use std::net::Ipv4Addr;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::time::Duration;
+
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use tokio::io::Interest;
+use tokio::net::UnixDatagram;
+
+use super::protocol::{
+    Answer, ChannelError, Event, LINKS_MAX, Refusal, Request, Setup, receive, send,
+};
+use crate::bpf::SteerCounters;
+use crate::sys::SharedWords;
+use crate::tun::TunQueue;
+use crate::udp::{UdpSocket, UdpSockets};
+use crate::xsk::{Unbound, Xsk, XskOptions};
+
+/// A keeper that does not answer for so long is not there any more.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The keeper, as the data process sees it.
+///
+/// Every method but [`Keeper::setup`] ends this process if the keeper does not answer, or not to what was
+/// asked: there is nothing that could be done without it, and a process that follows begins anew.
+#[derive(Debug)]
+pub struct Keeper {
+    requests: OwnedFd,
+}
+
+/// What a data process begins with.
+pub struct Begin {
+    /// All that is no descriptor.
+    pub setup: Setup,
+    /// The sockets on which wg(8) is answered, in the order of the devices; they listen.
+    pub listeners: Vec<OwnedFd>,
+    /// Heartbeats, by worker.
+    pub heartbeats: SharedWords,
+    /// The live-index map, if there is a steer program.
+    pub live_indexes: Option<SharedWords>,
+    /// What the process before this one has left, in the order of the devices.
+    pub memories: Vec<Option<OwnedFd>>,
+}
+
+/// Why there is no XSK for a queue.
+#[derive(Debug, thiserror::Error)]
+pub enum NoXsk {
+    /// There is no such queue.
+    #[error("there is no such queue")]
+    NoQueue,
+    /// For another reason.
+    #[error("{0}")]
+    Refused(String),
+}
+
+impl Keeper {
+    /// The keeper at the other end of `requests`.
+    ///
+    /// # Errors
+    /// If it is no socket.
+    pub fn new(requests: OwnedFd) -> io::Result<Self> {
+        for which in [Timeout::Recv, Timeout::Send] {
+            set_socket_timeout(&requests, which, Some(ANSWER_TIMEOUT))?;
+        }
+        Ok(Self { requests })
+    }
+
+    fn try_ask(
+        &self,
+        request: &Request,
+        fd: Option<BorrowedFd<'_>>,
+    ) -> Result<(Answer, Vec<OwnedFd>), ChannelError> {
+        send(&self.requests, request, fd.as_slice())?;
+        receive(&self.requests)
+    }
+
+    fn ask(&self, request: &Request) -> (Answer, Vec<OwnedFd>) {
+        self.try_ask(request, None).unwrap_or_else(|error| lost(&error))
+    }
+
+    /// What to begin with.
+    ///
+    /// # Errors
+    /// If the keeper does not say, or not what it should.
+    pub fn setup(&self) -> Result<Begin, ChannelError> {
+        let (answer, fds) = self.try_ask(&Request::Setup, None)?;
+        let Answer::Setup(setup) = answer else { return Err(ChannelError::Unexpected) };
+        let mut fds = fds.into_iter();
+        let mut next = || fds.next().ok_or(ChannelError::Unexpected);
+        let listeners = setup.devices.iter().map(|_| next()).collect::<Result<_, _>>()?;
+        let heartbeats = SharedWords::map(next()?, setup.worker_count).map_err(ChannelError::Io)?;
+        let live_indexes = setup
+            .live_index_count
+            .map(|count| SharedWords::map(next()?, count).map_err(ChannelError::Io))
+            .transpose()?;
+        let memories = setup.devices.iter();
+        let memories = memories.map(|device| device.has_memory.then(&mut next).transpose());
+        let memories = memories.collect::<Result<_, _>>()?;
+        Ok(Begin { setup, listeners, heartbeats, live_indexes, memories })
+    }
+
+    /// The queues of a TUN device.
+    pub fn tun_queues(&self, device: u16) -> Vec<TunQueue> {
+        let (Answer::TunQueues, fds) = self.ask(&Request::TunQueues { device }) else {
+            lost(&ChannelError::Unexpected)
+        };
+        let queues = fds.into_iter().map(TunQueue::from_fd).collect::<Result<_, _>>();
+        // It was deleted meanwhile, and the keeper will see it.
+        queues.unwrap_or_else(|error| lost(&error))
+    }
+
+    /// The present sockets on the listen port, with the port.
+    pub fn sockets(&self, device: u16) -> (u16, Vec<UdpSockets>) {
+        group(self.ask(&Request::Sockets { device })).unwrap_or_else(|refusal| lost(&refusal))
+    }
+
+    /// Opens sockets on `port`, or any if that is 0, with a mark.
+    ///
+    /// # Errors
+    /// If the host refuses the port or the mark. The former sockets are the present ones then.
+    pub fn open_sockets(
+        &self,
+        device: u16,
+        port: u16,
+        fwmark: u32,
+    ) -> Result<(u16, Vec<UdpSockets>), Refusal> {
+        group(self.ask(&Request::OpenSockets { device, port, fwmark }))
+    }
+
+    /// Says that nobody here uses the former sockets on this port any more.
+    pub fn close_sockets(&self, device: u16, port: u16) {
+        let (answer, _) = self.ask(&Request::CloseSockets { device, port });
+        done(answer).unwrap_or_else(|refusal| lost(&refusal));
+    }
+
+    /// Marks what the present sockets send.
+    ///
+    /// # Errors
+    /// If the host refuses.
+    pub fn set_mark(&self, device: u16, fwmark: u32) -> Result<(), Refusal> {
+        done(self.ask(&Request::SetMark { device, fwmark }).0)
+    }
+
+    /// An XSK on a NIC's queue, in the steer program's map under the number `slot`.
+    ///
+    /// # Errors
+    /// Why there is none.
+    pub fn bind_xsk(&self, ifindex: u32, queue: u32, slot: u32, worker: u16) -> Result<Xsk, NoXsk> {
+        let (socket, umem) = match self.ask(&Request::OpenXsk) {
+            (Answer::Xsk, fds) => match <[OwnedFd; 2]>::try_from(fds) {
+                Ok([socket, umem]) => (socket, umem),
+                Err(_) => lost(&ChannelError::Unexpected),
+            },
+            (Answer::Refused(refusal), _) => return Err(NoXsk::Refused(refusal.text)),
+            _ => lost(&ChannelError::Unexpected),
+        };
+        let unbound = Unbound { socket, umem, options: XskOptions::default() };
+        // Before it is bound: later, older kernels map no rings.
+        let xsk = Xsk::from_unbound(unbound, ifindex, queue)
+            .map_err(|error| NoXsk::Refused(error.to_string()))?;
+        match self.ask(&Request::BindXsk { ifindex, queue, slot, worker }).0 {
+            Answer::Done => Ok(xsk),
+            Answer::NoQueue => Err(NoXsk::NoQueue),
+            Answer::Refused(refusal) => Err(NoXsk::Refused(refusal.text)),
+            _ => lost(&ChannelError::Unexpected),
+        }
+    }
+
+    /// Has the keeper keep this memory for the process that follows, in place of any before.
+    pub fn remember(&self, device: u16, memory: BorrowedFd<'_>) {
+        let answer = self.try_ask(&Request::Remember { device }, Some(memory));
+        let (answer, _) = answer.unwrap_or_else(|error| lost(&error));
+        done(answer).unwrap_or_else(|refusal| lost(&refusal));
+    }
+
+    /// Says until when there are to be no keypairs, in nanoseconds of boot time; 0: there may be.
+    pub fn pause_until(&self, device: u16, boot_ns: u64) {
+        let (answer, _) = self.ask(&Request::PauseUntil { device, boot_ns });
+        done(answer).unwrap_or_else(|refusal| lost(&refusal));
+    }
+
+    /// The indexes of the links by which IPv4 datagrams leave: to the first of each pair, from the
+    /// second.
+    ///
+    /// # Errors
+    /// If the kernel does not tell the routes.
+    ///
+    /// # Panics
+    /// If there are more than [`LINKS_MAX`].
+    pub fn links_towards(
+        &self,
+        mark: u32,
+        pairs: Vec<(Ipv4Addr, Ipv4Addr)>,
+    ) -> Result<Vec<Option<u32>>, Refusal> {
+        let count = pairs.len();
+        assert!(count <= LINKS_MAX, "they fit into a message");
+        match self.ask(&Request::LinksTowards { mark, pairs }).0 {
+            Answer::Links(links) if links.len() == count => Ok(links),
+            Answer::Refused(refusal) => Err(refusal),
+            _ => lost(&ChannelError::Unexpected),
+        }
+    }
+
+    /// What the steer program counted; nothing if there is none, or the kernel does not tell.
+    pub fn steer_counters(&self) -> Option<SteerCounters> {
+        match self.ask(&Request::SteerCounters).0 {
+            Answer::Counters(counts) => SteerCounters::from_counts(&counts),
+            Answer::Refused(refusal) => {
+                tracing::warn!(error = %refusal, "no counters of the kernel side");
+                None
+            }
+            _ => lost(&ChannelError::Unexpected),
+        }
+    }
+
+    /// A connection to the service that knows peers.
+    ///
+    /// # Errors
+    /// If there is none to be had.
+    pub fn connect_peer_source(&self) -> io::Result<OwnedFd> {
+        match self.ask(&Request::ConnectPeerSource) {
+            (Answer::Connected, fds) => {
+                fds.into_iter().next().ok_or_else(|| io::ErrorKind::InvalidData.into())
+            }
+            (Answer::Refused(refusal), _) => Err(io::Error::other(refusal.text)),
+            _ => lost(&ChannelError::Unexpected),
+        }
+    }
+
+    /// Says that wg(8) is answered.
+    pub fn ready(&self) {
+        done(self.ask(&Request::Ready).0).unwrap_or_else(|refusal| lost(&refusal));
+    }
+
+    /// Answers a ping.
+    pub fn alive(&self) {
+        done(self.ask(&Request::Alive).0).unwrap_or_else(|refusal| lost(&refusal));
+    }
+}
+
+/// The keeper is gone, or makes no sense.
+fn lost(error: &dyn std::fmt::Display) -> ! {
+    tracing::error!(%error, "no answer from the keeper: this process ends");
+    std::process::exit(1)
+}
+
+fn done(answer: Answer) -> Result<(), Refusal> {
+    match answer {
+        Answer::Done => Ok(()),
+        Answer::Refused(refusal) => Err(refusal),
+        _ => lost(&ChannelError::Unexpected),
+    }
+}
+
+fn group((answer, fds): (Answer, Vec<OwnedFd>)) -> Result<(u16, Vec<UdpSockets>), Refusal> {
+    let (port, has_v6) = match answer {
+        Answer::Sockets { port, has_v6 } => (port, has_v6),
+        Answer::Refused(refusal) => return Err(refusal),
+        _ => lost(&ChannelError::Unexpected),
+    };
+    let sockets = fds.into_iter().map(UdpSocket::from_fd).collect::<Result<Vec<_>, _>>();
+    let mut v4 = sockets.unwrap_or_else(|error| lost(&error));
+    let count = if has_v6 { v4.len() / 2 } else { v4.len() };
+    let mut v6 = v4.split_off(count).into_iter();
+    let group = v4.into_iter().map(|v4| UdpSockets { v4, v6: v6.next() }).collect();
+    Ok((port, group))
+}
+
+/// What the keeper tells.
+#[derive(Debug)]
+pub struct Events {
+    socket: UnixDatagram,
+}
+
+impl Events {
+    /// The keeper's events, which come from `socket`.
+    ///
+    /// # Errors
+    /// If it cannot be waited for.
+    ///
+    /// # Panics
+    /// Outside of a tokio runtime.
+    pub fn new(socket: OwnedFd) -> io::Result<Self> {
+        waitable(socket).map(|socket| Self { socket })
+    }
+
+    /// Waits for the next event. Dropping the future before it is ready loses nothing.
+    ///
+    /// # Errors
+    /// If the keeper is gone.
+    pub async fn next(&self) -> Result<Event, ChannelError> {
+        receive_async(&self.socket).await.map(|(event, _)| event)
+    }
+}
+
+/// A socket of packets that can be waited for. (tokio has no name for this kind; it looks at the
+/// readiness alone.)
+pub(super) fn waitable(socket: OwnedFd) -> io::Result<UnixDatagram> {
+    let socket = std::os::unix::net::UnixDatagram::from(socket);
+    socket.set_nonblocking(true)?;
+    UnixDatagram::from_std(socket)
+}
+
+/// Waits for a message.
+pub(super) async fn receive_async<M: serde::de::DeserializeOwned>(
+    socket: &UnixDatagram,
+) -> Result<(M, Vec<OwnedFd>), ChannelError> {
+    let received = socket
+        .async_io(Interest::READABLE, || match receive(socket) {
+            Err(ChannelError::Io(error)) => Err(error),
+            other => Ok(other),
+        })
+        .await;
+    received.map_err(ChannelError::Io)?
+}

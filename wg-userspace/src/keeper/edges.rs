@@ -1,0 +1,551 @@
+//! What the keeper opens and keeps, whatever becomes of the data process.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use rand_core::Rng as _;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use wg_common::id::{DeviceId, WorkerId};
+use wg_common::index::{IndexLayout, IndexPermutation};
+use wg_common::map::{HEARTBEATS_LEN, QUEUES_LEN, QueueEntry, QueueKey};
+
+use super::protocol::{Answer, DeviceSetup, LINKS_MAX, Refusal, Request, Setup, SteeredNic};
+use crate::bpf::{LogReader, Steer, SteerOptions};
+use crate::daemon::{Error, Mode, Options};
+use crate::host::{AddressChange, Host};
+use crate::sys::errno::ENODEV;
+use crate::sys::{SharedWords, affinity, memory, random};
+use crate::tun::{Tun, TunError, TunQueue};
+use crate::uapi;
+use crate::udp::{self, UdpError, UdpSockets};
+use crate::xsk::{self, Unbound, XskError, XskOptions};
+
+/// Most workers of one device.
+const WORKER_COUNT_MAX: usize = 64;
+/// Groups of sockets beside the present one. A data process that works closes them.
+const FORMER_COUNT_MAX: usize = 16;
+
+/// Everything that is open.
+pub struct Edges {
+    /// By number; nothing in the place of one whose interface was deleted.
+    devices: Vec<Option<Device>>,
+    mode: Mode,
+    xdp_asked: bool,
+    peer_source: Option<PathBuf>,
+    worker_count: usize,
+    index_key: [u32; IndexPermutation::KEY_LEN],
+    kernel: Kernel,
+    /// Log lines of the kernel side, if it is loaded and has any.
+    pub steer_log: Option<LogReader>,
+    heartbeats: Heartbeats,
+    /// An XSK that is open, and not bound.
+    unbound: Option<OwnedFd>,
+}
+
+/// What is open for one device.
+struct Device {
+    id: DeviceId,
+    interface: String,
+    tun: Vec<TunQueue>,
+    tun_index: u32,
+    sockets: Group,
+    former: Vec<Group>,
+    listener: uapi::Listener,
+    memory: Option<OwnedFd>,
+    quiesced_until: u64,
+}
+
+/// The sockets on one port.
+struct Group {
+    port: u16,
+    of_worker: Vec<UdpSockets>,
+}
+
+/// The kernel side and the NICs it is attached to.
+#[derive(Default)]
+struct Kernel {
+    steer: Option<Steer>,
+    nics: Vec<SteeredNic>,
+    /// Why NICs that were named are not among them.
+    refused: Vec<String>,
+}
+
+/// The workers' heartbeats: the kernel side's, or in a file of ours where there is none.
+struct Heartbeats {
+    words: Arc<SharedWords>,
+    file: Option<OwnedFd>,
+}
+
+/// What was asked for makes no sense, or belongs to nobody.
+pub struct Nonsense;
+
+impl Edges {
+    /// Opens everything but the XSKs, which come with each data process.
+    ///
+    /// # Errors
+    /// If something that is needed in every mode cannot be had.
+    pub async fn open(options: &Options, host: &Host) -> anyhow::Result<Self> {
+        let cpus = affinity::inherited_cpus().context("reading which CPUs this process may use")?;
+        let worker_count = options.workers.unwrap_or(cpus.len()).clamp(1, WORKER_COUNT_MAX);
+        // Another key at each start: indexes from before mean nothing.
+        let index_key = std::array::from_fn(|_| random::Rng.next_u32());
+        let indexes = IndexPermutation::new(index_key, IndexLayout::DEFAULT);
+        let mut kernel = open_kernel(options, host, indexes).await?;
+        let heartbeats = Heartbeats::open(kernel.steer.as_ref())
+            .context("making the memory of the workers' heartbeats")?;
+        let mut devices = Vec::new();
+        for (number, interface) in options.interfaces.iter().enumerate() {
+            devices.push(Some(Device::open(DeviceId(number as u16), interface, worker_count)?));
+        }
+        let steer_log = kernel.steer.as_mut().and_then(Steer::log_reader);
+        let edges = Self {
+            devices,
+            mode: options.mode,
+            xdp_asked: !options.xdp.is_empty(),
+            peer_source: options.peer_source.clone(),
+            worker_count,
+            index_key,
+            kernel,
+            steer_log,
+            heartbeats,
+            unbound: None,
+        };
+        for device in edges.devices.iter().flatten() {
+            steer_port(edges.kernel.steer.as_ref(), device.id, None, device.sockets.port);
+        }
+        Ok(edges)
+    }
+
+    /// The numbers of the devices that are there, with the indexes that their interfaces had in the
+    /// beginning.
+    pub fn interfaces(&self) -> impl Iterator<Item = (DeviceId, u32)> {
+        self.devices.iter().flatten().map(|device| (device.id, device.tun_index))
+    }
+
+    /// One of a device's TUN queues, which tells where its interface is. Nothing if that was deleted.
+    pub fn tun_queue(&self, device: DeviceId) -> Option<&TunQueue> {
+        self.device(device.0).ok()?.as_ref().map(|device| &device.tun[0])
+    }
+
+    /// Closes everything of a device whose interface was deleted; says its name, and whether there is any
+    /// other.
+    pub fn close(&mut self, device: DeviceId) -> Option<(String, bool)> {
+        let closed = self.devices.get_mut(usize::from(device.0))?.take()?;
+        if let Some(steer) = &self.kernel.steer {
+            steer.set_port(closed.sockets.port, None);
+        }
+        Some((closed.interface, self.devices.iter().any(Option::is_some)))
+    }
+
+    /// A device, if it is there yet.
+    fn device(&self, number: u16) -> Result<&Option<Device>, Nonsense> {
+        self.devices.get(usize::from(number)).ok_or(Nonsense)
+    }
+
+    /// When each worker last moved, in nanoseconds of boot time.
+    pub fn beats(&self) -> Vec<u64> {
+        use std::sync::atomic::Ordering;
+        let words = self.heartbeats.words.iter().take(self.worker_count);
+        words.map(|word| word.load(Ordering::Relaxed)).collect()
+    }
+
+    /// Lets the kernel side forget what belonged to a data process that is gone. Its XSKs were closed
+    /// with it.
+    pub fn forget_process(&mut self) {
+        use std::sync::atomic::Ordering;
+        self.devices.iter_mut().flatten().for_each(|device| device.former.clear());
+        self.unbound = None;
+        let Some(steer) = &self.kernel.steer else { return };
+        for word in steer.live_indexes().iter() {
+            // Most were never touched; reading them makes no page of them.
+            if word.load(Ordering::Relaxed) != 0 {
+                word.store(0, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// Takes the kernel side off the NICs.
+    pub fn detach(&mut self) {
+        self.steer_log = None;
+        self.kernel.steer = None;
+    }
+
+    /// Tells the kernel side of an address of this host.
+    pub fn address_changed(&mut self, change: AddressChange) {
+        let Some(steer) = &mut self.kernel.steer else { return };
+        let (what, outcome) = match change {
+            AddressChange::Added(address) => (address, steer.add_address(address)),
+            AddressChange::Removed(address) => (address, steer.remove_address(address)),
+        };
+        if let Err(error) = outcome {
+            // Its datagrams pass to the socket: slower, but nothing is lost.
+            tracing::warn!(address = %what, %error, "the kernel side does not know this address");
+        }
+    }
+
+    /// Does what the data process asks for.
+    ///
+    /// # Errors
+    /// [`Nonsense`], if the data process is not as it should be.
+    pub async fn serve(
+        &mut self,
+        request: Request,
+        fds: Vec<OwnedFd>,
+        host: &Host,
+    ) -> Result<(Answer, Vec<OwnedFd>), Nonsense> {
+        if let Some(number) = request.device() {
+            let device = self.devices.get_mut(usize::from(number)).ok_or(Nonsense)?;
+            let answered = match device {
+                Some(device) => device.serve(&request, fds, self.kernel.steer.as_ref())?,
+                // Which the data process is about to be told.
+                None if request.is_note() => done(),
+                None => Err(refusal("its interface was deleted", Some(ENODEV))),
+            };
+            return Ok(answered.unwrap_or_else(|refusal| (Answer::Refused(refusal), Vec::new())));
+        }
+        let answered = match request {
+            Request::Setup => self.setup(),
+            Request::OpenXsk => self.open_xsk(),
+            Request::BindXsk { ifindex, queue, slot, worker } => {
+                if slot >= QUEUES_LEN || usize::from(worker) >= self.worker_count {
+                    return Err(Nonsense);
+                }
+                let Some(socket) = self.unbound.take() else { return Err(Nonsense) };
+                let entry = QueueEntry::new(slot, WorkerId(worker));
+                self.bind_xsk(&socket, QueueKey { ifindex, queue }, entry)
+            }
+            Request::LinksTowards { mark, pairs } => {
+                if pairs.len() > LINKS_MAX {
+                    return Err(Nonsense);
+                }
+                links_towards(host, mark, &pairs).await
+            }
+            Request::SteerCounters => self.counters(),
+            Request::ConnectPeerSource => self.connect_peer_source(),
+            Request::Ready | Request::Alive => done(),
+            Request::TunQueues { .. }
+            | Request::Sockets { .. }
+            | Request::OpenSockets { .. }
+            | Request::CloseSockets { .. }
+            | Request::SetMark { .. }
+            | Request::Remember { .. }
+            | Request::PauseUntil { .. } => unreachable!("they are a device's"),
+        };
+        Ok(answered.unwrap_or_else(|refusal| (Answer::Refused(refusal), Vec::new())))
+    }
+
+    fn setup(&self) -> Answered {
+        let steer = self.kernel.steer.as_ref();
+        let devices = self.devices.iter().flatten();
+        let setup = Setup {
+            device_count: self.devices.len(),
+            devices: devices.clone().map(Device::setup).collect(),
+            worker_count: self.worker_count,
+            index_key: self.index_key,
+            mode: self.mode,
+            xdp_asked: self.xdp_asked,
+            nics: self.kernel.nics.clone(),
+            refused: self.kernel.refused.clone(),
+            has_peer_source: self.peer_source.is_some(),
+            live_index_count: steer.map(|steer| steer.live_indexes().len()),
+        };
+        let own_beats = self.heartbeats.file.as_ref().map(AsFd::as_fd);
+        let beats = own_beats.or_else(|| steer.map(Steer::heartbeats_fd));
+        let listeners = devices.clone().map(|device| device.listener.as_fd());
+        let maps = [beats, steer.map(Steer::live_indexes_fd)].into_iter().flatten();
+        let memories = devices.filter_map(|device| device.memory.as_ref().map(AsFd::as_fd));
+        Ok((Answer::Setup(setup), clones(listeners.chain(maps).chain(memories))?))
+    }
+
+    /// Makes an XSK, which [`Edges::bind_xsk`] binds when the data process has mapped it.
+    fn open_xsk(&mut self) -> Answered {
+        if self.kernel.steer.is_none() {
+            return Err(refusal("there is no steer program", None));
+        }
+        let Unbound { socket, umem, .. } =
+            Unbound::new(XskOptions::default()).map_err(|error| refusal(error, None))?;
+        self.unbound = Some(clone(socket.as_fd())?);
+        Ok((Answer::Xsk, vec![socket, umem]))
+    }
+
+    /// Binds the XSK that was opened before, has the steer program use it, and lets go of it.
+    fn bind_xsk(
+        &mut self,
+        socket: &OwnedFd,
+        QueueKey { ifindex, queue }: QueueKey,
+        entry: QueueEntry,
+    ) -> Answered {
+        let is_steered = self.kernel.nics.iter().any(|nic| nic.ifindex == ifindex);
+        let (Some(steer), true) = (&mut self.kernel.steer, is_steered) else {
+            return Err(refusal("there is no steer program on this interface", None));
+        };
+        match xsk::bind(socket, ifindex, queue, XskOptions::default().mode) {
+            Ok(()) => {}
+            Err(XskError::NoQueue { .. }) => return Ok((Answer::NoQueue, Vec::new())),
+            Err(error) => return Err(refusal(error, None)),
+        }
+        steer
+            .set_queue(QueueKey { ifindex, queue }, entry, socket.as_fd())
+            .map_err(|error| refusal(error, None))?;
+        done()
+    }
+
+    fn counters(&self) -> Answered {
+        let counters = match &self.kernel.steer {
+            Some(steer) => steer.counters().map_err(|error| refusal(error, None))?.to_counts(),
+            None => Vec::new(),
+        };
+        Ok((Answer::Counters(counters), Vec::new()))
+    }
+
+    fn connect_peer_source(&self) -> Answered {
+        let Some(path) = &self.peer_source else { return Err(refusal("there is none", None)) };
+        let connect = || {
+            // Not to wait for a service that takes no connections at present.
+            let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+            let socket =
+                rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+            rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
+            Ok(socket)
+        };
+        let socket = connect().map_err(|error: io::Error| {
+            refusal(format_args!("{}: {error}", path.display()), error.raw_os_error())
+        })?;
+        Ok((Answer::Connected, vec![socket]))
+    }
+}
+
+impl Device {
+    fn open(id: DeviceId, interface: &str, worker_count: usize) -> anyhow::Result<Self> {
+        let tun = open_tun(interface, worker_count)?;
+        let tun_index = tun.ifindex();
+        let (port, of_worker) =
+            udp::bind_group(0, worker_count, 0).context("opening the UDP sockets")?;
+        let listener = uapi::Listener::bind(interface)
+            .with_context(|| format!("opening the UAPI socket of {interface}"))?;
+        Ok(Self {
+            id,
+            interface: interface.to_owned(),
+            tun: tun.into_queues(),
+            tun_index,
+            sockets: Group { port, of_worker },
+            former: Vec::new(),
+            listener,
+            memory: None,
+            quiesced_until: 0,
+        })
+    }
+
+    fn setup(&self) -> DeviceSetup {
+        DeviceSetup {
+            number: self.id.0,
+            interface: self.interface.clone(),
+            has_memory: self.memory.is_some(),
+            quiesced_until: self.quiesced_until,
+        }
+    }
+
+    /// Does what is asked for this device.
+    fn serve(
+        &mut self,
+        request: &Request,
+        fds: Vec<OwnedFd>,
+        steer: Option<&Steer>,
+    ) -> Result<Answered, Nonsense> {
+        Ok(match *request {
+            Request::Remember { .. } => {
+                let Ok([memory]) = <[OwnedFd; 1]>::try_from(fds) else { return Err(Nonsense) };
+                self.memory = Some(memory);
+                done()
+            }
+            Request::PauseUntil { boot_ns, .. } => {
+                self.quiesced_until = boot_ns;
+                done()
+            }
+            Request::TunQueues { .. } => {
+                clones(self.tun.iter().map(AsFd::as_fd)).map(|fds| (Answer::TunQueues, fds))
+            }
+            Request::OpenSockets { port, fwmark, .. } => {
+                self.open_sockets(port, fwmark, steer).and_then(|()| self.sockets.answer())
+            }
+            Request::CloseSockets { port, .. } => {
+                self.former.retain(|group| group.port != port);
+                done()
+            }
+            Request::SetMark { fwmark, .. } => self.sockets.set_mark(fwmark).and_then(|()| done()),
+            // The others are nobody's.
+            _ => self.sockets.answer(),
+        })
+    }
+
+    /// Opens sockets on another port. Nothing is changed if that fails.
+    fn open_sockets(
+        &mut self,
+        port: u16,
+        fwmark: u32,
+        steer: Option<&Steer>,
+    ) -> Result<(), Refusal> {
+        let before = self.sockets.port;
+        if port == before {
+            return self.sockets.set_mark(fwmark);
+        }
+        let group = match self.former.iter().position(|group| group.port == port) {
+            Some(at) => {
+                self.former[at].set_mark(fwmark)?;
+                self.former.swap_remove(at)
+            }
+            None if self.former.len() >= FORMER_COUNT_MAX => {
+                return Err(refusal("too many ports are in use", None));
+            }
+            None => {
+                let (port, of_worker) =
+                    udp::bind_group(port, self.tun.len(), fwmark).map_err(refused_socket)?;
+                Group { port, of_worker }
+            }
+        };
+        self.former.push(std::mem::replace(&mut self.sockets, group));
+        steer_port(steer, self.id, Some(before), self.sockets.port);
+        Ok(())
+    }
+}
+
+fn steer_port(steer: Option<&Steer>, device: DeviceId, before: Option<u16>, port: u16) {
+    if let Some(steer) = steer {
+        if let Some(before) = before {
+            steer.set_port(before, None);
+        }
+        steer.set_port(port, Some(device));
+    }
+}
+
+type Answered = Result<(Answer, Vec<OwnedFd>), Refusal>;
+
+fn done() -> Answered {
+    Ok((Answer::Done, Vec::new()))
+}
+
+fn refusal(text: impl std::fmt::Display, errno: Option<i32>) -> Refusal {
+    Refusal { text: text.to_string(), errno }
+}
+
+fn refused_socket(error: UdpError) -> Refusal {
+    use crate::sys::errno::{EACCES, EADDRINUSE};
+    let errno = match &error {
+        UdpError::InUse { .. } => Some(EADDRINUSE),
+        UdpError::NotPermitted { .. } => Some(EACCES),
+        UdpError::Io { source, .. } => source.raw_os_error(),
+        UdpError::NotUdp => None,
+    };
+    refusal(error, errno)
+}
+
+/// Descriptors that can be given away.
+fn clones<'a>(fds: impl Iterator<Item = BorrowedFd<'a>>) -> Result<Vec<OwnedFd>, Refusal> {
+    fds.map(clone).collect()
+}
+
+fn clone(fd: BorrowedFd<'_>) -> Result<OwnedFd, Refusal> {
+    fd.try_clone_to_owned().map_err(|error| refusal(&error, error.raw_os_error()))
+}
+
+async fn links_towards(
+    host: &Host,
+    mark: u32,
+    pairs: &[(std::net::Ipv4Addr, std::net::Ipv4Addr)],
+) -> Answered {
+    let mut links = Vec::with_capacity(pairs.len());
+    for &(remote, source) in pairs {
+        let link = host.link_towards(remote, source, mark).await;
+        links.push(link.map_err(|error| refusal(error, None))?);
+    }
+    Ok((Answer::Links(links), Vec::new()))
+}
+
+impl Group {
+    fn answer(&self) -> Answered {
+        let v4 = self.of_worker.iter().map(|sockets| sockets.v4.as_fd());
+        let v6 = self.of_worker.iter().filter_map(|sockets| sockets.v6.as_ref()).map(AsFd::as_fd);
+        let has_v6 = self.of_worker.iter().any(|sockets| sockets.v6.is_some());
+        Ok((Answer::Sockets { port: self.port, has_v6 }, clones(v4.chain(v6))?))
+    }
+
+    fn set_mark(&self, fwmark: u32) -> Result<(), Refusal> {
+        self.of_worker
+            .iter()
+            .try_for_each(|sockets| sockets.set_fwmark(fwmark))
+            .map_err(refused_socket)
+    }
+}
+
+impl Heartbeats {
+    fn open(steer: Option<&Steer>) -> io::Result<Self> {
+        if let Some(steer) = steer {
+            return Ok(Self { words: steer.heartbeats(), file: None });
+        }
+        let count = HEARTBEATS_LEN as usize;
+        let file = memory::memfd("tidegate-heartbeats", count * size_of::<u64>())?;
+        Ok(Self { words: Arc::new(SharedWords::map(&file, count)?), file: Some(file) })
+    }
+}
+
+fn open_tun(name: &str, worker_count: usize) -> anyhow::Result<Tun> {
+    Tun::open(name, worker_count).map_err(|error| {
+        let known = match &error {
+            TunError::NotPermitted { .. } => Some(Error::Privilege(error.to_string())),
+            TunError::Exists { .. } => Some(Error::AlreadyExists(name.to_owned())),
+            _ => None,
+        };
+        match known {
+            // It says all that its source does.
+            Some(known) => known.into(),
+            None => anyhow::Error::new(error).context(format!("creating the interface {name}")),
+        }
+    })
+}
+
+/// Loads the kernel side and attaches it to the NICs that were named, where that is wanted and works.
+/// Without queues it lets everything pass.
+async fn open_kernel(
+    options: &Options,
+    host: &Host,
+    indexes: IndexPermutation,
+) -> anyhow::Result<Kernel> {
+    let mut kernel = Kernel::default();
+    if options.mode == Mode::Udp {
+        return Ok(kernel);
+    }
+    for name in &options.xdp {
+        let link = host.link(name).await?.ok_or_else(|| Error::NotFound(name.clone()))?;
+        if kernel.steer.is_none() {
+            let log = tracing::enabled!(target: "wg_ebpf", tracing::Level::DEBUG);
+            let options = SteerOptions { log, ..SteerOptions::new(indexes) };
+            match Steer::load(options) {
+                Ok(steer) => kernel.steer = Some(steer),
+                Err(error) => {
+                    tracing::warn!(%error, "no kernel side; sockets instead");
+                    kernel.refused.push(error.to_string());
+                    break;
+                }
+            }
+        }
+        let steer = kernel.steer.as_mut().expect("loaded above");
+        match steer.attach(name) {
+            Ok(()) => kernel.nics.push(SteeredNic {
+                ifindex: link.index,
+                name: link.name,
+                queue_count: link.rx_queue_count,
+            }),
+            Err(error) => {
+                tracing::warn!(nic = name, %error, "no XDP on this NIC; sockets instead");
+                kernel.refused.push(format!("{name}: {error}"));
+            }
+        }
+    }
+    if kernel.nics.is_empty() {
+        kernel.steer = None;
+    }
+    Ok(kernel)
+}

@@ -1,0 +1,431 @@
+//! What keeper and data process say to each other.
+//!
+//! Two `SOCK_SEQPACKET` socketpairs, a message a packet: JSON, and descriptors beside it. On one the data
+//! process sends [`Request`]s and gets an [`Answer`] to each; on the other the keeper sends [`Event`]s.
+//! Both ends are the same program, so that there are no versions.
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::net::{IpAddr, Ipv4Addr};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
+    SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg,
+    sendmsg, socketpair,
+};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::daemon::Mode;
+
+/// Longest message.
+pub const MESSAGE_LEN_MAX: usize = 64 << 10;
+/// Most descriptors beside a message. The kernel takes 253.
+pub const FD_COUNT_MAX: usize = 250;
+/// Most pairs of addresses in a [`Request::LinksTowards`].
+pub const LINKS_MAX: usize = 512;
+/// Most addresses in an [`Event::Addresses`].
+pub const ADDRESSES_MAX: usize = 512;
+
+/// What the data process asks for. `device` counts from 0.
+#[derive(Debug, Deserialize, Serialize)]
+pub enum Request {
+    /// What to begin with.
+    Setup,
+    /// The queues of a TUN device.
+    TunQueues {
+        /// Whose.
+        device: u16,
+    },
+    /// The sockets that are open at present.
+    Sockets {
+        /// Whose.
+        device: u16,
+    },
+    /// Sockets on a port from now on.
+    OpenSockets {
+        /// Whose.
+        device: u16,
+        /// 0: any that is free.
+        port: u16,
+        /// 0: none.
+        fwmark: u32,
+    },
+    /// The sockets that were on this port before are of no use any more.
+    CloseSockets {
+        /// Whose.
+        device: u16,
+        /// The port.
+        port: u16,
+    },
+    /// Another mark on the present sockets.
+    SetMark {
+        /// Whose.
+        device: u16,
+        /// 0: none.
+        fwmark: u32,
+    },
+    /// An XSK that is not bound yet: the next request should be for that.
+    OpenXsk,
+    /// Binds the XSK that was opened before, and has the steer program use it.
+    BindXsk {
+        /// Index of the NIC.
+        ifindex: u32,
+        /// Its queue.
+        queue: u32,
+        /// The XSK's number in the map.
+        slot: u32,
+        /// The worker that will serve it.
+        worker: u16,
+    },
+    /// Keeps the memfd beside it, in place of the one before, for the process that follows.
+    Remember {
+        /// Whose.
+        device: u16,
+    },
+    /// There are to be no keypairs until then, in nanoseconds of boot time; also for the process that
+    /// follows. 0: there may be.
+    PauseUntil {
+        /// Whose.
+        device: u16,
+        /// Nanoseconds of boot time.
+        boot_ns: u64,
+    },
+    /// By which links IPv4 datagrams leave.
+    LinksTowards {
+        /// With this mark.
+        mark: u32,
+        /// To the first, from the second.
+        pairs: Vec<(Ipv4Addr, Ipv4Addr)>,
+    },
+    /// What the steer program counted.
+    SteerCounters,
+    /// A connection to the service that knows peers.
+    ConnectPeerSource,
+    /// wg(8) is answered from now on.
+    Ready,
+    /// The answer to an [`Event::Ping`].
+    Alive,
+}
+
+impl Request {
+    /// The device for which something is asked.
+    pub fn device(&self) -> Option<u16> {
+        match *self {
+            Self::TunQueues { device }
+            | Self::Sockets { device }
+            | Self::OpenSockets { device, .. }
+            | Self::CloseSockets { device, .. }
+            | Self::SetMark { device, .. }
+            | Self::Remember { device }
+            | Self::PauseUntil { device, .. } => Some(device),
+            _ => None,
+        }
+    }
+
+    /// Whether it only tells the keeper something of a device, so that it means nothing once the device is
+    /// gone.
+    pub fn is_note(&self) -> bool {
+        matches!(self, Self::CloseSockets { .. } | Self::Remember { .. } | Self::PauseUntil { .. })
+    }
+}
+
+/// What the keeper answers.
+#[derive(Debug, Deserialize, Serialize)]
+pub enum Answer {
+    /// Descriptors beside it: [`Setup`] says which.
+    Setup(Setup),
+    /// A descriptor of each queue is beside it.
+    TunQueues,
+    /// Beside it: a socket of each worker for IPv4, then one of each for IPv6.
+    Sockets {
+        /// Their port.
+        port: u16,
+        /// Whether there are any for IPv6.
+        has_v6: bool,
+    },
+    /// The socket, then the memfd of its UMEM are beside it. It has the usual options.
+    Xsk,
+    /// There is no such queue.
+    NoQueue,
+    /// An interface's index for each pair, where the kernel knows one.
+    Links(Vec<Option<u32>>),
+    /// In the order of the steer program; empty if there is none.
+    Counters(Vec<u64>),
+    /// A stream socket is beside it.
+    Connected,
+    /// It is so.
+    Done,
+    /// It is not so, and nothing has changed.
+    Refused(Refusal),
+}
+
+/// Why something was refused.
+#[derive(Clone, Debug, Deserialize, Serialize, thiserror::Error)]
+#[error("{text}")]
+pub struct Refusal {
+    /// For people.
+    pub text: String,
+    /// The host's error number, if it said one.
+    pub errno: Option<i32>,
+}
+
+impl From<Refusal> for io::Error {
+    fn from(refusal: Refusal) -> Self {
+        match refusal.errno {
+            Some(errno) => io::Error::from_raw_os_error(errno),
+            None => io::Error::other(refusal.text),
+        }
+    }
+}
+
+/// What a data process begins with. Descriptors beside it, in this order: a UAPI socket of each device, the
+/// heartbeats, the live indexes if there are any, the memories of the devices that have one.
+#[derive(Debug, Deserialize, Serialize)]
+pub struct Setup {
+    /// How many devices there were in the beginning: as many share the slots of receiver indexes.
+    pub device_count: usize,
+    /// Those that are there.
+    pub devices: Vec<DeviceSetup>,
+    /// Number of workers.
+    pub worker_count: usize,
+    /// The key of the permutation of receiver indexes.
+    pub index_key: [u32; 4],
+    /// The mode that was asked for.
+    pub mode: Mode,
+    /// Whether NICs were named for XDP.
+    pub xdp_asked: bool,
+    /// The NICs with the steer program.
+    pub nics: Vec<SteeredNic>,
+    /// Why others that were named are not among them.
+    pub refused: Vec<String>,
+    /// Whether there is a service that knows peers.
+    pub has_peer_source: bool,
+    /// Entries of the live indexes, if there is a steer program.
+    pub live_index_count: Option<usize>,
+}
+
+/// What a data process begins with for one device.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct DeviceSetup {
+    /// Its number.
+    pub number: u16,
+    /// Name of its interface, for people.
+    pub interface: String,
+    /// Whether a process before this one has left a memory.
+    pub has_memory: bool,
+    /// There are to be no keypairs until then, in nanoseconds of boot time; 0: there may be.
+    pub quiesced_until: u64,
+}
+
+/// A NIC with the steer program.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct SteeredNic {
+    /// Its index.
+    pub ifindex: u32,
+    /// Its name.
+    pub name: String,
+    /// Queues that its driver made room for.
+    pub queue_count: u32,
+}
+
+/// What the keeper tells.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub enum Event {
+    /// Addresses that this host has, or has no more.
+    Addresses {
+        /// It has these now.
+        added: Vec<IpAddr>,
+        /// It has these no more.
+        removed: Vec<IpAddr>,
+    },
+    /// How the TUN device is.
+    Link {
+        /// Which.
+        device: u16,
+        /// Its MTU in bytes, if that is known.
+        mtu: Option<u32>,
+        /// Whether it was taken up.
+        is_up: bool,
+    },
+    /// The interface was deleted; everything of this device is closed.
+    Gone {
+        /// Which.
+        device: u16,
+    },
+    /// Datagrams may leave by other links.
+    RoutesChanged,
+    /// This virtual machine is a copy, or went back.
+    Cloned,
+    /// To be answered with [`Request::Alive`].
+    Ping,
+    /// The end, in good order.
+    Stop,
+}
+
+/// Why a message did not come or go. The channel is of no more use.
+#[derive(Debug, thiserror::Error)]
+pub enum ChannelError {
+    /// The other end is closed.
+    #[error("the other process has ended")]
+    Closed,
+    /// It is longer than a message may be, or has more descriptors.
+    #[error("a message is too long")]
+    TooLong,
+    /// It is no message.
+    #[error("a message makes no sense: {0}")]
+    Nonsense(#[from] serde_json::Error),
+    /// What came is no answer to what was asked.
+    #[error("an answer that nobody asked for")]
+    Unexpected,
+    /// The kernel refuses.
+    #[error(transparent)]
+    Io(io::Error),
+}
+
+impl From<rustix::io::Errno> for ChannelError {
+    fn from(errno: rustix::io::Errno) -> Self {
+        match errno {
+            rustix::io::Errno::PIPE | rustix::io::Errno::CONNRESET => Self::Closed,
+            errno => Self::Io(errno.into()),
+        }
+    }
+}
+
+impl ChannelError {
+    /// Whether it would have to be waited for.
+    pub fn would_block(&self) -> bool {
+        matches!(self, Self::Io(error) if error.kind() == io::ErrorKind::WouldBlock)
+    }
+}
+
+/// Both ends of a channel.
+///
+/// # Errors
+/// When descriptors are exhausted.
+pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
+    let flags = SocketFlags::CLOEXEC;
+    Ok(socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?)
+}
+
+/// Sends a message with descriptors.
+///
+/// # Errors
+/// [`ChannelError`]. Nothing was sent then.
+pub fn send<M: Serialize>(
+    socket: impl AsFd,
+    message: &M,
+    fds: &[BorrowedFd<'_>],
+) -> Result<(), ChannelError> {
+    let text = serde_json::to_vec(message)?;
+    send_text(socket, &text, fds)
+}
+
+/// As [`send`], of a message that is text already.
+///
+/// # Errors
+/// [`ChannelError`]. Nothing was sent then.
+pub fn send_text(
+    socket: impl AsFd,
+    text: &[u8],
+    fds: &[BorrowedFd<'_>],
+) -> Result<(), ChannelError> {
+    if text.len() > MESSAGE_LEN_MAX || fds.len() > FD_COUNT_MAX {
+        return Err(ChannelError::TooLong);
+    }
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FD_COUNT_MAX))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
+        return Err(ChannelError::TooLong);
+    }
+    let flags = SendFlags::NOSIGNAL;
+    rustix::io::retry_on_intr(|| {
+        sendmsg(socket.as_fd(), &[IoSlice::new(text)], &mut control, flags)
+    })?;
+    Ok(())
+}
+
+/// Receives a message with its descriptors.
+///
+/// # Errors
+/// [`ChannelError`].
+pub fn receive<M: DeserializeOwned>(socket: impl AsFd) -> Result<(M, Vec<OwnedFd>), ChannelError> {
+    let mut text = vec![0; MESSAGE_LEN_MAX];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FD_COUNT_MAX))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let received = rustix::io::retry_on_intr(|| {
+        recvmsg(
+            socket.as_fd(),
+            &mut [IoSliceMut::new(&mut text)],
+            &mut control,
+            RecvFlags::CMSG_CLOEXEC,
+        )
+    })?;
+    let mut fds = Vec::new();
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(rights) = message {
+            fds.extend(rights);
+        }
+    }
+    if received.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC) {
+        return Err(ChannelError::TooLong);
+    }
+    if received.bytes == 0 {
+        return Err(ChannelError::Closed);
+    }
+    Ok((serde_json::from_slice(&text[..received.bytes])?, fds))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read as _;
+
+    use super::*;
+
+    #[test]
+    fn a_message_comes_whole_with_its_descriptors() {
+        let (here, there) = pair().unwrap();
+        let files: Vec<OwnedFd> =
+            (0..FD_COUNT_MAX).map(|_| tempfile::tempfile().unwrap().into()).collect();
+        let fds: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let pairs = vec![(Ipv4Addr::LOCALHOST, Ipv4Addr::LOCALHOST); LINKS_MAX];
+                send(&here, &Request::LinksTowards { mark: 7, pairs }, &fds).unwrap();
+                send(&here, &Request::Ready, &[]).unwrap();
+            });
+            let (message, received) = receive::<Request>(&there).unwrap();
+            assert!(
+                matches!(message, Request::LinksTowards { mark: 7, pairs } if pairs.len() == LINKS_MAX)
+            );
+            assert_eq!(received.len(), FD_COUNT_MAX);
+            let mut file = std::fs::File::from(received.into_iter().next().unwrap());
+            assert_eq!(file.read(&mut [0]).unwrap(), 0);
+            let (message, received) = receive::<Request>(&there).unwrap();
+            assert!(matches!(message, Request::Ready) && received.is_empty());
+        });
+        drop(here);
+        assert!(matches!(receive::<Request>(&there), Err(ChannelError::Closed)));
+    }
+
+    #[test]
+    fn what_is_no_message_is_an_error() {
+        let (here, there) = pair().unwrap();
+        for text in ["", "{", "\"Nothing\"", "{\"OpenSockets\":{\"device\":0,\"port\":65536}}"] {
+            rustix::net::send(&here, text.as_bytes(), SendFlags::empty()).unwrap();
+            assert!(receive::<Request>(&there).is_err(), "{text:?}");
+        }
+        let long = vec![b' '; MESSAGE_LEN_MAX + 1];
+        rustix::net::send(&here, &long, SendFlags::empty()).unwrap();
+        assert!(matches!(receive::<Request>(&there), Err(ChannelError::TooLong)));
+        assert!(matches!(send_text(&here, &long, &[]), Err(ChannelError::TooLong)));
+    }
+
+    #[test]
+    fn who_sends_to_nobody_is_told() {
+        let (here, there) = pair().unwrap();
+        drop(there);
+        assert!(matches!(send(&here, &Request::Ready, &[]), Err(ChannelError::Closed)));
+    }
+}
