@@ -50,6 +50,11 @@ impl Background {
         Err(of_child(child.wait().context("waiting for the daemon's end")?))
     }
 
+    /// The daemon's process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Waits until the daemon has ended; tells it to, and at last kills it, if it takes too long.
     pub fn stop(mut self) {
         let pid = Pid::from_child(&self.child);
@@ -115,6 +120,8 @@ fn command(options: &daemon::Options, log: Option<&str>) -> std::io::Result<Comm
     }
     // `--`: a name may begin with a dash.
     command.arg("--").args(&options.interfaces);
+    // It is the daemon that the service manager watches, not who started it.
+    command.env_remove("WATCHDOG_PID");
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::inherit());
     Ok(command)
 }

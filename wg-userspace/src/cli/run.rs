@@ -1,14 +1,17 @@
 //! `run`: the keeper of a daemon, in the foreground or in the background; `data`: what it keeps.
 
 use std::io::IsTerminal;
+use std::os::fd::AsFd;
 
 use anyhow::Context;
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
 
 use super::{Code, Failure, args, launch};
 use crate::{
     daemon,
-    keeper::{self, Launch},
+    keeper::{self, Launch, notify},
     sandbox,
     sys::clock,
 };
@@ -31,13 +34,17 @@ pub fn run(arguments: args::Run) -> Result<Code, Failure> {
         };
         keep(&options, Launch { log, with_time: false, in_background: true }, ready)?;
     } else if arguments.foreground || wants_foreground() {
-        // systemd's journal has its own time stamps.
-        let with_time = std::env::var_os("JOURNAL_STREAM").is_none();
         let log = log.unwrap_or("info").to_owned();
-        let ready = || tracing::info!("{} ready", are(&options.interfaces));
+        let ready = || {
+            tracing::info!("{} ready", are(&options.interfaces));
+            notify::ready(None);
+        };
+        // The journal has its own time stamps.
+        let with_time = !is_journal(std::io::stderr());
         keep(&options, Launch { log, with_time, in_background: false }, ready)?;
     } else {
-        launch::Background::start(&options, log)?;
+        let background = launch::Background::start(&options, log)?;
+        notify::ready(Some(background.pid()));
     }
     Ok(Code::Ok)
 }
@@ -56,7 +63,8 @@ fn keep(options: &daemon::Options, launch: Launch, ready: impl FnOnce()) -> Resu
 
 /// Is the data process: its standard input and output are the keeper's channels.
 pub fn data(arguments: &args::Data) -> Result<Code, Failure> {
-    start_logging(&arguments.log, arguments.with_time);
+    // Once it has given up what it may do, it reaches no journal: its lines go there by standard error.
+    log_to_stderr(&arguments.log, arguments.with_time);
     let null = launch::null()?;
     let own = |fd| rustix::io::fcntl_dupfd_cloexec(fd, FIRST_FD).context("taking over a channel");
     let (requests, events) = (own(rustix::stdio::stdin())?, own(rustix::stdio::stdout())?);
@@ -108,8 +116,19 @@ fn wants_foreground() -> bool {
     std::env::var_os("WG_PROCESS_FOREGROUND").is_some_and(|value| value == "1")
 }
 
-/// Sends log lines to standard error; `filter` was checked with the arguments.
+/// Sends log lines to standard error, or to the journal with their fields if that is where standard
+/// error leads; `filter` was checked with the arguments.
 fn start_logging(filter: &str, with_time: bool) {
+    if is_journal(std::io::stderr())
+        && let Ok(journal) = tracing_journald::layer()
+    {
+        let layers = tracing_subscriber::registry().with(EnvFilter::new(filter)).with(journal);
+        return layers.try_init().expect("nobody else sets a subscriber");
+    }
+    log_to_stderr(filter, with_time);
+}
+
+fn log_to_stderr(filter: &str, with_time: bool) {
     let builder = tracing_subscriber::fmt()
         .with_env_filter(EnvFilter::new(filter))
         .with_writer(std::io::stderr)
@@ -117,4 +136,36 @@ fn start_logging(filter: &str, with_time: bool) {
         .with_target(false);
     let result = if with_time { builder.try_init() } else { builder.without_time().try_init() };
     result.expect("nobody else sets a subscriber");
+}
+
+/// Whether `stream` leads to the journal.
+fn is_journal(stream: impl AsFd) -> bool {
+    is_stream(std::env::var("JOURNAL_STREAM").ok().as_deref(), stream)
+}
+
+/// Whether `stream` is the one that the service manager named (systemd.exec(5)): it may have been led
+/// elsewhere since.
+fn is_stream(named: Option<&str>, stream: impl AsFd) -> bool {
+    let named = named.and_then(|named| named.split_once(':'));
+    let numbers = named.and_then(|(dev, ino)| Some((dev.parse().ok()?, ino.parse().ok()?)));
+    let is: Option<(u64, u64)> =
+        rustix::fs::fstat(stream).ok().map(|stat| (stat.st_dev, stat.st_ino));
+    numbers.is_some() && numbers == is
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_journal_is_where_standard_error_leads_and_not_where_it_once_led() {
+        let (file, other) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
+        let stat = rustix::fs::fstat(&file).unwrap();
+        let named = format!("{}:{}", stat.st_dev, stat.st_ino);
+        assert!(is_stream(Some(&named), &file));
+        assert!(!is_stream(Some(&named), &other));
+        for wrong in [None, Some(""), Some(":"), Some("1"), Some("x:y")] {
+            assert!(!is_stream(wrong, &file), "{wrong:?}");
+        }
+    }
 }

@@ -203,6 +203,8 @@ pub async fn carry_out(step: &Step, context: &Context<'_>) -> Result<(), Failure
         Step::Route { prefix, table } => {
             host.add_route(index().await?, *prefix, *table).await?;
         }
+        // Where it is set already it may be read-only, as in containers.
+        Step::Sysctl { key, value, .. } if read_sysctl(key)? == *value => {}
         Step::Sysctl { key, value, .. } => write_sysctl(key, value)?,
         Step::Rule { family, kind, priority } => {
             let priority = priority.context("the priority is settled")?;

@@ -32,6 +32,7 @@ use crate::{
     daemon::Mode,
     device::SetRequest,
     host::{Host, MAIN_TABLE, missing_routes},
+    keeper::notify,
     sys::clock,
     uapi,
 };
@@ -109,7 +110,10 @@ fn bring_up(
     drop(ledger);
     let code = summarize(interface, plan, mtu, clock::boot_now().since(started))?;
     if arguments.foreground {
-        runtime.block_on(foreground::stay(interface, &host, background, interruption, || {}))?;
+        let ready = || notify::ready(None);
+        runtime.block_on(foreground::stay(interface, &host, background, interruption, ready))?;
+    } else {
+        notify::ready(background.as_ref().map(Background::pid));
     }
     Ok(code)
 }

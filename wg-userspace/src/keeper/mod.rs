@@ -6,12 +6,14 @@
 //! reads no packet and holds no key: what the data process wants remembered is a memfd to it.
 //!
 //! [`run`] is its loop, [`edges`] what it keeps and does when asked, [`child`] the data process as a
-//! process, [`protocol`] what both say to each other, [`client`] the data process's end of it.
+//! process, [`protocol`] what both say to each other, [`client`] the data process's end of it, [`notify`]
+//! what the service manager is told.
 
 mod child;
 mod client;
 mod edges;
 mod follow;
+pub mod notify;
 pub mod protocol;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -24,6 +26,8 @@ use anyhow::Context as _;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use wg_common::id::DeviceId;
+use wg_common::map::HEARTBEAT_STALE_NS;
+use wg_common::time::Now;
 
 use self::child::Data;
 use self::edges::Edges;
@@ -32,6 +36,7 @@ use crate::daemon::Options;
 use crate::host::{
     AddressChange, AddressWatch, CloneWatch, Host, LinkChange, LinkWatch, RouteWatch,
 };
+use crate::sys::clock;
 use crate::tun::is_gone;
 
 pub use self::child::Launch;
@@ -90,6 +95,7 @@ async fn keep(options: &Options, launch: &Launch, ready: impl FnOnce()) -> anyho
         data: None,
         known: Known::default(),
         look: Look::default(),
+        heartbeat: notify::Heartbeat::wanted(),
         wait: Duration::ZERO,
         start_at: None,
         stop_by: None,
@@ -100,6 +106,7 @@ async fn keep(options: &Options, launch: &Launch, ready: impl FnOnce()) -> anyho
     looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         let due = keeping.due();
+        let beat_in = keeping.beat_in();
         tokio::select! {
             _ = terminate.recv() => keeping.stop(),
             _ = interrupt.recv() => keeping.stop(),
@@ -114,6 +121,7 @@ async fn keep(options: &Options, launch: &Launch, ready: impl FnOnce()) -> anyho
             }
             _ = looks.tick() => keeping.look(),
             () = tokio::time::sleep_until(due.into()) => keeping.is_due(),
+            () = tokio::time::sleep(beat_in) => keeping.beat(),
             event = watches.next() => match event {
                 Watched::Address(change) => keeping.address_changed(change),
                 Watched::Link(device, LinkChange::Gone) => {
@@ -167,6 +175,8 @@ struct Keeping<'a> {
     data: Option<Data>,
     known: Known,
     look: Look,
+    /// What the service manager wants to hear, if it does.
+    heartbeat: Option<notify::Heartbeat>,
     /// The latest wait before a start.
     wait: Duration,
     /// When the next data process is due.
@@ -293,6 +303,22 @@ impl Keeping<'_> {
         }
     }
 
+    /// How long [`Keeping::beat`] may wait.
+    fn beat_in(&self) -> Duration {
+        let far = Duration::from_secs(3600);
+        self.heartbeat.as_ref().map_or(far, |heartbeat| heartbeat.wait(clock::boot_now()))
+    }
+
+    /// Tells the service manager that the workers move, if they all do.
+    fn beat(&mut self) {
+        let now = clock::boot_now();
+        let moves = |&at: &u64| now.since(Now::from_boot_ns(at)).as_nanos() < HEARTBEAT_STALE_NS.into();
+        let is_alive = self.data.is_some() && self.edges.beats().iter().all(moves);
+        if let Some(heartbeat) = &mut self.heartbeat {
+            heartbeat.beat(is_alive, now);
+        }
+    }
+
     fn tell(&mut self, event: &Event) {
         if let Some(data) = &mut self.data {
             data.tell(event);
@@ -336,6 +362,7 @@ impl Keeping<'_> {
         if self.stop_by.is_some() {
             return;
         }
+        notify::stopping();
         // No datagram is steered to a worker that is about to go.
         self.edges.detach();
         self.start_at = None;
