@@ -10,7 +10,10 @@ use clap::{Args, Parser, Subcommand};
 use wg_common::map::HEARTBEATS_LEN;
 
 use super::name::InterfaceName;
-use crate::daemon::{DEVICE_COUNT_MAX, Mode};
+use crate::{
+    config::Directives,
+    daemon::{DEVICE_COUNT_MAX, Mode},
+};
 
 /// The numbers of [`Code`](super::Code), for people.
 const EXIT_CODES: &str = "Exit codes: 0 ok · 1 it failed while it ran · 2 wrong usage · \
@@ -124,6 +127,14 @@ impl DataPathArgs {
     /// The NICs that were named; nothing if the question was left open.
     pub fn xdp(&self) -> Option<&[String]> {
         self.xdp.as_ref().map(|nics| nics.0.as_slice())
+    }
+
+    /// Takes from the file what neither the command line nor the environment says.
+    pub fn fill_from(&mut self, file: &Directives) {
+        self.xdp = self.xdp.take().or_else(|| file.nics().map(Nics));
+        self.mode = self.mode.or_else(|| file.mode());
+        let of_file = file.workers.as_ref().map(|workers| workers.value);
+        self.workers = self.workers.or(of_file.and_then(|count| count.try_into().ok()));
     }
 }
 
@@ -291,6 +302,25 @@ mod tests {
         };
         assert_eq!(names(&many(DEVICE_COUNT_MAX)).len(), DEVICE_COUNT_MAX);
         assert!(read(&many(DEVICE_COUNT_MAX + 1)).is_err());
+    }
+
+    #[test]
+    fn the_file_says_what_nobody_else_does() {
+        let text = "[Interface]\n#! Xdp = eth9 mode=udp\n#! Workers = 7\n";
+        let (file, problems) = crate::config::directives("wg0.conf", text);
+        assert!(problems.is_empty());
+        for (line, nics, mode, workers) in [
+            ("", &["eth9"][..], Mode::Udp, 7),
+            ("--workers 2", &["eth9"], Mode::Udp, 2),
+            ("--mode native", &["eth9"], Mode::Native, 7),
+            ("--xdp eth0", &["eth0"], Mode::Udp, 7),
+            ("--xdp=", &[], Mode::Udp, 7),
+        ] {
+            let mut data_path = run(&format!("tidegate run wg0 {line}")).data_path;
+            data_path.fill_from(&file);
+            assert_eq!(data_path.xdp().unwrap(), nics, "{line}");
+            assert_eq!((data_path.mode, data_path.workers), (Some(mode), Some(workers)), "{line}");
+        }
     }
 
     #[test]

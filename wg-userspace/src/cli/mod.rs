@@ -5,6 +5,7 @@
 //! a running daemon through its socket only, as wg(8) does; the data path is not known here.
 
 mod args;
+mod directives;
 mod dns;
 mod down;
 mod failure;

@@ -72,15 +72,21 @@ pub struct ConfigFile {
 }
 
 impl ConfigFile {
+    /// The file that an interface's name stands for.
+    pub fn of(interface: &InterfaceName) -> Self {
+        let path = Path::new(CONFIG_DIR).join(format!("{interface}.conf"));
+        Self { interface: interface.clone(), path }
+    }
+
     /// Finds out which file `word` means: a bare name stands for a file of `/etc/wireguard`.
     ///
     /// One rule more than wg-quick's: `wg0.conf` could be an interface's name as well, but is
     /// taken for a file of this folder unless `/etc/wireguard/wg0.conf.conf` exists.
     pub fn which(word: &str, exists: impl Fn(&Path) -> bool) -> Result<Self, WhichFileError> {
         if let Ok(interface) = word.parse::<InterfaceName>() {
-            let path = Path::new(CONFIG_DIR).join(format!("{interface}.conf"));
-            if !word.ends_with(".conf") || exists(&path) {
-                return Ok(Self { interface, path });
+            let file = Self::of(&interface);
+            if !word.ends_with(".conf") || exists(&file.path) {
+                return Ok(file);
             }
         }
         let path = PathBuf::from(word);

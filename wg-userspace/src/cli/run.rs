@@ -8,7 +8,7 @@ use tracing_subscriber::EnvFilter;
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 
-use super::{Code, Failure, args, launch};
+use super::{Code, Failure, args, directives, launch};
 use crate::{
     daemon,
     keeper::{self, Launch, notify},
@@ -19,7 +19,13 @@ use crate::{
 /// The first descriptor beyond the standard streams.
 const FIRST_FD: i32 = 3;
 
-pub fn run(arguments: args::Run) -> Result<Code, Failure> {
+pub fn run(mut arguments: args::Run) -> Result<Code, Failure> {
+    if !arguments.background_child {
+        // What the first of several files says goes before what others say.
+        for interface in &arguments.interfaces {
+            arguments.data_path.fill_from(&directives::of(interface));
+        }
+    }
     let options = options(&arguments)?;
     let log = arguments.log.as_deref();
     if arguments.background_child {

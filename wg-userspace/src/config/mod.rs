@@ -202,6 +202,47 @@ pub fn parse(name: &str, text: &str) -> Result<Config, ConfigErrors> {
     parser.finish(&source)
 }
 
+/// What the `#!` lines of a file say of the device.
+#[derive(Debug, Default)]
+pub struct Directives {
+    /// `#! Xdp`
+    pub xdp: Option<Spanned<Xdp>>,
+    /// `#! Workers`, at least 1.
+    pub workers: Option<Spanned<usize>>,
+}
+
+/// Reads only what the `#!` lines of a file say of the device, for who leaves all else to wg-quick(8):
+/// other lines may be wrong. `name` is what problems call the file.
+///
+/// A line that is wrong, or that this version cannot follow, is a problem and has no effect.
+pub fn directives(name: &str, text: &str) -> (Directives, Vec<Problem>) {
+    let shown = lines::redact(text);
+    let mut parser = Parser::default();
+    for line in lines(text, &shown) {
+        match line {
+            Line::Directive { .. } => parser.line(line),
+            Line::Section { .. } | Line::BrokenSection(_) => {
+                let mistake_count = parser.mistakes.len();
+                parser.line(line);
+                parser.mistakes.truncate(mistake_count);
+            }
+            Line::Entry { .. } | Line::FriendlyName(_) | Line::Stray(_) => {}
+        }
+    }
+    let Parser { mut mistakes, interface, .. } = parser;
+    let options = interface.xdp.iter().flat_map(|xdp| &xdp.later);
+    let options = options.map(|option| (option.span, format!("`{}` of `Xdp`", option.value)));
+    let later = interface.later.iter();
+    let later = later.map(|directive| (directive.span, format!("`#! {}`", directive.name())));
+    mistakes.extend(options.chain(later).map(|(span, what)| {
+        Mistake::new(format!("{what} is not supported yet")).at(span, "not supported yet")
+    }));
+    mistakes.sort_by_key(Mistake::offset);
+    let source = Arc::new(NamedSource::new(name, shown));
+    let problems = mistakes.into_iter().map(|mistake| mistake.into_problem(&source)).collect();
+    (Directives { xdp: interface.xdp, workers: interface.workers }, problems)
+}
+
 impl Config {
     /// Where something stands, for people: `file:line`.
     pub fn place(&self, span: Span) -> String {

@@ -24,7 +24,7 @@ use super::watchdog::Watchdog;
 use crate::counters::{Path, Totals};
 use crate::datapath::shared::PEER_COUNT_MAX;
 use crate::datapath::{Shared, SocketGroup};
-use crate::device::{Device, Effect, SetRequest};
+use crate::device::{Device, Effect, PeerChange, SetRequest};
 use crate::handshake::Handshakes;
 use crate::keeper::Keeper;
 use crate::keeper::protocol::{LINKS_MAX, Refusal};
@@ -32,10 +32,16 @@ use crate::key::PublicKey;
 use crate::sandbox;
 use crate::session::{Break, Continuity, HotPeer};
 use crate::sys::clock;
-use crate::uapi::{self, Errno, PeerStatus};
+use crate::uapi::{self, Errno, GetCursor, PeerStatus};
 
 /// The watchdog looks at the workers this often, and what nobody tells is noticed.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// A look that comes so long after the one before is told.
+const LATE: Duration = LOOK_EVERY.saturating_mul(2);
+/// Peers of a request that are applied between two looks at the timers, and effects of it that are
+/// carried out: one costs a multiplication at most.
+const APPLIED_AT_ONCE: usize = 4096;
+const CARRIED_OUT_AT_ONCE: usize = 64;
 
 /// The control plane of one device.
 pub struct Control {
@@ -120,8 +126,27 @@ impl Control {
 
     /// Runs what is due. To be called when [`sleep_time`](Self::sleep_time) is over.
     pub fn tick(&self) {
+        let now = self.tick_sessions();
+        self.pull_tick(now);
+        self.reach_tick(now);
+        self.remember_tick(now);
+    }
+
+    /// The part of a tick that neither looks at the device nor changes it, if it is time for one: a
+    /// request of many peers takes long to carry out, and must not be seen half done.
+    fn tick_if_due(&self) {
+        if self.sleep_time().is_zero() {
+            self.tick_sessions();
+        }
+    }
+
+    fn tick_sessions(&self) -> Now {
         let now = self.now();
-        self.ticked.set(now);
+        let before = self.ticked.replace(now);
+        let late = now.since(before);
+        if before != Now::default() && late > LATE {
+            tracing::debug!(?late, "the control thread was busy");
+        }
         self.follow_break();
         if quiesce::is_over(&self.shared, now) {
             self.resume();
@@ -129,9 +154,7 @@ impl Control {
         self.close_former_sockets();
         self.watchdog.borrow_mut().look(&self.shared, &self.handshakes, now);
         self.handshakes.tick(now);
-        self.pull_tick(now);
-        self.reach_tick(now);
-        self.remember_tick(now);
+        now
     }
 
     /// The present moment, for what may seal something or begin a handshake. Of a break of time that
@@ -352,10 +375,10 @@ fn refused(refusal: Refusal) -> Errno {
 }
 
 impl uapi::Handler for Control {
-    fn get(&self) -> Zeroizing<String> {
+    fn get_part(&self, cursor: &mut GetCursor) -> Option<Zeroizing<String>> {
         let device = self.device.borrow();
         let port = self.shared.sockets.load().port;
-        uapi::format_get(&device, port, &|peer| {
+        uapi::format_get_part(cursor, &device, port, &|peer| {
             let Some(cell) = self.handshakes.cell(peer) else { return PeerStatus::default() };
             PeerStatus {
                 endpoint: cell.hot.endpoint.load().as_ref().map(|endpoint| endpoint.remote),
@@ -371,9 +394,13 @@ impl uapi::Handler for Control {
         {
             let device = self.device.borrow();
             let kept = if request.replace_peers { 0 } else { device.peer_count() };
-            let named = request.peers.iter().filter(|peer| !peer.remove);
-            let new = named.filter(|p| kept == 0 || device.find(&p.public_key).is_none()).count();
-            if kept + new > PEER_COUNT_MAX {
+            let is_new = |peer: &&PeerChange| {
+                !peer.remove && (kept == 0 || device.find(&peer.public_key).is_none())
+            };
+            // Most requests are so small that nobody has to look at each peer.
+            if kept + request.peers.len() > PEER_COUNT_MAX
+                && kept + request.peers.iter().filter(is_new).count() > PEER_COUNT_MAX
+            {
                 return Err(Errno::ENOSPC);
             }
         }
@@ -391,11 +418,19 @@ impl uapi::Handler for Control {
         if mark != self.fwmark.replace(mark) || port != sockets.port {
             self.handshakes.forget_local_sources();
         }
-        let named: Vec<_> = request.peers.iter().map(|peer| peer.public_key).collect();
+        let named = request.peers.iter().map(|peer| peer.public_key);
+        let named: Vec<_> = named.filter(|_| self.pulling.is_some()).collect();
         let text = self.to_remember(&request);
-        let effects = self.device.borrow_mut().apply(request);
-        for effect in effects {
+        let mut applying = self.device.borrow_mut().begin(request);
+        while self.device.borrow_mut().go_on(&mut applying, APPLIED_AT_ONCE) {
+            self.tick_if_due();
+        }
+        let effects = self.device.borrow_mut().finish(applying);
+        for (number, effect) in effects.into_iter().enumerate() {
             self.carry_out(effect);
+            if number % CARRIED_OUT_AT_ONCE == 0 {
+                self.tick_if_due();
+            }
         }
         self.peers_configured(&named);
         if let Some(text) = text {

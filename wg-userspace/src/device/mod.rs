@@ -19,6 +19,8 @@ mod tests;
 use std::collections::{BTreeMap, HashMap};
 use std::mem;
 use std::net::SocketAddr;
+use std::ops::Range;
+use std::vec;
 
 use ipnet::IpNet;
 use wg_common::id::PeerId;
@@ -236,6 +238,17 @@ impl Device {
         self.peers.by_age.values().map(|&id| (id, &self.peers.slot(id).peer))
     }
 
+    /// The peers that were added when so many others had been, in that order, each with its number.
+    pub fn peers_added(&self, numbers: Range<u64>) -> impl Iterator<Item = (u64, PeerId, &Peer)> {
+        let ids = self.peers.by_age.range(numbers);
+        ids.map(|(&age, &id)| (age, id, &self.peers.slot(id).peer))
+    }
+
+    /// How many peers were ever added. Who is added next has this number.
+    pub const fn added_count(&self) -> u64 {
+        self.peers.added_count
+    }
+
     /// Number of peers.
     pub fn peer_count(&self) -> usize {
         self.peers.by_key.len()
@@ -253,27 +266,61 @@ impl Device {
 
     /// Changes the device, and says what changed.
     pub fn apply(&mut self, request: SetRequest) -> Vec<Effect> {
-        let mut change = Change { device: self, effects: Vec::new(), routing_changed: false };
+        let mut applying = self.begin(request);
+        while self.go_on(&mut applying, usize::MAX) {}
+        self.finish(applying)
+    }
+
+    /// Begins to apply a request that is so large that something else must be done meanwhile: to be
+    /// gone on with until it is done, and finished. Nothing of the device may be used or shown before.
+    pub fn begin(&mut self, request: SetRequest) -> Applying {
+        let mut applying = Applying {
+            removals: Vec::new().into_iter(),
+            private_key: request.private_key,
+            peers: request.peers.into_iter(),
+            effects: Vec::new(),
+            routing_changed: false,
+        };
+        let mut change = Change { device: self, to: &mut applying };
         if let Some(fwmark) = request.fwmark {
             change.set_fwmark(fwmark);
         }
         if let Some(port) = request.listen_port {
             change.set_listen_port(port);
         }
-        // As in the kernel: replacing comes before the key, however the request is ordered.
         if request.replace_peers {
-            let all: Vec<_> = change.device.peers.by_age.values().copied().collect();
-            for id in all {
+            let all: Vec<_> = self.peers.by_age.values().copied().collect();
+            applying.removals = all.into_iter();
+        }
+        applying
+    }
+
+    /// Applies the next part, of at most so many peers. Says whether there is more.
+    pub fn go_on(&mut self, applying: &mut Applying, peer_count: usize) -> bool {
+        let mut change = Change { device: self, to: applying };
+        for _ in 0..peer_count {
+            // As in the kernel: replacing comes before the key, however the request is ordered.
+            if let Some(id) = change.to.removals.next() {
                 change.remove(id);
+                continue;
             }
-        }
-        if let Some(private_key) = request.private_key {
-            change.set_private_key(private_key);
-        }
-        for peer in request.peers {
+            if let Some(private_key) = change.to.private_key.take() {
+                change.set_private_key(private_key);
+            }
+            let Some(peer) = change.to.peers.next() else { return false };
             change.change_peer(peer);
         }
-        let Change { mut effects, routing_changed, .. } = change;
+        true
+    }
+
+    /// Says what changed.
+    ///
+    /// # Panics
+    /// If the request is not done.
+    pub fn finish(&mut self, applying: Applying) -> Vec<Effect> {
+        let Applying { removals, private_key, peers, mut effects, routing_changed } = applying;
+        let rest = (removals.len(), private_key.is_some(), peers.len());
+        assert_eq!(rest, (0, false, 0), "the request is done");
         if routing_changed {
             effects.push(Effect::RoutingChanged);
         }
@@ -282,23 +329,32 @@ impl Device {
     }
 }
 
+/// A request that a device is made to follow part by part.
+#[derive(Debug)]
+pub struct Applying {
+    removals: vec::IntoIter<PeerId>,
+    private_key: Option<Option<PrivateKey>>,
+    peers: vec::IntoIter<PeerChange>,
+    effects: Vec<Effect>,
+    routing_changed: bool,
+}
+
 /// A request while it is applied.
 struct Change<'a> {
     device: &'a mut Device,
-    effects: Vec<Effect>,
-    routing_changed: bool,
+    to: &'a mut Applying,
 }
 
 impl Change<'_> {
     fn set_fwmark(&mut self, fwmark: u32) {
         if mem::replace(&mut self.device.fwmark, fwmark) != fwmark {
-            self.effects.push(Effect::FwMark(fwmark));
+            self.to.effects.push(Effect::FwMark(fwmark));
         }
     }
 
     fn set_listen_port(&mut self, port: u16) {
         if mem::replace(&mut self.device.listen_port, port) != port {
-            self.effects.push(Effect::ListenPort(port));
+            self.to.effects.push(Effect::ListenPort(port));
         }
     }
 
@@ -313,7 +369,7 @@ impl Change<'_> {
         }
         self.device.private_key.clone_from(&private_key);
         self.device.public_key = public_key;
-        self.effects.push(Effect::PrivateKey(private_key));
+        self.to.effects.push(Effect::PrivateKey(private_key));
     }
 
     fn change_peer(&mut self, change: PeerChange) {
@@ -333,16 +389,16 @@ impl Change<'_> {
             && peer.preshared_key != key
         {
             peer.preshared_key = key.clone();
-            self.effects.push(Effect::Preshared { id, key });
+            self.to.effects.push(Effect::Preshared { id, key });
         }
         if let Some(addr) = change.endpoint {
             peer.endpoint = Some(addr);
-            self.effects.push(Effect::Endpoint { id, addr });
+            self.to.effects.push(Effect::Endpoint { id, addr });
         }
         if let Some(seconds) = change.persistent_keepalive
             && mem::replace(&mut peer.persistent_keepalive, seconds) != seconds
         {
-            self.effects.push(Effect::PersistentKeepalive { id, seconds });
+            self.to.effects.push(Effect::PersistentKeepalive { id, seconds });
         }
         let replaces = change.replace_allowed_ips && !is_new;
         self.change_allowed_ips(id, replaces, &change.allowed_ips);
@@ -356,11 +412,11 @@ impl Change<'_> {
             if only_adds && allowed_ips.of_peer(id).eq(nets) {
                 return;
             }
-            self.routing_changed |= allowed_ips.of_peer(id).next().is_some();
+            self.to.routing_changed |= allowed_ips.of_peer(id).next().is_some();
             allowed_ips.remove_peer(id);
         }
         for &change in changes {
-            self.routing_changed |= match change {
+            self.to.routing_changed |= match change {
                 AllowedIpChange::Add(net) => allowed_ips.insert(net, id) != Some(id),
                 AllowedIpChange::Remove(net) => allowed_ips.remove(net, id),
             };
@@ -369,15 +425,15 @@ impl Change<'_> {
 
     fn add(&mut self, public_key: PublicKey) -> PeerId {
         let id = self.device.peers.insert(public_key);
-        self.effects.push(Effect::PeerAdded { id, public_key });
+        self.to.effects.push(Effect::PeerAdded { id, public_key });
         id
     }
 
     fn remove(&mut self, id: PeerId) {
-        self.routing_changed |= self.device.allowed_ips.of_peer(id).next().is_some();
+        self.to.routing_changed |= self.device.allowed_ips.of_peer(id).next().is_some();
         self.device.allowed_ips.remove_peer(id);
         let public_key = self.device.peers.remove(id);
-        self.effects.push(Effect::PeerRemoved { id, public_key });
+        self.to.effects.push(Effect::PeerRemoved { id, public_key });
     }
 }
 

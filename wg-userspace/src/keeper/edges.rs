@@ -2,7 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::Context as _;
@@ -117,6 +117,11 @@ impl Edges {
             steer_port(edges.kernel.steer.as_ref(), device.id, None, device.sockets.port);
         }
         Ok(edges)
+    }
+
+    /// The files of the UAPI sockets of the devices that are there.
+    pub fn socket_files(&self) -> impl Iterator<Item = (DeviceId, &Path)> {
+        self.devices.iter().flatten().map(|device| (device.id, device.listener.path()))
     }
 
     /// The numbers of the devices that are there, with the indexes that their interfaces had in the
@@ -472,11 +477,21 @@ impl Group {
         Ok((Answer::Sockets { port: self.port, has_v6 }, clones(v4.chain(v6))?))
     }
 
+    /// Marks all sockets, or none.
     fn set_mark(&self, fwmark: u32) -> Result<(), Refusal> {
-        self.of_worker
-            .iter()
-            .try_for_each(|sockets| sockets.set_fwmark(fwmark))
-            .map_err(refused_socket)
+        let mut before = Vec::new();
+        for sockets in self.of_worker.iter().flat_map(UdpSockets::iter) {
+            let marked = sockets.fwmark().map_err(refused_socket).and_then(|mark| {
+                before.push((sockets, mark));
+                sockets.set_fwmark(fwmark).map_err(refused_socket)
+            });
+            if let Err(refusal) = marked {
+                // They had that mark, so that they may have it again.
+                before.iter().for_each(|(sockets, mark)| drop(sockets.set_fwmark(*mark)));
+                return Err(refusal);
+            }
+        }
+        Ok(())
     }
 }
 

@@ -36,7 +36,7 @@ use crate::daemon::Options;
 use crate::host::{
     AddressChange, AddressWatch, CloneWatch, Host, LinkChange, LinkWatch, RouteWatch,
 };
-use crate::sys::clock;
+use crate::sys::{FileWatch, clock};
 use crate::tun::is_gone;
 
 pub use self::child::Launch;
@@ -141,6 +141,10 @@ async fn keep(options: &Options, launch: &Launch, ready: impl FnOnce()) -> anyho
                 }
                 // Else nothing would ever go through it again.
                 Watched::LinkLost(device) => keeping.link_is(device, None, true),
+                Watched::SocketGone(device) => {
+                    tracing::info!("the UAPI socket was removed");
+                    keeping.device_gone(device);
+                }
                 Watched::Routes => keeping.tell(&Event::RoutesChanged),
                 Watched::Cloned => keeping.tell(&Event::Cloned),
             },
@@ -312,7 +316,8 @@ impl Keeping<'_> {
     /// Tells the service manager that the workers move, if they all do.
     fn beat(&mut self) {
         let now = clock::boot_now();
-        let moves = |&at: &u64| now.since(Now::from_boot_ns(at)).as_nanos() < HEARTBEAT_STALE_NS.into();
+        let moves =
+            |&at: &u64| now.since(Now::from_boot_ns(at)).as_nanos() < HEARTBEAT_STALE_NS.into();
         let is_alive = self.data.is_some() && self.edges.beats().iter().all(moves);
         if let Some(heartbeat) = &mut self.heartbeat {
             heartbeat.beat(is_alive, now);
@@ -413,6 +418,8 @@ enum Watched {
     Address(AddressChange),
     Link(DeviceId, LinkChange),
     LinkLost(DeviceId),
+    /// The file of a device's UAPI socket is gone.
+    SocketGone(DeviceId),
     Routes,
     Cloned,
 }
@@ -424,6 +431,12 @@ impl Watches {
         watches.watch_addresses(AddressWatch::new(host.clone())?);
         for (device, index) in edges.interfaces() {
             watches.watch_link(device, LinkWatch::new(host.clone(), index)?);
+        }
+        for (device, path) in edges.socket_files() {
+            match FileWatch::new(path) {
+                Ok(watch) => watches.watch_socket(device, watch),
+                Err(error) => tracing::warn!(%error, "nobody tells if the UAPI socket is removed"),
+            }
         }
         watches.watch_routes(RouteWatch::new()?);
         match CloneWatch::new() {
@@ -488,6 +501,17 @@ impl Watches {
                     return;
                 }
                 tokio::time::sleep(BETWEEN_ROUTES).await;
+            }
+        });
+    }
+
+    fn watch_socket(&self, device: DeviceId, watch: FileWatch) {
+        let tell = self.tell.clone();
+        tokio::task::spawn_local(async move {
+            match watch.gone().await {
+                // Nobody is left to be told at the very end.
+                Ok(()) => drop(tell.send(Watched::SocketGone(device)).await),
+                Err(error) => tracing::warn!(%error, "nobody tells if the UAPI socket is removed"),
             }
         });
     }

@@ -8,6 +8,7 @@ pub mod affinity;
 #[cfg(test)]
 pub(crate) mod bpf_for_tests;
 pub mod clock;
+pub mod file_watch;
 pub mod link;
 pub mod memory;
 pub mod mmsg;
@@ -20,6 +21,7 @@ pub mod uevent;
 pub mod wait;
 pub mod xdp;
 
+pub use file_watch::FileWatch;
 pub use memory::SharedWords;
 pub use wait::{EventFd, poll};
 

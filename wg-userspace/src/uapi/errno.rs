@@ -20,6 +20,10 @@ impl Errno {
     pub const EACCES: Self = Self(Os::ACCESS.raw_os_error());
     /// More than there is room for.
     pub const ENOSPC: Self = Self(Os::NOSPC.raw_os_error());
+    /// A request that is larger than any may be.
+    pub const E2BIG: Self = Self(Os::TOOBIG.raw_os_error());
+    /// A request for which there is no room now, beside others.
+    pub const ENOMEM: Self = Self(Os::NOMEM.raw_os_error());
     /// Somebody else has undone it meanwhile.
     pub const ECANCELED: Self = Self(Os::CANCELED.raw_os_error());
     /// A failure that has no number of its own.

@@ -2,22 +2,26 @@
 //! implementation", <https://www.wireguard.com/xplatform/>).
 //!
 //! Requests and answers are lines of `key=value` and end with an empty line. [`SetParser`] makes a
-//! [`SetRequest`](crate::device::SetRequest) of the lines after `set=1`; [`format_get`] writes what
-//! answers `get=1`; both are pure. [`Server`] is not: it answers on the socket `/var/run/wireguard/IF.sock`, which `keeper`
-//! owns as a [`Listener`], and asks a [`Handler`], which is `daemon`. Of our own are the requests `tidegate=status` and `tidegate=quiesce`
+//! [`SetRequest`](crate::device::SetRequest) of the lines after `set=1`; [`format_get_part`] writes
+//! what answers `get=1`, a part at a time; both are pure. [`Server`] is not: it answers on the socket
+//! `/var/run/wireguard/IF.sock`, which `keeper` owns as a [`Listener`], and asks a [`Handler`], which is
+//! `daemon`. Of our own are the requests `tidegate=status` and `tidegate=quiesce`
 //! (a line `seconds=N` may follow), answered with one line of JSON, and `tidegate=resume`.
 //!
 //! A request that fails changes nothing: it is read to its end before the handler sees it.
 
+mod client;
 mod errno;
 mod get;
+mod memory;
+mod places;
 mod server;
 mod set;
 #[cfg(test)]
 mod tests;
 
 pub use self::errno::Errno;
-pub use self::get::{PeerStatus, format_get};
+pub use self::get::{GetCursor, PART_LEN_MAX, PeerStatus, format_get, format_get_part};
 pub use self::server::{BindError, Handler, Listener, Server};
 pub use self::set::{SetParser, SetProblem, UapiError, format_set, parse_set};
 

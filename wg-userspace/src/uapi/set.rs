@@ -33,6 +33,12 @@ pub enum SetProblem {
     /// The request ends without an empty line.
     #[error("the request is cut off")]
     CutOff,
+    /// It is longer than any may be.
+    #[error("the request is too large")]
+    TooLarge,
+    /// It may be as long as it is, but not while there are others.
+    #[error("other requests take the memory for one as large as this")]
+    NoMemory,
     /// The protocol has no such key, or not here.
     #[error("unknown key{}{}", if *.in_peer { " of a peer" } else { " of a device" }, quoted(.key))]
     UnknownKey {
@@ -72,6 +78,8 @@ impl UapiError {
     pub fn errno(&self) -> Errno {
         match self.problem {
             SetProblem::NoPair | SetProblem::NoText | SetProblem::CutOff => Errno::EPROTO,
+            SetProblem::TooLarge => Errno::E2BIG,
+            SetProblem::NoMemory => Errno::ENOMEM,
             SetProblem::UnknownKey { .. } | SetProblem::Key { .. } | SetProblem::Value { .. } => {
                 Errno::EINVAL
             }
@@ -79,13 +87,14 @@ impl UapiError {
     }
 }
 
-/// Reads a request line by line; there may be as many lines as memory holds.
+/// Reads a request line by line; there may be as many lines as the caller has memory for.
 ///
 /// `interface_index` gives the index of an interface by its name, for an endpoint whose IPv6 address
 /// has a scope (`[fe80::1%eth0]:51820`).
 pub struct SetParser<F> {
     interface_index: F,
     line_count: usize,
+    memory_len: usize,
     request: SetRequest,
 }
 
@@ -104,7 +113,7 @@ pub fn parse_set(text: &str) -> Result<SetRequest, UapiError> {
 impl<F: Fn(&str) -> Option<u32>> SetParser<F> {
     /// A request without lines.
     pub fn new(interface_index: F) -> Self {
-        Self { interface_index, line_count: 0, request: SetRequest::default() }
+        Self { interface_index, line_count: 0, memory_len: 0, request: SetRequest::default() }
     }
 
     /// Takes the next line, which is not empty and has no line break.
@@ -114,6 +123,11 @@ impl<F: Fn(&str) -> Option<u32>> SetParser<F> {
     pub fn line(&mut self, line: &str) -> Result<(), UapiError> {
         self.line_count += 1;
         self.pair(line).map_err(|problem| UapiError { line: self.line_count, problem })
+    }
+
+    /// Bytes that the request takes so far, with what was replaced later.
+    pub const fn memory_len(&self) -> usize {
+        self.memory_len
     }
 
     /// An error about the line after the last one.
@@ -134,6 +148,7 @@ impl<F: Fn(&str) -> Option<u32>> SetParser<F> {
             let public_key =
                 parsed.map_err(|error| SetProblem::Key { key: "public_key", error })?;
             request.peers.push(PeerChange::new(public_key));
+            self.memory_len += size_of::<PeerChange>();
             return Ok(());
         }
         let Some(peer) = request.peers.last_mut() else {
@@ -170,6 +185,7 @@ impl<F: Fn(&str) -> Option<u32>> SetParser<F> {
                     None => AllowedIpChange::Add(network(value)?),
                 };
                 peer.allowed_ips.push(change);
+                self.memory_len += size_of::<AllowedIpChange>();
             }
             "protocol_version" if value == "1" => {}
             "protocol_version" => return Err(bad_value("protocol_version", value)),

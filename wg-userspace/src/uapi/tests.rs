@@ -13,6 +13,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use zeroize::Zeroizing;
 
+use super::memory::Memory;
+use super::places::Places;
 use super::*;
 use crate::device::{Device, SetRequest};
 use crate::key::PrivateKey;
@@ -28,8 +30,9 @@ struct Bare {
 }
 
 impl Handler for Bare {
-    fn get(&self) -> Zeroizing<String> {
-        format_get(&self.device.borrow(), self.device.borrow().listen_port(), &|_| PeerStatus {
+    fn get_part(&self, cursor: &mut GetCursor) -> Option<Zeroizing<String>> {
+        let device = self.device.borrow();
+        format_get_part(cursor, &device, device.listen_port(), &|_| PeerStatus {
             endpoint: None,
             last_handshake: Some(UNIX_EPOCH + Duration::from_secs(1_700_000_000)),
             rx_bytes: 148,
@@ -241,6 +244,106 @@ fn only_a_dead_socket_is_replaced() {
         for name in ["", "..", "a/b"] {
             let refused = Server::bind_in(dir.path(), name).unwrap_err();
             assert!(matches!(refused, BindError::Name(_)), "{refused}");
+        }
+    });
+}
+
+#[test]
+fn the_oldest_silent_client_makes_room_for_a_new_one() {
+    const STALLED: usize = 64;
+    let handler = Rc::new(Bare::default());
+    with_server(&handler, async |path| {
+        let mut silent = Vec::new();
+        for number in 0..STALLED {
+            let mut stream = UnixStream::connect(&path).await.unwrap();
+            // Some are idle, some stop in the middle of a request.
+            let words: &[u8] = if number % 2 == 0 { b"" } else { b"set=1\nlisten_port=1" };
+            stream.write_all(words).await.unwrap();
+            silent.push(stream);
+        }
+        for _ in 0..STALLED {
+            assert_eq!(ask(&path, "get=1\n\n").await, "listen_port=0\nerrno=0\n\n");
+        }
+        assert_eq!(silent[0].read(&mut [0]).await.unwrap(), 0, "the first one was let go");
+        let last = silent.last_mut().unwrap();
+        last.write_all(b"\n\n").await.unwrap();
+        let mut answer = [0; 9];
+        last.read_exact(&mut answer).await.unwrap();
+        assert_eq!(&answer, b"errno=0\n\n", "the newest was not");
+    });
+}
+
+#[test]
+fn a_request_that_is_too_large_is_refused_and_keeps_nobody_from_an_ordinary_one() {
+    const MIB: usize = 1 << 20;
+    let (handler, memory, places) = (Bare::default(), Memory::of(2 * MIB), Places::default());
+    let (handler, memory, places) = (&handler, &memory, &places);
+    // What follows `set=1`, so many bytes as they are counted.
+    let peers = |len: usize| -> String {
+        let count = len / size_of::<crate::device::PeerChange>();
+        (1..=count).map(|n| format!("public_key={n:064x}\n")).collect()
+    };
+    /// Sends words on a connection and says what is answered, until it is silent.
+    async fn say(stream: &mut UnixStream, words: &str) -> String {
+        stream.write_all(words.as_bytes()).await.unwrap();
+        let mut answer = vec![0; 100];
+        let len = stream.read(&mut answer).await.unwrap();
+        String::from_utf8(answer[..len].to_vec()).unwrap()
+    }
+    run(async {
+        let connect = || {
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            let place = places.take(tokio::time::Instant::now());
+            (ours, client::serve(theirs, handler, memory, place))
+        };
+        let (mut huge, huge_served) = connect();
+        let (mut second, second_served) = connect();
+        let talk = async {
+            let too_large = format!("set=1\n{}\n", peers(4 * MIB));
+            assert_eq!(say(&mut huge, &too_large).await, "errno=-7\n\n");
+            let (large, small) = (peers(2 * MIB + MIB / 2), peers(MIB / 2));
+            // The first one has not said all yet.
+            huge.write_all(format!("set=1\n{large}fwmark").as_bytes()).await.unwrap();
+            while memory.lent() < 2 * MIB {
+                tokio::task::yield_now().await;
+            }
+            assert_eq!(say(&mut second, &format!("set=1\n{large}\n")).await, "errno=-12\n\n");
+            assert_eq!(say(&mut second, &format!("set=1\n{small}\n")).await, "errno=0\n\n");
+            // Its words make no sense in the end.
+            assert_eq!(say(&mut huge, "=1\n\n").await, "errno=-22\n\n");
+            assert_eq!(memory.lent(), 0);
+            assert_eq!(say(&mut second, &format!("set=1\n{large}\n")).await, "errno=0\n\n");
+            // Who vanishes in the middle has nothing any more.
+            huge.write_all(format!("set=1\n{large}").as_bytes()).await.unwrap();
+            drop((huge, second));
+        };
+        tokio::join!(huge_served, second_served, talk);
+        assert_eq!(memory.lent(), 0);
+    });
+}
+
+#[test]
+fn a_huge_request_lets_others_have_their_turn() {
+    let handler = Rc::new(Bare::default());
+    let turns = Rc::new(Cell::new(0));
+    with_server(&handler, async |path| {
+        let turns_of_others = async {
+            loop {
+                turns.set(turns.get() + 1);
+                tokio::task::yield_now().await;
+            }
+        };
+        let peers: String = (1..=5000).map(|n| format!("public_key={n:064x}\n")).collect();
+        let talk = async {
+            assert_eq!(ask(&path, &format!("set=1\n{peers}\n")).await, "errno=0\n\n");
+            let after_set = turns.get();
+            assert!(after_set > 10, "{after_set}");
+            assert!(ask(&path, "get=1\n\n").await.ends_with("errno=0\n\n"));
+            assert!(turns.get() > after_set + 10, "{}", turns.get());
+        };
+        tokio::select! {
+            () = turns_of_others => {}
+            () = talk => {}
         }
     });
 }

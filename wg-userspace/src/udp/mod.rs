@@ -250,7 +250,15 @@ impl UdpSocket {
         self.family
     }
 
-    /// Changes the mark that routing rules see on what is sent; 0 is none.
+    /// The mark that routing rules see on what is sent; 0 is none.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn fwmark(&self) -> Result<u32, UdpError> {
+        socket::mark(&self.fd).map_err(io_error("reading a firewall mark"))
+    }
+
+    /// Changes that mark.
     ///
     /// # Errors
     /// [`UdpError::NotPermitted`].
