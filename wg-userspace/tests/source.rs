@@ -243,6 +243,16 @@ fn a_peer_is_pulled_when_it_knocks() {
     assert_eq!(gateway.number("peer_source/known"), 1);
     assert_eq!(gateway.number("peer_source/pulled_peers"), 1);
 
+    // It is in no file, and neither taken for one that was removed nor saved.
+    let file = format!("{}.conf", gateway.interface);
+    let file = lab.write(&file, without_peers(GATEWAY_CONF)).unwrap();
+    let file = file.to_str().unwrap();
+    let said = lab.gateway.run(tidegate(), &["reload", file]).unwrap();
+    assert!(said.ends_with(": nothing to do\n"), "{said}");
+    lab.gateway.run(tidegate(), &["save", file]).unwrap();
+    assert_eq!(std::fs::read_to_string(file).unwrap(), without_peers(GATEWAY_CONF));
+    assert_eq!(gateway.peers()[0][0], peers[0][0]);
+
     // Its timestamp is kept once it has proved that it is there.
     let kept = lab::wait_for("the timestamp", LIMIT, || {
         Ok(service.peers.kept.lock().unwrap().values().next().cloned())

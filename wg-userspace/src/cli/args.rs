@@ -53,6 +53,21 @@ pub enum Command {
         #[arg(value_name = "NAME|FILE")]
         what: String,
     },
+    /// Make an interface that is up what its config file says now; peers that are the same notice
+    /// nothing
+    Reload(Reload),
+    /// Write into a config file what changed while its interface was up
+    Save {
+        /// Name of an interface, or its config file
+        #[arg(value_name = "NAME|FILE")]
+        what: String,
+    },
+    /// Print a config file without what wg(8) does not know, for `wg setconf`
+    Strip {
+        /// Name of an interface, or its config file
+        #[arg(value_name = "NAME|FILE")]
+        what: String,
+    },
     /// Show interfaces, their peers and the data path in use
     Show(Show),
     /// End all keys of an interface and make none until it is resumed: for a snapshot of this machine
@@ -155,6 +170,17 @@ pub struct Up {
     pub bypass_firewall: bool,
     #[command(flatten)]
     pub data_path: DataPathArgs,
+}
+
+/// Arguments of `reload`.
+#[derive(Args, Debug)]
+pub struct Reload {
+    /// Name of an interface (its file is /etc/wireguard/NAME.conf), or a config file NAME.conf
+    #[arg(value_name = "NAME|FILE")]
+    pub what: String,
+    /// Print what would change, and change nothing
+    #[arg(long)]
+    pub dry_run: bool,
 }
 
 /// Arguments of `show`.
@@ -349,6 +375,10 @@ mod tests {
             "tidegate up wg0 --peer-source unix:run/x",
             "tidegate up",
             "tidegate down",
+            "tidegate reload",
+            "tidegate reload wg0 --force",
+            "tidegate save",
+            "tidegate strip wg0 wg1",
             "tidegate pubkey key",
             "tidegate quiesce",
             "tidegate quiesce a/b",

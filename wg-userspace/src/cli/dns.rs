@@ -95,7 +95,7 @@ fn resolv_conf(servers: &[String], search: &[String]) -> String {
 }
 
 /// What wg-quick(8) puts before the interface in the name of resolvconf's record.
-fn record_prefix() -> String {
+pub fn record_prefix() -> String {
     let order = fs::read_to_string("/etc/resolvconf/interface-order").unwrap_or_default();
     prefix_in(&order).map_or_else(String::new, |prefix| format!("{prefix}."))
 }

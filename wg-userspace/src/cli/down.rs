@@ -10,7 +10,7 @@ use super::{
     launch::{Background, wait_for_end},
     ledger::Ledger,
     name::{ConfigFile, InterfaceName},
-    show,
+    save, show,
     socket::{self, Socket},
     steps::{self, Context, Step},
 };
@@ -144,7 +144,11 @@ impl<'a> TakeDown<'a> {
                 failure.print();
             }
         }
-        // This is the place for `SaveConfig`: the device is there, and nothing is undone yet.
+        if !self.is_left_over
+            && let Err(failure) = save::on_down(self.interface, self.host, &record).await
+        {
+            return Err(failure.and("the interface was left as it is"));
+        }
         let context = Context { interface: self.interface, host: self.host, endpoints: &[] };
         let mut goes_with_the_device = Vec::new();
         for noted in record.steps().rev() {

@@ -22,7 +22,7 @@ use rustix::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::{Code, Failure, name::InterfaceName, steps::Step};
+use super::{Code, Failure, applied::Applied, name::InterfaceName, steps::Step};
 use crate::config::HookEvent;
 
 /// Where the files are.
@@ -158,6 +158,7 @@ enum Entry {
     Forgotten(StepId),
     Keeper(Process),
     Table(u32),
+    Applied(Box<Applied>),
     Up,
 }
 
@@ -170,6 +171,8 @@ pub struct Record {
     pub keeper: Option<Process>,
     /// The routing table that is meant for default routes, once one was chosen.
     pub table: Option<u32>,
+    /// What the config file said when it was carried out last.
+    pub applied: Option<Applied>,
     /// Whether `up` came to its end.
     pub is_up: bool,
     steps: Vec<Option<Noted>>,
@@ -177,7 +180,7 @@ pub struct Record {
 
 impl Record {
     fn new(header: Header) -> Record {
-        Record { header, keeper: None, table: None, is_up: false, steps: Vec::new() }
+        Record { header, keeper: None, table: None, applied: None, is_up: false, steps: Vec::new() }
     }
 
     /// The steps that are not forgotten, in the order in which they were noted.
@@ -208,6 +211,11 @@ impl Record {
             }
             Entry::Keeper(keeper) => self.keeper = Some(keeper),
             Entry::Table(table) => self.table = Some(table),
+            Entry::Applied(applied) => {
+                self.header.config.clone_from(&applied.config);
+                self.header.down_hooks.clone_from(&applied.down_hooks);
+                self.applied = Some(*applied);
+            }
             Entry::Up => self.is_up = true,
         }
     }
@@ -371,6 +379,15 @@ impl Ledger {
     /// If it cannot be written.
     pub fn takes_table(&mut self, table: u32) -> io::Result<()> {
         self.write(Entry::Table(table))
+    }
+
+    /// Notes what the config file said that is now carried out. The hooks of `down` are its own from
+    /// now on.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn applies(&mut self, applied: Applied) -> io::Result<()> {
+        self.write(Entry::Applied(Box::new(applied)))
     }
 
     /// Notes that `up` came to its end.

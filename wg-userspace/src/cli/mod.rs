@@ -4,7 +4,9 @@
 //! turns what comes back into an exit code ([`Code`]) and text on standard error. Commands reach
 //! a running daemon through its socket only, as wg(8) does; the data path is not known here.
 
+mod applied;
 mod args;
+mod difference;
 mod directives;
 mod dns;
 mod down;
@@ -19,13 +21,17 @@ mod name;
 mod plan;
 mod programs;
 mod quiesce;
+mod reload;
 mod report;
 mod resolve;
 mod run;
+mod running;
+mod save;
 mod shortcut;
 mod show;
 mod socket;
 mod steps;
+mod strip;
 mod tables;
 mod text;
 mod up;
@@ -54,6 +60,9 @@ pub fn main() -> ExitCode {
         Command::Data(arguments) => run::data(&arguments),
         Command::Up(arguments) => up::up(arguments),
         Command::Down { what } => down::down(&what),
+        Command::Reload(arguments) => reload::reload(&arguments),
+        Command::Save { what } => save::save(&what),
+        Command::Strip { what } => strip::strip(&what),
         Command::Show(arguments) => show::show(&arguments),
         Command::Quiesce(arguments) => quiesce::quiesce(&arguments),
         Command::Genkey => keys::genkey(),

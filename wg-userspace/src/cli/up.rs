@@ -15,7 +15,9 @@ use tokio::{
 use zeroize::Zeroizing;
 
 use super::{
-    Code, Failure, args,
+    Code, Failure,
+    applied::Applied,
+    args,
     down::{TakeDown, runtime, undo_left_overs},
     foreground,
     launch::Background,
@@ -119,7 +121,7 @@ fn bring_up(
 }
 
 /// Reads a config file; warns if everybody else can, too.
-fn read(path: &Path) -> Result<Zeroizing<String>, Failure> {
+pub fn read(path: &Path) -> Result<Zeroizing<String>, Failure> {
     let doing = || format!("reading {}", path.display());
     let text = match std::fs::read_to_string(path) {
         Ok(text) => Zeroizing::new(text),
@@ -200,7 +202,11 @@ async fn make_room(interface: &InterfaceName, host: &Host) -> Result<(), Failure
 pub struct Interruption([Signal; 3]);
 
 impl Interruption {
-    fn new() -> Result<Interruption, Failure> {
+    /// From here on they do not end this process any more.
+    ///
+    /// # Errors
+    /// If they cannot be waited for.
+    pub fn new() -> Result<Interruption, Failure> {
         let of = |kind| signal(kind).context("waiting for signals");
         Ok(Interruption([
             of(SignalKind::interrupt())?,
@@ -275,6 +281,10 @@ impl Work<'_> {
                 Step::Configure => {
                     let configuration = configuration.as_ref().expect("it comes before");
                     configure(self.interface, &configuration.request)?;
+                    let path = self.ledger.record().header.config.clone();
+                    let applied = Applied::new(&path, &config, self.plan, &configuration.request);
+                    let noted = applied.and_then(|applied| self.ledger.applies(applied));
+                    noted.context("noting the configuration")?;
                 }
                 step => steps::carry_out(step, &context).await?,
             }
@@ -313,7 +323,8 @@ impl Work<'_> {
     }
 }
 
-async fn free_table(interface: &InterfaceName, host: &Host) -> Result<u32, Failure> {
+/// The first table from wg-quick's on that nobody uses.
+pub async fn free_table(interface: &InterfaceName, host: &Host) -> Result<u32, Failure> {
     let others: Vec<u32> =
         Ledger::others(interface).iter().filter_map(|record| record.table).collect();
     let mut table = POLICY_TABLE;
@@ -333,8 +344,11 @@ async fn resolved(config: &Arc<Config>) -> Result<Configuration, Failure> {
     resolving.await.context("resolving names")?
 }
 
-/// Configures the daemon, as `wg setconf` would.
-fn configure(interface: &InterfaceName, request: &SetRequest) -> Result<(), Failure> {
+/// Configures the daemon.
+///
+/// # Errors
+/// If it refuses; it has changed nothing then.
+pub fn configure(interface: &InterfaceName, request: &SetRequest) -> Result<(), Failure> {
     let socket = Socket::find(interface)?
         .ok_or_else(|| Failure::new(Code::Runtime, "the daemon does not listen any more"))?;
     match socket.request(&uapi::format_set(request))?.error() {

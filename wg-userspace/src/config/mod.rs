@@ -13,6 +13,7 @@
 //! - Ports are numbers, never names of services.
 //! - Lines that begin with `#!` are instructions to us. To wg(8) they are comments.
 
+pub mod edit;
 mod keys;
 mod lines;
 mod problem;
@@ -261,9 +262,6 @@ impl Config {
 
         let interface = &self.interface;
         let mut found: Vec<(Span, String, &str)> = Vec::new();
-        if let Some(save) = interface.save_config.as_ref().filter(|save| save.value) {
-            found.push((save.span, "`SaveConfig = true`".into(), "write `SaveConfig = false`"));
-        }
         for option in interface.xdp.iter().flat_map(|xdp| &xdp.later) {
             found.push((option.span, format!("`{}` of `Xdp`", option.value), "remove the option"));
         }

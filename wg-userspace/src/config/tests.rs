@@ -305,7 +305,6 @@ fn what_comes_later_is_found_in_the_order_of_the_file() {
     assert_eq!(
         found,
         [
-            "`SaveConfig = true` is not supported yet",
             "`#! Nat` is not supported yet",
             "`#! Allow` is not supported yet",
             "`#! Allow` is not supported yet",
@@ -315,7 +314,7 @@ fn what_comes_later_is_found_in_the_order_of_the_file() {
         ]
     );
     let errors = ConfigErrors::new(config.unsupported()).unwrap();
-    assert!(render(&errors).contains("wg0.conf:7:14"), "{}", render(&errors));
+    assert!(render(&errors).contains("wg0.conf:9:4"), "{}", render(&errors));
     assert_eq!(config.place(config.interface.hooks[0].span), "wg0.conf:3");
 }
 

@@ -126,7 +126,12 @@ fn write_peer(text: &mut String, peer: &Peer, live: &PeerStatus) -> fmt::Result 
     writeln!(text, "last_handshake_time_nsec={}", handshake.subsec_nanos())?;
     writeln!(text, "tx_bytes={}", live.tx_bytes)?;
     writeln!(text, "rx_bytes={}", live.rx_bytes)?;
-    writeln!(text, "persistent_keepalive_interval={}", peer.persistent_keepalive)
+    writeln!(text, "persistent_keepalive_interval={}", peer.persistent_keepalive)?;
+    // Ours alone: wg(8) passes over what it does not know.
+    if peer.pulled {
+        writeln!(text, "tidegate_pulled=true")?;
+    }
+    Ok(())
 }
 
 fn write_net(text: &mut String, net: IpNet) -> fmt::Result {
@@ -143,7 +148,8 @@ const PEER_LEN_MAX: usize = (11 + 64 + 1)
     + (24 + 20 + 1)
     + (25 + 9 + 1)
     + 2 * (9 + 20 + 1)
-    + (30 + 5 + 1);
+    + (30 + 5 + 1)
+    + "tidegate_pulled=true\n".len();
 const ALLOWED_IP_LEN_MAX: usize =
     11 + "1111:1111:1111:1111:1111:1111:255.255.255.255/128".len() + 1;
 const _: () = assert!(DEVICE_LEN_MAX + PEER_LEN_MAX + ALLOWED_IP_LEN_MAX <= PART_LEN_MAX);

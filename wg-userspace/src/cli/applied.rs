@@ -1,0 +1,118 @@
+//! What a config file said when it was carried out last, as the ledger keeps it. No secrets.
+
+use std::{collections::BTreeMap, net::SocketAddr, path::Path, path::PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::{ledger::Hook, plan::Plan};
+use crate::{
+    config::{Config, Endpoint, Mode},
+    device::SetRequest,
+    key::PublicKey,
+};
+
+/// A file that was carried out, as far as the device and the host do not show it.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Applied {
+    /// The file, as an absolute path.
+    pub config: PathBuf,
+    /// Its hooks of `down`.
+    pub down_hooks: Vec<Hook>,
+    /// Its endpoints, by public key.
+    pub endpoints: BTreeMap<String, AppliedEndpoint>,
+    /// Its `FwMark`.
+    pub fwmark: Option<u32>,
+    /// Its `MTU`.
+    pub mtu: Option<u32>,
+    /// What only a new daemon takes up. A reload leaves it as it is.
+    pub at_start: AtStart,
+}
+
+/// An endpoint of the file.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct AppliedEndpoint {
+    /// As the file has it.
+    pub written: String,
+    /// What it meant then.
+    pub resolved: Option<SocketAddr>,
+}
+
+/// Options of a daemon that it reads once.
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+pub struct AtStart {
+    /// `#! Xdp`
+    pub xdp: Vec<String>,
+    /// Its `mode=`.
+    pub mode: Option<String>,
+    /// `#! Workers`
+    pub workers: Option<usize>,
+}
+
+impl Applied {
+    /// What `config` says; `request` has the addresses of its endpoints.
+    ///
+    /// # Errors
+    /// If there is no working directory for a relative path.
+    pub fn new(
+        path: &Path,
+        config: &Config,
+        plan: &Plan,
+        request: &SetRequest,
+    ) -> std::io::Result<Applied> {
+        let resolved = |key: &PublicKey| {
+            let change = request.peers.iter().find(|change| change.public_key == *key);
+            change.and_then(|change| change.endpoint)
+        };
+        Ok(Applied {
+            config: std::path::absolute(path)?,
+            down_hooks: plan.down_hooks.clone(),
+            endpoints: endpoints(config, resolved),
+            fwmark: config.interface.fwmark.as_deref().copied(),
+            mtu: plan.mtu,
+            at_start: AtStart::of(config),
+        })
+    }
+
+    /// What was known of a peer's endpoint.
+    pub fn endpoint(&self, key: &PublicKey) -> Option<&AppliedEndpoint> {
+        self.endpoints.get(&key.to_string())
+    }
+}
+
+/// The endpoints of a file with what they mean.
+pub fn endpoints(
+    config: &Config,
+    resolved: impl Fn(&PublicKey) -> Option<SocketAddr>,
+) -> BTreeMap<String, AppliedEndpoint> {
+    let of_peers = config.peers.iter().filter_map(|peer| {
+        let written = written(peer.endpoint.as_deref()?);
+        let resolved = resolved(&peer.public_key);
+        Some((peer.public_key.to_string(), AppliedEndpoint { written, resolved }))
+    });
+    of_peers.collect()
+}
+
+/// An endpoint as text; the same for all ways to write the same.
+pub fn written(endpoint: &Endpoint) -> String {
+    match endpoint {
+        Endpoint::Address(address) => address.to_string(),
+        Endpoint::Host { host, port } => format!("{host}:{port}"),
+    }
+}
+
+impl AtStart {
+    /// What a file says.
+    pub fn of(config: &Config) -> AtStart {
+        let xdp = config.interface.xdp.as_ref();
+        let mode = xdp.and_then(|xdp| xdp.mode.as_ref()).map(|mode| match mode.value {
+            Mode::Auto => "auto",
+            Mode::Native => "native",
+            Mode::Udp => "udp",
+        });
+        AtStart {
+            xdp: xdp.iter().flat_map(|xdp| &xdp.interfaces).map(|nic| nic.value.clone()).collect(),
+            mode: mode.map(str::to_owned),
+            workers: config.interface.workers.as_deref().copied(),
+        }
+    }
+}

@@ -1,0 +1,640 @@
+//! `reload`: makes an interface that is up what its config file says now, by the difference alone.
+//!
+//! What can fail and disturbs nobody comes first: addresses, routes, the MTU, filters, name servers.
+//! Then one request changes the device, then rules lead to new default routes, then what the file has
+//! no more is undone. If something fails, everything is taken back in reverse.
+
+use std::{
+    collections::HashMap,
+    fs,
+    net::{IpAddr, SocketAddr},
+    path::{Path, PathBuf},
+};
+
+use anyhow::Context as _;
+use ipnet::IpNet;
+
+use super::{
+    Code, Failure,
+    applied::{self, Applied, AppliedEndpoint, AtStart},
+    args::{self, DataPathArgs},
+    difference::{self, DeviceDifference, HostDifference, Label, described, is_same},
+    down::runtime,
+    ledger::{Ledger, Noted},
+    name::{ConfigFile, InterfaceName},
+    plan::{Plan, RoutesTo},
+    print, resolve,
+    running::Running,
+    show,
+    socket::Socket,
+    steps::{self, Context, Step},
+    up::{self, Interruption},
+};
+use crate::{
+    config::{self, Config, ConfigErrors, Endpoint, HookEvent},
+    device::SetRequest,
+    host::{Family, Host, HostError, Link},
+    key::PublicKey,
+};
+
+pub fn reload(arguments: &args::Reload) -> Result<Code, Failure> {
+    let file = ConfigFile::which(&arguments.what, Path::exists)
+        .map_err(|error| Failure::new(Code::Usage, error))?;
+    let interface = &file.interface;
+    let text = up::read(&file.path)?;
+    let config = config::parse(&file.path.display().to_string(), &text).map_err(Failure::config)?;
+    if let Some(errors) = ConfigErrors::new(config.unsupported()) {
+        return Err(Failure::config(errors));
+    }
+    let plan = Plan::new(interface, &config, &DataPathArgs::default())?;
+    let socket = Socket::find(interface)?.ok_or_else(|| show::not_found(interface))?;
+    let ledger = Ledger::open(interface).map_err(|failure| failure.within(interface))?;
+    let ledger = ledger.filter(|ledger| !ledger.record().is_left_over());
+    if ledger.as_ref().is_some_and(|ledger| !ledger.record().header.is_of_this_netns()) {
+        let line = "it was brought up in another network namespace: reload it there";
+        return Err(Failure::new(Code::Existence, line).within(interface));
+    }
+    let running = Running::ask(interface, &socket).map_err(|failure| failure.within(interface))?;
+    let known = ledger.as_ref().and_then(|ledger| ledger.record().applied.clone());
+    // A name service may take long, and nothing has begun yet: signals end this process as ever.
+    let endpoints = new_endpoints(&config, &running, known.as_ref())?;
+
+    let runtime = runtime()?;
+    let host = runtime.block_on(async { Host::new() })?;
+    let reload = Reload { interface, host: &host, path: &file.path, config: &config, plan: &plan };
+    let outcome = match ledger {
+        Some(ledger) => {
+            let state = State { ledger, running, known, endpoints };
+            runtime.block_on(reload.by_ledger(state, arguments.dry_run))
+        }
+        None => reload.device_only(&running, &endpoints, arguments.dry_run),
+    };
+    runtime.shutdown_background();
+    outcome.map_err(|failure| failure.within(interface))
+}
+
+/// The endpoints that are to be set: of new peers, and where the file has another one than it had when
+/// it was carried out last. A peer that has roamed stays where it is else.
+fn new_endpoints(
+    config: &Config,
+    running: &Running,
+    known: Option<&Applied>,
+) -> Result<HashMap<PublicKey, SocketAddr>, Failure> {
+    let now: HashMap<PublicKey, Option<SocketAddr>> =
+        running.peers.iter().map(|peer| (peer.public_key, peer.endpoint)).collect();
+    let mut endpoints = HashMap::new();
+    for peer in &config.peers {
+        let Some(endpoint) = peer.endpoint.as_deref() else { continue };
+        let has_none = now.get(&*peer.public_key).copied().flatten().is_none();
+        let written = applied::written(endpoint);
+        let is_new = known.is_some_and(|known| {
+            known.endpoint(&peer.public_key).is_none_or(|before| before.written != written)
+        });
+        if has_none || is_new {
+            let address = match endpoint {
+                Endpoint::Address(address) => *address,
+                Endpoint::Host { host, port } => resolve::resolve(host, *port, resolve::retries())
+                    .map_err(|failure| failure.within(format_args!("peer {}", Label(peer))))?,
+            };
+            endpoints.insert(*peer.public_key, address);
+        }
+    }
+    Ok(endpoints)
+}
+
+/// What is known before anything changes.
+struct State {
+    ledger: Ledger,
+    running: Running,
+    known: Option<Applied>,
+    endpoints: HashMap<PublicKey, SocketAddr>,
+}
+
+struct Reload<'a> {
+    interface: &'a InterfaceName,
+    host: &'a Host,
+    path: &'a Path,
+    config: &'a Config,
+    plan: &'a Plan,
+}
+
+/// All that differs.
+struct Difference {
+    device: DeviceDifference,
+    host: HostDifference,
+    /// The MTU that is to be set, and the one that is.
+    mtu: Option<(Step, u32)>,
+    /// Filters that are to be made anew, for they name the interface's addresses.
+    filters: Vec<Noted>,
+    applied: Applied,
+    lines: Vec<String>,
+    /// What this file wants and a reload cannot do.
+    left: Vec<String>,
+}
+
+impl Reload<'_> {
+    /// Of an interface that something else has brought up: keys and peers only.
+    fn device_only(
+        &self,
+        running: &Running,
+        endpoints: &HashMap<PublicKey, SocketAddr>,
+        is_dry: bool,
+    ) -> Result<Code, Failure> {
+        let mark = self.config.interface.fwmark.as_deref().copied();
+        let found = difference::of_device(running, self.config, mark, endpoints);
+        if !is_dry && !found.is_none() {
+            up::configure(self.interface, &found.request)?;
+        }
+        self.tell(&found.lines, &[])?;
+        eprintln!(
+            "tidegate: {}: it was not brought up by `tidegate up`: its addresses, routes and name \
+             servers are left as they are",
+            self.interface
+        );
+        Ok(Code::Ok)
+    }
+
+    async fn by_ledger(&self, mut state: State, is_dry: bool) -> Result<Code, Failure> {
+        let mut interruption = Interruption::new()?;
+        let found = self.difference(&state).await?;
+        if !is_dry {
+            let leaving = found.host.remove.iter().filter_map(|noted| address_of(&noted.step));
+            let new: Vec<IpAddr> =
+                found.host.add.iter().filter_map(address_of).map(|net| net.addr()).collect();
+            let leaving = leaving.map(|net| net.addr()).filter(|ip| !new.contains(ip)).collect();
+            let ledger = &mut state.ledger;
+            let mut work = Work { reload: self, ledger, leaving, done: Vec::new() };
+            let outcome = tokio::select! {
+                outcome = work.run(&found) => outcome,
+                () = interruption.wait() => Err(Failure::new(Code::Runtime, "interrupted")),
+            };
+            if let Err(failure) = outcome {
+                let is_back = work.take_back().await;
+                return Err(failure.and(if is_back {
+                    "everything is as it was before"
+                } else {
+                    "not everything could be taken back"
+                }));
+            }
+            state.ledger.applies(found.applied).context("noting what was done")?;
+        }
+        self.tell(&found.lines, &found.left)
+    }
+
+    fn tell(&self, lines: &[String], left: &[String]) -> Result<Code, Failure> {
+        let interface = self.interface;
+        let text: String = lines.iter().map(|line| format!("{line}\n")).collect();
+        if lines.is_empty() && left.is_empty() {
+            print(&format!("{interface}: nothing to do\n"))?;
+        } else {
+            print(&text)?;
+        }
+        for line in left {
+            eprintln!("tidegate: {interface}: {line}");
+        }
+        Ok(if left.is_empty() { Code::Ok } else { Code::Degraded })
+    }
+
+    async fn difference(&self, state: &State) -> Result<Difference, Failure> {
+        let (plan, config) = (self.plan, self.config);
+        let record = state.ledger.record();
+        let noted: Vec<Noted> = record.steps().cloned().collect();
+        let automatic = noted.iter().find_map(|noted| match noted.step {
+            Step::Mark(mark) => Some(mark),
+            _ => None,
+        });
+        let table = match automatic.or(record.table) {
+            Some(table) => Some(table),
+            None if plan.needs_policy_table() => {
+                Some(up::free_table(self.interface, self.host).await?)
+            }
+            None => None,
+        };
+        let link = self.link().await?;
+        let present = self.addresses(&link).await?;
+        let mut left = Vec::new();
+        let mut wanted = plan.steps(table.filter(|_| plan.needs_policy_table()));
+        wanted.extend(addresses_kept_for_routes(&noted, &wanted, &present, &mut left));
+        let is_wanted_address = |net: &IpNet| wanted.contains(&Step::Address(*net));
+        if plan.routes_to == RoutesTo::Auto {
+            let addresses: Vec<IpNet> = wanted.iter().filter_map(address_of).collect();
+            let gone: Vec<IpNet> = noted
+                .iter()
+                .filter_map(|noted| address_of(&noted.step))
+                .filter(|net| !is_wanted_address(net))
+                .collect();
+            let routes = self.host.routes(link.index).await?;
+            wanted = difference::without_covered_routes(
+                wanted.clone(),
+                &noted,
+                &routes,
+                &addresses,
+                &gone,
+            );
+        }
+        let mut host = difference::of_host(&noted, &wanted, &present);
+        host.add = self.needed(host.add).await?;
+        let mark = self.mark(state, automatic, table);
+        let device = difference::of_device(&state.running, config, mark, &state.endpoints);
+        let mtu = self.mtu(state, &link).await?;
+
+        let changes: Vec<IpNet> = host
+            .add
+            .iter()
+            .chain(host.remove.iter().map(|noted| &noted.step))
+            .filter_map(address_of)
+            .collect();
+        let filters = noted.iter().filter(|noted| match &noted.step {
+            Step::Firewall { family, .. } => {
+                changes.iter().any(|net| Family::of(*net) == *family)
+                    && wanted.iter().any(|step| is_same(step, &noted.step))
+            }
+            _ => false,
+        });
+        let filters: Vec<Noted> = filters.cloned().collect();
+
+        let mut lines = device.lines.clone();
+        let is_told = |step: &&Step| !matches!(step, Step::Mark(_));
+        lines.extend(host.add.iter().filter(is_told).map(|step| format!("+ {}", described(step))));
+        let removed = host.remove.iter().map(|noted| &noted.step);
+        lines.extend(removed.filter(is_told).map(|step| format!("- {}", described(step))));
+        if let Some((Step::Mtu(Some(mtu)), before)) = &mtu {
+            lines.push(format!("~ MTU: {before} → {mtu}"));
+        }
+        let hooks = |hooks: &[super::ledger::Hook]| -> Vec<(HookEvent, String)> {
+            hooks.iter().map(|hook| (hook.event, hook.command.clone())).collect()
+        };
+        if hooks(&record.header.down_hooks) != hooks(&plan.down_hooks) {
+            lines.push("~ PreDown and PostDown: `down` runs those of the file as it is now".into());
+        }
+        let ran = noted.iter().filter_map(|noted| match &noted.step {
+            Step::Hook(hook) => Some(hook.clone()),
+            _ => None,
+        });
+        let ran: Vec<_> = ran.collect();
+        if hooks(&ran) != hooks(&[plan.pre_up.clone(), plan.post_up.clone()].concat()) {
+            lines.push("~ PreUp and PostUp: not run now, but by the next `up`".into());
+        }
+        let at_start = AtStart::of(config);
+        if let Some(known) = state.known.as_ref().filter(|known| known.at_start != at_start) {
+            let differs = [
+                ("Xdp", known.at_start.xdp != at_start.xdp),
+                ("mode", known.at_start.mode != at_start.mode),
+                ("Workers", known.at_start.workers != at_start.workers),
+            ];
+            let names: Vec<&str> =
+                differs.iter().filter(|(_, differs)| *differs).map(|(name, _)| *name).collect();
+            left.push(format!(
+                "{} changed: only a new start takes that up (`tidegate down`, then `up`)",
+                names.join(", ")
+            ));
+        }
+        let applied = self.applied(state)?;
+        Ok(Difference { device, host, mtu, filters, applied, lines, left })
+    }
+
+    /// The steps without those that this host has no need of, or no program for.
+    async fn needed(&self, steps: Vec<Step>) -> Result<Vec<Step>, Failure> {
+        let mut needed = Vec::new();
+        for step in steps {
+            let depends = matches!(step, Step::Sysctl { .. } | Step::Dns { .. });
+            if !depends || steps::settle(step.clone(), &self.context(&[])).await?.is_some() {
+                needed.push(step);
+            }
+        }
+        Ok(needed)
+    }
+
+    /// The mark that the device is to have, if it is not to keep its own.
+    fn mark(&self, state: &State, automatic: Option<u32>, table: Option<u32>) -> Option<u32> {
+        if let Some(mark) = self.plan.mark {
+            return Some(mark);
+        }
+        if self.plan.needs_policy_table() {
+            return table;
+        }
+        // Of a device without the file's mark it is not known who has set it; but these were ours.
+        let running = Some(state.running.fwmark);
+        let before = state.known.as_ref().and_then(|known| known.fwmark);
+        let is_off = self.config.interface.fwmark.is_some();
+        (is_off || running == automatic || running == before).then_some(0)
+    }
+
+    /// The MTU to set: the file's, or what it would be of itself if the file has none any more.
+    async fn mtu(&self, state: &State, link: &Link) -> Result<Option<(Step, u32)>, Failure> {
+        let had_one = state.known.as_ref().is_some_and(|known| known.mtu.is_some());
+        let step = match self.plan.mtu {
+            Some(mtu) => Step::Mtu(Some(mtu)),
+            None if had_one => {
+                let endpoints: Vec<SocketAddr> =
+                    state.running.peers.iter().filter_map(|peer| peer.endpoint).collect();
+                let context = self.context(&endpoints);
+                match steps::settle(Step::Mtu(None), &context).await? {
+                    Some(step) => step,
+                    None => return Ok(None),
+                }
+            }
+            None => return Ok(None),
+        };
+        Ok((step != Step::Mtu(Some(link.mtu))).then_some((step, link.mtu)))
+    }
+
+    fn applied(&self, state: &State) -> Result<Applied, Failure> {
+        let mut applied = Applied::new(self.path, self.config, self.plan, &SetRequest::default())
+            .context("noting what was done")?;
+        let resolved = |key: &PublicKey| {
+            let before = state.known.as_ref().and_then(|known| known.endpoint(key));
+            let before = before.and_then(|before: &AppliedEndpoint| before.resolved);
+            state.endpoints.get(key).copied().or(before)
+        };
+        applied.endpoints = applied::endpoints(self.config, resolved);
+        if let Some(known) = &state.known {
+            applied.at_start = known.at_start.clone();
+        }
+        Ok(applied)
+    }
+
+    fn context<'a>(&'a self, endpoints: &'a [SocketAddr]) -> Context<'a> {
+        Context { interface: self.interface, host: self.host, endpoints }
+    }
+
+    async fn link(&self) -> Result<Link, Failure> {
+        let name = self.interface.as_str();
+        let link = self.host.link(name).await?;
+        Ok(link.ok_or_else(|| HostError::NoLink(name.to_owned()))?)
+    }
+
+    async fn addresses(&self, link: &Link) -> Result<Vec<IpNet>, Failure> {
+        let all = self.host.addresses().await?;
+        let ours = all.iter().filter(|address| address.link_index == link.index);
+        Ok(ours.map(|address| address.net).collect())
+    }
+
+    /// Puts back what the kernel took away with an address: other addresses, and all IPv4 routes with
+    /// the last one.
+    async fn mend(&self, noted: &[Noted]) -> Result<(), Failure> {
+        let link = self.link().await?;
+        for noted in noted {
+            let outcome = match &noted.step {
+                Step::Address(net) => self.host.add_address(link.index, *net).await,
+                Step::Route { prefix, table } => {
+                    self.host.add_route(link.index, *prefix, *table).await
+                }
+                _ => continue,
+            };
+            match outcome {
+                Err(HostError::Exists { .. }) => {}
+                outcome => outcome?,
+            }
+        }
+        Ok(())
+    }
+}
+
+fn address_of(step: &Step) -> Option<IpNet> {
+    match step {
+        Step::Address(net) => Some(*net),
+        _ => None,
+    }
+}
+
+/// The kernel takes all IPv4 routes away with the last IPv4 address. While there is a default route,
+/// what should go through the tunnel would go elsewhere then, so that this address stays.
+fn addresses_kept_for_routes(
+    noted: &[Noted],
+    wanted: &[Step],
+    present: &[IpNet],
+    left: &mut Vec<String>,
+) -> Option<Step> {
+    let is_v4 = |net: &IpNet| matches!(net, IpNet::V4(_));
+    let has_default = |step: &Step| matches!(step, Step::Route { prefix: IpNet::V4(net), .. } if net.prefix_len() == 0);
+    let is_kept = |net: &IpNet| {
+        wanted.iter().any(|step| address_of(step).as_ref() == Some(net))
+            || !noted.iter().any(|noted| address_of(&noted.step).as_ref() == Some(net))
+    };
+    let is_default_kept =
+        wanted.iter().any(has_default) && noted.iter().any(|noted| has_default(&noted.step));
+    let has_new = wanted.iter().filter_map(address_of).any(|net| is_v4(&net));
+    if !is_default_kept || has_new || present.iter().filter(|net| is_v4(net)).any(is_kept) {
+        return None;
+    }
+    let last = present.iter().copied().find(is_v4)?;
+    left.push(format!(
+        "address {last} stays, for the kernel would take the default route away with it: only a new \
+         start does that safely (`tidegate down`, then `up`)"
+    ));
+    Some(Step::Address(last))
+}
+
+/// What was done, to be taken back.
+enum Done {
+    Added(Noted),
+    Removed(Step),
+    Requested(SetRequest),
+    Mtu(u32),
+}
+
+struct Work<'a> {
+    reload: &'a Reload<'a>,
+    ledger: &'a mut Ledger,
+    /// Addresses that the interface loses.
+    leaving: Vec<IpAddr>,
+    done: Vec<Done>,
+}
+
+impl Work<'_> {
+    async fn run(&mut self, found: &Difference) -> Result<(), Failure> {
+        // What a process that was killed has begun.
+        let (begun, vanished): (Vec<&Noted>, Vec<&Noted>) =
+            found.host.remove.iter().partition(|noted| !noted.done);
+        for noted in begun {
+            self.remove(noted).await?;
+        }
+        for noted in &found.host.forget {
+            self.ledger.forget(noted.id).context("noting a step")?;
+        }
+        for step in &found.host.adopt {
+            let id = self.ledger.note(step.clone()).context("noting a step")?;
+            self.ledger.done(id).context("noting a step")?;
+        }
+        // A rule leads to the table only when the device's own datagrams have their mark.
+        let is_rule = |step: &&Step| matches!(step, Step::Rule { .. } | Step::Mark(_));
+        let mut vanished = vanished;
+        for step in found.host.add.iter().filter(|step| !is_rule(step)) {
+            // An interface has an IPv6 address once, however long its prefix.
+            let is_other = |noted: &&Noted| match (address_of(&noted.step), address_of(step)) {
+                (Some(IpNet::V6(before)), Some(IpNet::V6(after))) => before.addr() == after.addr(),
+                _ => false,
+            };
+            if let Some(at) = vanished.iter().position(is_other) {
+                self.remove(vanished.remove(at)).await?;
+            }
+            self.add(step).await?;
+        }
+        if let Some((step, before)) = &found.mtu {
+            self.done.push(Done::Mtu(*before));
+            self.carry_out(step).await?;
+        }
+        if !found.device.is_none() {
+            up::configure(self.reload.interface, &found.device.request)?;
+            self.done.push(Done::Requested(found.device.back.clone()));
+        }
+        for step in found.host.add.iter().filter(is_rule) {
+            self.add(step).await?;
+        }
+        let loses_address = vanished.iter().any(|noted| address_of(&noted.step).is_some());
+        let promotion = loses_address.then(|| Promotion::of(self.reload.interface));
+        for noted in vanished {
+            // There is but one record; the new one has taken its place.
+            let is_replaced = matches!(noted.step, Step::Dns { .. })
+                && found.host.add.iter().any(|step| matches!(step, Step::Dns { .. }));
+            if is_replaced {
+                self.ledger.forget(noted.id).context("noting a step")?;
+                self.done.push(Done::Removed(noted.step.clone()));
+            } else {
+                self.remove(noted).await?;
+            }
+        }
+        if loses_address {
+            let noted: Vec<Noted> = self.ledger.record().steps().cloned().collect();
+            self.reload.mend(&noted).await?;
+        }
+        drop(promotion);
+        for noted in &found.filters {
+            self.remove(noted).await?;
+            let Step::Firewall { family, mark, .. } = noted.step else { continue };
+            let addresses = Vec::new();
+            self.add(&Step::Firewall { tool: None, family, mark, addresses }).await?;
+        }
+        Ok(())
+    }
+
+    async fn add(&mut self, step: &Step) -> Result<(), Failure> {
+        // Priorities are not given to two interfaces at once.
+        let choosing = matches!(step, Step::Rule { .. })
+            .then(Ledger::choose)
+            .transpose()
+            .context("waiting for another `tidegate`")?;
+        let context = self.reload.context(&[]);
+        let Some(mut step) = steps::settle(step.clone(), &context).await? else { return Ok(()) };
+        if let Step::Firewall { addresses, .. } = &mut step {
+            addresses.retain(|address| !self.leaving.contains(address));
+        }
+        if let Step::Mark(table) = step {
+            self.ledger.takes_table(table).context("noting a routing table")?;
+        }
+        let id = self.ledger.note(step.clone()).context("noting a step")?;
+        self.done.push(Done::Added(Noted { id, step: step.clone(), done: true }));
+        // The request of the whole device has set it.
+        if !matches!(step, Step::Mark(_)) {
+            self.carry_out(&step).await?;
+        }
+        self.ledger.done(id).context("noting a step")?;
+        drop(choosing);
+        tokio::task::yield_now().await;
+        Ok(())
+    }
+
+    async fn remove(&mut self, noted: &Noted) -> Result<(), Failure> {
+        self.done.push(Done::Removed(noted.step.clone()));
+        steps::undo(&noted.step, &self.reload.context(&[])).await?;
+        self.ledger.forget(noted.id).context("noting a step")?;
+        tokio::task::yield_now().await;
+        Ok(())
+    }
+
+    async fn carry_out(&self, step: &Step) -> Result<(), Failure> {
+        steps::carry_out(step, &self.reload.context(&[])).await
+    }
+
+    /// Takes back what was done, the last first; false if not all of it could be. What fails is told.
+    async fn take_back(&mut self) -> bool {
+        let mut is_back = true;
+        let mut loses_address = false;
+        let mut has_other_dns = false;
+        while let Some(done) = self.done.pop() {
+            if let Done::Added(Noted { step, .. }) | Done::Removed(step) = &done {
+                loses_address |= address_of(step).is_some();
+                has_other_dns |= matches!(step, Step::Dns { .. });
+            }
+            if let Err(failure) = self.take_back_one(done).await {
+                failure.within(self.reload.interface).print();
+                is_back = false;
+            }
+        }
+        let noted: Vec<Noted> = self.ledger.record().steps().cloned().collect();
+        let mut mended = Vec::new();
+        if loses_address {
+            mended.push(self.reload.mend(&noted).await);
+        }
+        // There is but one record of name servers: whoever took the new one back took all.
+        for noted in noted.iter().filter(|noted| matches!(noted.step, Step::Dns { .. })) {
+            if has_other_dns {
+                mended.push(self.carry_out(&noted.step).await);
+            }
+        }
+        for failure in mended.into_iter().filter_map(Result::err) {
+            failure.within(self.reload.interface).print();
+            is_back = false;
+        }
+        is_back
+    }
+
+    async fn take_back_one(&mut self, done: Done) -> Result<(), Failure> {
+        match done {
+            Done::Added(noted) => {
+                // One that the kernel refused it refuses to remove, too.
+                let is_refused = match address_of(&noted.step) {
+                    Some(net) => {
+                        !self.reload.addresses(&self.reload.link().await?).await?.contains(&net)
+                    }
+                    None => false,
+                };
+                if is_refused {
+                    return Ok(self.ledger.forget(noted.id).context("noting a step")?);
+                }
+                steps::undo(&noted.step, &self.reload.context(&[])).await?;
+                self.ledger.forget(noted.id).context("noting a step")?;
+            }
+            Done::Removed(step) => {
+                // Perhaps it was not removed yet.
+                let _ = steps::undo(&step, &self.reload.context(&[])).await;
+                let noted = self.ledger.record().steps().find(|noted| noted.step == step);
+                let id = match noted.map(|noted| noted.id) {
+                    Some(id) => id,
+                    None => self.ledger.note(step.clone()).context("noting a step")?,
+                };
+                self.carry_out(&step).await?;
+                self.ledger.done(id).context("noting a step")?;
+            }
+            Done::Requested(back) => up::configure(self.reload.interface, &back)?,
+            Done::Mtu(before) => self.carry_out(&Step::Mtu(Some(before))).await?,
+        }
+        Ok(())
+    }
+}
+
+/// While it lives, an address of a network stays when the first one of that network goes.
+struct Promotion {
+    path: PathBuf,
+    before: Option<String>,
+}
+
+impl Promotion {
+    fn of(interface: &InterfaceName) -> Promotion {
+        let path =
+            PathBuf::from(format!("/proc/sys/net/ipv4/conf/{interface}/promote_secondaries"));
+        let before = fs::read_to_string(&path).ok();
+        // Without it they go and are put back.
+        let _ = fs::write(&path, "1");
+        Promotion { path, before }
+    }
+}
+
+impl Drop for Promotion {
+    fn drop(&mut self) {
+        if let Some(before) = &self.before {
+            let _ = fs::write(&self.path, before.trim());
+        }
+    }
+}
