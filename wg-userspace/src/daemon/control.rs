@@ -202,17 +202,26 @@ impl Control {
             // The keypairs' end is told before its reason.
             None => return,
         };
-        self.clear_sessions(why);
+        // The pool may have shaken hands since then.
+        let (not_before, now) = self.begin_clearing(why);
+        self.handshakes.clear_older_sessions(not_before, now);
     }
 
     /// Ends every keypair and handshake, and begins anew with peers that there is a reason to reach.
     fn clear_sessions(&self, why: &'static str) {
+        let (_, now) = self.begin_clearing(why);
+        self.handshakes.clear_sessions(now);
+    }
+
+    /// Takes note that sessions are cleared. Says before when keypairs have ended, and the present
+    /// moment.
+    fn begin_clearing(&self, why: &'static str) -> (Now, Now) {
         // New handshakes must not begin before the moment from which they count.
         let not_before = self.shared.keys_not_before();
         self.cleared.set(not_before);
         tracing::info!(why, "all sessions are cleared");
         *self.clearings.borrow_mut().entry(why).or_default() += 1;
-        self.handshakes.clear_sessions(clock::boot_now().max(not_before));
+        (not_before, clock::boot_now().max(not_before))
     }
 
     fn resume(&self) {

@@ -314,6 +314,17 @@ impl<O: Outside> Handshakes<O> {
         }
     }
 
+    /// As [`clear_sessions`](Self::clear_sessions), but for what has begun since `not_before`: a peer
+    /// with whom we shook hands after a break of time, before somebody clears what was before, believes
+    /// in that keypair.
+    pub fn clear_older_sessions(&self, not_before: Now, now: Now) {
+        for cell in self.all_cells() {
+            let mut session = cell.session();
+            session.clear_older(not_before, &mut self.indexes_of(&cell, now));
+            self.revive(&cell, &mut session, now);
+        }
+    }
+
     /// Goes on after a pause.
     pub fn resume(&self, now: Now) {
         for cell in self.all_cells() {
@@ -321,13 +332,14 @@ impl<O: Outside> Handshakes<O> {
         }
     }
 
-    /// Has a session that has neither keypair nor handshake reach for its peer, if it has reason to.
+    /// Has a session whose keypairs and handshake have ended reach for its peer, if it has reason to.
     fn revive(&self, cell: &Arc<Cell>, session: &mut Session, now: Now) {
         if self.shared.pause(now).is_none() {
             if let Some(interval) = session.persistent_keepalive() {
                 session.restart_persistent_keepalive(self.pace(interval, now));
             }
-            if cell.hot.staged.load(Ordering::Relaxed) > 0 {
+            let waits = cell.hot.staged.load(Ordering::Relaxed) > 0;
+            if waits && self.shared.sealing_keypair(&cell.hot, now).is_none() {
                 self.initiate_locked(cell, session, now);
             }
         }

@@ -432,6 +432,65 @@ fn a_handshake_that_was_in_flight_makes_no_keypair() {
 }
 
 #[test]
+fn a_handshake_after_a_sleep_outlives_control_that_looks_later() {
+    for answers in [false, true] {
+        let (mut a, mut b) = connected();
+        let old = a.hot(0).keypairs.load().current.clone().unwrap();
+        sleep(&mut a, &mut Continuity::default(), SECOND * 10);
+        b.set_now(a.now);
+        let (initiator, responder) = if answers { (&b, &a) } else { (&a, &b) };
+        let to = initiator.hot(0);
+        to.endpoint.store(Some(Arc::new(Endpoint::configured(addr(9)))));
+        initiator.initiate(0);
+        for (_, message, _) in initiator.take_sent() {
+            responder.receive(&message, addr(9));
+        }
+        // Control looks now: while a response is under way, or the first packet.
+        let not_before = a.shared.keys_not_before();
+        a.set_now(a.now + MS * 50);
+        a.handshakes.clear_older_sessions(not_before, a.now);
+        assert!(a.shared.keypair(old.local_index()).is_none(), "what was before is gone");
+        let (initiator, responder) = if answers { (&b, &a) } else { (&a, &b) };
+        for (_, message, _) in responder.take_sent() {
+            initiator.receive(&message, addr(9));
+        }
+        assert!(initiator.seals(0));
+        let new = responder.hot(0).keypairs.load().next.clone().expect("it waits for its packet");
+        assert!(responder.shared.keypair(new.local_index()).is_some(), "and a packet finds it");
+        assert!(responder.shared.may_use(&new));
+        a.handshakes.clear_older_sessions(not_before, a.now);
+        assert!(initiator.seals(0) && responder.hot(0).keypairs.load().next.is_some());
+    }
+}
+
+#[test]
+fn a_handshake_from_before_a_sleep_ends_beside_one_from_after_it() {
+    let (mut a, mut b) = connected();
+    a.set_now(a.now + REKEY_TIMEOUT);
+    a.initiate(0);
+    a.take_sent();
+    sleep(&mut a, &mut Continuity::default(), SECOND * 10);
+    b.set_now(a.now);
+    b.hot(0).endpoint.store(Some(Arc::new(Endpoint::configured(addr(1)))));
+    b.initiate(0);
+    for (_, message, _) in b.take_sent() {
+        a.receive(&message, addr(2));
+    }
+    let indexes = a.handshakes.index_count();
+    a.handshakes.clear_older_sessions(a.shared.keys_not_before(), a.now);
+    let keypairs = a.hot(0).keypairs.load();
+    assert!(keypairs.current.is_none() && keypairs.next.is_some());
+    assert_eq!(
+        (indexes, a.handshakes.index_count()),
+        (3, 1),
+        "but the new keypair's, all are free"
+    );
+    a.take_sent();
+    a.run(REKEY_TIMEOUT * 2);
+    assert!(a.take_sent().is_empty(), "nothing is repeated");
+}
+
+#[test]
 fn a_sleep_that_many_threads_see_ends_keypairs_once() {
     let (mut a, mut b) = connected();
     let (mut first, mut late) = (Continuity::default(), Continuity::default());

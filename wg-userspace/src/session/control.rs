@@ -466,6 +466,27 @@ impl Session {
         self.retire(indexes);
     }
 
+    /// As [`clear`](Self::clear), but what has begun since `not_before` stays: keypairs, and the handshake
+    /// that waits for its response.
+    pub fn clear_older(&mut self, not_before: Now, indexes: &mut impl Indexes) {
+        if self.is_handed_over() {
+            return;
+        }
+        let is_trying = self.pending.as_ref().is_some_and(|pending| pending.begun >= not_before);
+        let keypairs = self.peer.keypairs.load();
+        if !is_trying && keypairs.iter().all(|keypair| keypair.begun() < not_before) {
+            return self.clear(indexes);
+        }
+        drop(keypairs);
+        // What is owed or awaited from before ends with the newer handshake.
+        self.peer.keypairs.update(|keypairs| keypairs.begun_since(not_before));
+        if !is_trying {
+            self.abandon(indexes);
+            self.timers.completed();
+        }
+        self.retire(indexes);
+    }
+
     /// Begins a handshake, if there is none and it is time.
     fn begin<R: CryptoRng, I: Indexes>(
         &mut self,

@@ -79,6 +79,19 @@ impl Keypairs {
         }
     }
 
+    /// Those whose handshake began at `not_before` or later.
+    #[must_use]
+    pub fn begun_since(&self, not_before: Now) -> Self {
+        let newer = |keypair: &Option<Arc<Keypair>>| {
+            keypair.as_ref().filter(|keypair| keypair.begun() >= not_before).cloned()
+        };
+        Self {
+            current: newer(&self.current),
+            previous: newer(&self.previous),
+            next: newer(&self.next),
+        }
+    }
+
     /// Without any.
     #[must_use]
     pub fn cleared(&self) -> Self {

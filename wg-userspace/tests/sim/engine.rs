@@ -381,7 +381,11 @@ impl Engine {
     pub fn tick(&mut self, now: Now, steps: &mut Vec<Step>) {
         let now = self.shared.now_of(&mut self.continuity[1], &self.reading).max(now);
         if self.shared.keys_not_before() > self.cleared && self.shared.latest_break().is_some() {
-            self.clear_sessions(now, steps);
+            // As `Control::follow_break`.
+            let not_before = self.shared.keys_not_before();
+            self.cleared = not_before;
+            self.handshakes.clear_older_sessions(not_before, now.max(not_before));
+            steps.push(self.step(Call::Configure, now));
         }
         if self.shared.quiesced_until() != Now::default() && !self.shared.is_quiesced(now) {
             self.resume(now, steps);
