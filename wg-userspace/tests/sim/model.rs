@@ -672,7 +672,7 @@ fn digest(bytes: &[u8]) -> u64 {
 
 /// A digest of what mac1 and the handshake cover: mac2 is anyone's to write while no cookie is
 /// demanded.
-fn handshake_digest(message: &[u8]) -> u64 {
+pub fn handshake_digest(message: &[u8]) -> u64 {
     digest(&message[..message.len() - MAC_LEN])
 }
 

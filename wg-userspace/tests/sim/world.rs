@@ -7,7 +7,7 @@
 //! ```
 
 use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashSet, VecDeque};
+use std::collections::{BinaryHeap, HashMap, HashSet, VecDeque};
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
@@ -18,7 +18,7 @@ use wg_common::endpoint::{Endpoint, LocalSource};
 use wg_common::id::ReceiverIndex;
 use wg_common::protocol::{
     KEEPALIVE_TIMEOUT, REJECT_AFTER_TIME, REKEY_AFTER_TIME, REKEY_TIMEOUT,
-    REKEY_TIMEOUT_JITTER_MAX, TYPE_RESPONSE,
+    REKEY_TIMEOUT_JITTER_MAX, TYPE_INITIATION, TYPE_RESPONSE,
 };
 use wg_common::time::{Now, Reading};
 use wg_userspace::device::SetRequest;
@@ -26,7 +26,7 @@ use wg_userspace::key::{PresharedKey, PrivateKey, PublicKey};
 use wg_userspace::noise::{Identity, RemoteStatic, Timestamp, initiate};
 
 use crate::engine::{Datagram, Engine, Step};
-use crate::model::{Actor, Configured, Form, Model, Side};
+use crate::model::{Actor, Configured, Form, Model, Side, handshake_digest};
 use crate::network::{Flight, MS, Network, SECOND, Weather, foreign, public_v4};
 use crate::record;
 
@@ -51,7 +51,8 @@ pub const SILENCE_MAX: Duration = KEEPALIVE_TIMEOUT
 const COOKIES_MAX: Duration =
     REKEY_TIMEOUT.saturating_add(REKEY_TIMEOUT_JITTER_MAX).saturating_mul(2);
 
-/// A packet that comes so long after it was made was held back by somebody, in nanoseconds.
+/// A packet or an initiation that comes so long after it was made was held back by somebody, in
+/// nanoseconds.
 const HELD_BACK: u64 = 5_000_000_000;
 /// On a good path that has been used, a packet is never lost; this late it may be.
 const LATE_MAX: u64 = 8 * SECOND;
@@ -203,8 +204,8 @@ pub struct Flow {
     /// Since when the path has been good, and packets were sent.
     pub good_since: Option<u64>,
     last_delivered: u64,
-    /// When the sender last heard of the receiver by a packet that somebody had held back: then it
-    /// has no reason to handshake anew.
+    /// When the sender last heard of the receiver by a packet or an initiation that somebody had held
+    /// back: then it has no reason to handshake anew.
     last_heard_late: u64,
     /// Packets sent on a good path.
     outstanding: VecDeque<(u64, u64)>,
@@ -254,6 +255,8 @@ pub struct World {
     pub model: Model,
     /// When each packet was made.
     given: Vec<u64>,
+    /// Which host sent an initiation, and when.
+    initiations: HashMap<u64, (usize, u64)>,
     network: Network,
     /// Datagrams that an attacker has seen.
     pub archive: Vec<Flight>,
@@ -292,6 +295,7 @@ impl World {
             flows: Vec::new(),
             model: Model::default(),
             given: Vec::new(),
+            initiations: HashMap::new(),
             network: Network::default(),
             archive: Vec::new(),
             calm: true,
@@ -530,7 +534,8 @@ impl World {
         if step.is_under_load {
             host.loaded = now;
         }
-        if step.sent.iter().any(|sent| sent.bytes[0] == TYPE_RESPONSE) {
+        let answers = step.sent.iter().any(|sent| sent.bytes[0] == TYPE_RESPONSE);
+        if answers {
             host.responded = now;
         }
         let noted = self.model.check(&actor, &mut host.side, &step);
@@ -541,11 +546,12 @@ impl World {
             let flow = self.model.packets[id as usize].flow as usize;
             trace!(self, "host {number} delivers packet {id}");
             self.flows[flow].last_delivered = now;
-            let (sender, given) = (self.flows[flow].from, self.given[id as usize]);
-            if now - given > HELD_BACK {
-                let back = |flow: &&mut Flow| flow.from == number && flow.to == sender;
-                self.flows.iter_mut().filter(back).for_each(|flow| flow.last_heard_late = now);
-            }
+            self.hear(number, (self.flows[flow].from, self.given[id as usize]));
+        }
+        if let Some(initiation) = step.arrivals.first().filter(|_| answers) {
+            // As a packet, it is a sign of life: the wait for an answer begins anew (§6.5).
+            let made = self.initiations.get(&handshake_digest(&initiation.bytes));
+            self.hear(number, *made.expect("somebody made what is answered"));
         }
         for (peer, age, is_initiator) in noted.sealed {
             let initiates = &mut self.hosts[number].initiates;
@@ -558,6 +564,14 @@ impl World {
         }
         for sent in step.sent {
             self.send(number, sent.bytes, sent.to);
+        }
+    }
+
+    /// A host hears of `sender` by what that made at a moment.
+    fn hear(&mut self, number: usize, (sender, made): (usize, u64)) {
+        if self.now - made > HELD_BACK {
+            let back = |flow: &&mut Flow| flow.from == number && flow.to == sender;
+            self.flows.iter_mut().filter(back).for_each(|flow| flow.last_heard_late = self.now);
         }
     }
 
@@ -608,6 +622,9 @@ impl World {
             _ => SocketAddr::new(source, PORT),
         };
         self.datagram_count += 1;
+        if bytes[0] == TYPE_INITIATION {
+            self.initiations.insert(handshake_digest(&bytes), (number, self.now));
+        }
         let flight = Flight { bytes, from, to: to.remote };
         trace!(
             self,
