@@ -335,6 +335,35 @@ mod tests {
     }
 
     #[test]
+    fn a_handshake_in_flight_is_repeated_by_the_successor() {
+        let (mut gateway, mut peer) = connected();
+        let asks = |process: &mut Process, now: Now| {
+            process.handshakes.tick(now);
+            let sent = process.run(now).into_iter();
+            sent.filter(|message| message[0] == TYPE_INITIATION).collect::<Vec<_>>()
+        };
+        // What is sealed is not answered.
+        gateway.send(2, START);
+        let begun = START + SECOND * 16;
+        assert_eq!(asks(&mut gateway, begun).len(), 1, "and is lost");
+        let now = begun + SECOND;
+        let mut memory = export(&gateway, now);
+        let mut successor = Process::new(1, 2);
+        import(&successor, &mut memory, now);
+        successor.send(3, now);
+        assert!(asks(&mut successor, now + SECOND * 3).is_empty(), "Rekey-Timeout has not passed");
+        let again = asks(&mut successor, now + SECOND * 5);
+        assert_eq!(again.len(), 1);
+        // Where the peer is heard, there is no need.
+        let heard = peer.send(4, now + SECOND * 5);
+        let mut memory = export(&successor, now + SECOND * 5);
+        let mut last = Process::new(1, 2);
+        import(&last, &mut memory, now + SECOND * 5);
+        last.receive(&heard, now + SECOND * 5);
+        assert!(asks(&mut last, now + SECOND * 15).is_empty());
+    }
+
+    #[test]
     fn a_peer_does_not_notice_a_hand_over() {
         let (mut gateway, mut peer) = connected();
         let old = peer.send(2, START);

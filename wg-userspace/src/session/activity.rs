@@ -94,6 +94,11 @@ impl Activity {
         self.owed_since.clear();
     }
 
+    /// Has packets wait for an answer since `since`, if they do not for longer.
+    pub(super) fn await_answer_since(&self, since: Now) {
+        self.unanswered_since.move_back(since);
+    }
+
     /// Forgets that packets wait for an answer, if they do so since `since`; newer ones count anew.
     pub(super) fn clear_unanswered(&self, since: Now) {
         self.unanswered_since.clear_if(since);
@@ -136,6 +141,12 @@ impl Moment {
 
     fn clear_if(&self, since: Now) {
         let _ = self.0.compare_exchange(since.boot_ns(), 0, Relaxed, Relaxed);
+    }
+
+    /// Is no later than `since` from now on.
+    fn move_back(&self, since: Now) {
+        let earlier = |ns: u64| (ns == 0 || ns > since.boot_ns()).then_some(since.boot_ns());
+        let _ = self.0.fetch_update(Relaxed, Relaxed, earlier);
     }
 
     /// Moves on to `now`, never back.

@@ -30,8 +30,9 @@
 //! older ones when it sees the next generation's counters. For this the caller waits, between freeze
 //! and export, until every worker has passed a turn. Who does not wait loses packets, no more.
 //!
-//! A handshake in flight is not carried: it ends, and whoever still wants one begins anew. Preshared
-//! keys, allowed IPs and intervals are configuration, and come to the successor as such. A keypair's
+//! A handshake in flight is not carried: it ends, and the successor begins anew when it would have been
+//! repeated, unless the peer is heard before. Who only seals on would not ask for one. Preshared keys,
+//! allowed IPs and intervals are configuration, and come to the successor as such. A keypair's
 //! home is chosen anew. Its age is in boot time, which all processes of a host share.
 
 mod format;
@@ -180,6 +181,9 @@ impl Session {
     pub fn freeze(&mut self, indexes: &mut impl Indexes) {
         if self.is_handed_over() {
             return;
+        }
+        if let Some(since) = self.timers.as_unanswered_since() {
+            self.peer.activity.await_answer_since(since);
         }
         self.abandon(indexes);
         self.timers.completed();

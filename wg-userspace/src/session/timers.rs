@@ -98,6 +98,16 @@ impl Timers {
         }
     }
 
+    /// Since when packets must have waited for an answer, so that who has no other timer begins a
+    /// handshake when we would have sent the next initiation. None if we would not.
+    pub fn as_unanswered_since(&self) -> Option<Now> {
+        let at =
+            self.attempt.as_ref().map(|attempt| attempt.retransmit_at).or(self.deferred_at())?;
+        let since = Duration::from_nanos(at.boot_ns()).saturating_sub(NEW_HANDSHAKE_AFTER);
+        // The beginning of time stands for never.
+        Some(Now::default() + since.max(Duration::from_nanos(1)))
+    }
+
     /// A response was sent.
     pub fn response_sent(&mut self, rng: &mut (impl Rng + ?Sized), now: Now) {
         self.handshake_message_sent(rng, now);
