@@ -199,9 +199,9 @@ fn a_site_that_ends_early_takes_everything_along() {
         site.spaces().iter().map(|space| Path::new("/run/netns").join(space.name())).collect();
     let folder = site.path("");
     let names: Vec<_> = site.spaces().iter().flat_map(|space| space.processes()).collect();
-    assert_eq!(names.len(), 2, "{names:?}");
+    assert_eq!(names.len(), 4, "a keeper and its data process at each end: {names:?}");
     let pids = pids_of(&site);
-    assert!(pids.len() >= 4, "daemons, and what keeps the file systems: {pids:?}");
+    assert!(pids.len() >= 6, "daemons, and what keeps the file systems: {pids:?}");
     drop(site);
     assert!(!folder.exists());
     for path in spaces {
@@ -209,7 +209,8 @@ fn a_site_that_ends_early_takes_everything_along() {
     }
     for pid in pids {
         let program = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-        assert!(!["tidegated", "sleep"].contains(&program.trim_end()), "{pid} {program}");
+        let ours = ["tidegate", "tidegate-data", "tidegated", "sleep"];
+        assert!(!ours.contains(&program.trim_end()), "{pid} {program}");
     }
 }
 

@@ -1,5 +1,6 @@
 //! `run`: the keeper of a daemon, in the foreground or in the background; `data`: what it keeps.
 
+use std::ffi::CStr;
 use std::io::IsTerminal;
 use std::os::fd::AsFd;
 
@@ -18,6 +19,8 @@ use crate::{
 
 /// The first descriptor beyond the standard streams.
 const FIRST_FD: i32 = 3;
+/// What the host calls the data process, in at most 15 bytes.
+const DATA_PROCESS_NAME: &CStr = c"tidegate-data";
 
 pub fn run(mut arguments: args::Run) -> Result<Code, Failure> {
     if !arguments.background_child {
@@ -71,6 +74,8 @@ fn keep(options: &daemon::Options, launch: Launch, ready: impl FnOnce()) -> Resu
 pub fn data(arguments: &args::Data) -> Result<Code, Failure> {
     // Once it has given up what it may do, it reaches no journal: its lines go there by standard error.
     log_to_stderr(&arguments.log, arguments.with_time);
+    // Else ps(1) would call it `exe`. A name that is refused changes nothing.
+    let _ = rustix::thread::set_name(DATA_PROCESS_NAME);
     let null = launch::null()?;
     let own = |fd| rustix::io::fcntl_dupfd_cloexec(fd, FIRST_FD).context("taking over a channel");
     let (requests, events) = (own(rustix::stdio::stdin())?, own(rustix::stdio::stdout())?);

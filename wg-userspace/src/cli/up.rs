@@ -185,10 +185,19 @@ fn check_shortcut(
     Ok(())
 }
 
+/// How long a daemon whose interface is gone may take to end, and how often is looked.
+const ENDING_MAX: Duration = Duration::from_secs(5);
+const ENDING_POLL: Duration = Duration::from_millis(10);
+
 /// Undoes what an `up` that was killed has left of this interface.
 async fn make_room(interface: &InterfaceName, host: &Host) -> Result<(), Failure> {
     let Some(ledger) = Ledger::open(interface)? else { return Ok(()) };
     let record = ledger.record();
+    let started = clock::boot_now();
+    // One whose interface is gone is about to end.
+    while !record.is_left_over() && clock::boot_now().since(started) < ENDING_MAX {
+        tokio::time::sleep(ENDING_POLL).await;
+    }
     if !record.is_left_over() {
         let line = "its daemon still runs, but the interface is not here: use `tidegate down`, or \
                     another name";
