@@ -39,7 +39,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// A look that comes so long after the one before is told.
 const LATE: Duration = LOOK_EVERY.saturating_mul(2);
 /// Peers of a request that are applied between two looks at the timers, and effects of it that are
-/// carried out: one costs a multiplication at most.
+/// carried out.
 const APPLIED_AT_ONCE: usize = 4096;
 const CARRIED_OUT_AT_ONCE: usize = 64;
 

@@ -253,7 +253,8 @@ fn a_flood_from_the_address_of_an_honest_peer_does_not_lock_it_out() {
     let sent = gateway.turns();
     let responses = sent.iter().filter(|(message, _)| message.len() == RESPONSE_LEN).count();
     assert_eq!(responses, 1);
-    assert_eq!(agreement_count() - before, 3, "the honest peer's handshake alone costs anything");
+    // Three, and one since it is the first of this peer.
+    assert_eq!(agreement_count() - before, 4, "the honest peer's handshake alone costs anything");
     assert_eq!(
         gateway.dropped(DropReason::CookieDemanded) + gateway.dropped(DropReason::RateLimited),
         3001
@@ -325,27 +326,56 @@ fn without_a_private_key_nothing_is_answered() {
 
 #[test]
 fn an_initiation_costs_three_agreements_and_a_stranger_one() {
-    let gateway = Gateway::new();
-    let initiation = Client::new(2).initiation(None);
-    let cost = |message: &[u8]| {
-        let before = agreement_count();
-        let answer = gateway.answer(message, HONEST);
-        (agreement_count() - before, answer.is_some())
-    };
+    let before = agreement_count();
+    let mut gateway = Gateway::new();
+    assert_eq!(agreement_count(), before, "peers that have not come yet cost none");
+    let mut client = Client::new(2);
+    let initiation = client.initiation(None);
     // Ephemeral with our static key to find the sender; ephemeral with both of its keys to answer.
-    // What finds the sender is not done again, and static with static was done when it was added.
-    assert_eq!(cost(&initiation), (3, true));
-    assert_eq!(cost(&initiation), (1, false), "a replay");
-    assert_eq!(cost(&Client::new(50).initiation(None)), (1, false), "nobody we know");
+    // What finds the sender is not done again, and static with static is done for the first message
+    // that needs it.
+    assert_eq!(cost(&gateway, &initiation), (3 + 1, true), "the first contact");
+    gateway.now = gateway.now + MS * 1000;
+    assert_eq!(cost(&gateway, &client.initiation(None)), (3, true));
+    assert_eq!(cost(&gateway, &initiation), (1, false), "a replay");
+    assert_eq!(cost(&gateway, &Client::new(50).initiation(None)), (1, false), "nobody we know");
 
     // Somebody who says that he is our peer, which is no secret, and has not its key.
     let mut liar = Client::new(51);
-    let (victim, gateway_key) = (key(2).public_key(), key(1).public_key());
-    liar.identity = identity_claiming(victim);
-    liar.remote = RemoteStatic::new(&liar.identity, gateway_key, PresharedKey::default());
-    assert_eq!(cost(&liar.initiation(None)), (1, false));
+    let mut claim = |victim: u8| {
+        liar.identity = identity_claiming(key(victim).public_key());
+        let gateway_key = key(1).public_key();
+        liar.remote = RemoteStatic::new(&liar.identity, gateway_key, PresharedKey::default());
+        liar.initiation(None)
+    };
+    assert_eq!(cost(&gateway, &claim(2)), (1, false));
+    assert_eq!(cost(&gateway, &claim(3)), (1 + 1, false), "of whom nothing was heard");
+    assert_eq!(cost(&gateway, &claim(3)), (1, false), "refused, but remembered");
     let refused = [DropReason::UnknownPeer, DropReason::BadHandshake];
-    assert_eq!(refused.map(|reason| gateway.dropped(reason)), [1, 1]);
+    assert_eq!(refused.map(|reason| gateway.dropped(reason)), [1, 3]);
+}
+
+#[test]
+fn what_was_agreed_under_another_private_key_is_forgotten() {
+    let mut gateway = Gateway::new();
+    let mut client = Client::new(2);
+    assert_eq!(cost(&gateway, &client.initiation(None)), (3 + 1, true));
+    let before = agreement_count();
+    gateway.handshakes.set_private_key(Some(key(9)), gateway.now);
+    assert_eq!(agreement_count(), before, "nothing is made in advance");
+    let gateway_key = key(9).public_key();
+    client.remote = RemoteStatic::new(&client.identity, gateway_key, PresharedKey::default());
+    gateway.now = gateway.now + MS * 1000;
+    assert_eq!(cost(&gateway, &client.initiation(None)), (3 + 1, true));
+    gateway.now = gateway.now + MS * 1000;
+    assert_eq!(cost(&gateway, &client.initiation(None)), (3, true));
+}
+
+/// How many agreements a message costs, and whether it is answered.
+fn cost(gateway: &Gateway, message: &[u8]) -> (u64, bool) {
+    let before = agreement_count();
+    let answer = gateway.answer(message, HONEST);
+    (agreement_count() - before, answer.is_some())
 }
 
 /// An identity that shows a public key which is not its own.

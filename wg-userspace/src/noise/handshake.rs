@@ -588,6 +588,45 @@ mod tests {
     }
 
     #[test]
+    fn static_with_static_is_agreed_once_and_only_when_it_is_needed() {
+        let [alice, bob] = parties(12, &preshared(7));
+        let cost = |act: &dyn Fn()| {
+            let before = dh::agreement_count();
+            act();
+            dh::agreement_count() - before
+        };
+        let begin = |remote: &RemoteStatic| {
+            let _ = initiate(&alice.identity, remote, ALICE_INDEX, timestamp(1), None, &mut rng(1));
+        };
+        assert_eq!(cost(&|| drop(parties(13, &preshared(7)))), 0);
+        assert_eq!([(); 2].map(|()| cost(&|| begin(&alice.remote))), [2, 1]);
+        let (_, initiation) = alice.initiate(ALICE_INDEX, 1);
+        let authenticate = || assert!(bob.authenticate(&initiation).is_ok());
+        assert_eq!([(); 2].map(|()| cost(&authenticate)), [2, 1]);
+        // That there is none is remembered too.
+        let point = low_order_points().next().unwrap();
+        let nobody = RemoteStatic::new(&alice.identity, point, preshared(7));
+        assert_eq!([(); 2].map(|()| cost(&|| begin(&nobody))), [1, 0]);
+    }
+
+    /// Else a message that was opened just before the private key changed would spoil what is kept of
+    /// its sender for the new one.
+    #[test]
+    fn static_with_static_is_of_the_identity_for_which_the_remote_was_made() {
+        let [alice, bob] = parties(14, &preshared(7));
+        let (_, old) = alice.initiate(ALICE_INDEX, 1);
+        let other = Identity::new(PrivateKey::generate(&mut rng(15)));
+        let of_other = RemoteStatic::new(&other, *alice.identity.public_key(), preshared(7));
+        let opened = open_initiation(&bob.identity, &old).unwrap();
+        assert_eq!(opened.authenticate(&of_other).err(), Some(HandshakeError::Decrypt));
+
+        let to_other = RemoteStatic::new(&alice.identity, *other.public_key(), preshared(7));
+        let alice = Party { remote: to_other, ..alice };
+        let (_, new) = alice.initiate(ALICE_INDEX, 2);
+        assert!(open_initiation(&other, &new).unwrap().authenticate(&of_other).is_ok());
+    }
+
+    #[test]
     fn nothing_is_sent_to_a_point_of_low_order() {
         let [alice, bob] = parties(8, &preshared(7));
         let authentic = |sender: PublicKey, ephemeral: PublicKey| AuthenticInitiation {

@@ -33,6 +33,8 @@ mod wiping;
 #[cfg(test)]
 pub(crate) use dh::agreement_count;
 
+use std::sync::{Arc, OnceLock};
+
 use wg_common::outcome::DropReason;
 use wg_common::protocol::KEY_LEN;
 use zeroize::Zeroizing;
@@ -83,7 +85,8 @@ impl HandshakeError {
 /// Who we are: a device's private key, with what every handshake needs of it.
 #[derive(Debug)]
 pub struct Identity {
-    private_key: PrivateKey,
+    /// Shared with each [`RemoteStatic`] that was made for it; wiped when the last of them goes.
+    private_key: Arc<PrivateKey>,
     public_key: PublicKey,
     mac1_key: [u8; KEY_LEN],
     cookie_key: [u8; KEY_LEN],
@@ -96,7 +99,7 @@ impl Identity {
         Self {
             mac1_key: mac::mac1_key(&public_key),
             cookie_key: cookie::cookie_key(&public_key),
-            private_key,
+            private_key: Arc::new(private_key),
             public_key,
         }
     }
@@ -113,7 +116,7 @@ impl Identity {
     }
 
     /// The private key.
-    pub const fn private_key(&self) -> &PrivateKey {
+    pub fn private_key(&self) -> &PrivateKey {
         &self.private_key
     }
 }
@@ -125,30 +128,36 @@ pub struct RemoteStatic {
     public_key: PublicKey,
     mac1_key: [u8; KEY_LEN],
     preshared_key: PresharedKey,
-    /// None if the public key has low order: no handshake with it succeeds.
-    static_static: Option<SharedSecret>,
+    /// The private key of the identity for which it was made.
+    own: Arc<PrivateKey>,
+    /// Made by the first handshake that needs it, and apart, so that a peer who never comes has no room
+    /// for it either. None if the public key has low order: no handshake with it succeeds.
+    static_static: OnceLock<Option<Box<SharedSecret>>>,
 }
 
 impl RemoteStatic {
-    /// Derives the static-static secret and the peer's mac1 key (one multiplication).
+    /// Derives the peer's mac1 key. The static-static secret is left to the first handshake (one
+    /// multiplication), so that peers who never come cost none.
     ///
     /// A public key of low order is taken, as the kernel does, but every handshake with it is
     /// refused.
     pub fn new(identity: &Identity, public_key: PublicKey, preshared_key: PresharedKey) -> Self {
         Self {
             mac1_key: mac::mac1_key(&public_key),
-            static_static: dh::agree(&identity.private_key, &public_key).ok(),
+            own: Arc::clone(&identity.private_key),
+            static_static: OnceLock::new(),
             public_key,
             preshared_key,
         }
     }
 
-    /// One with whom no handshake succeeds, for tests of many: it costs no multiplication.
+    /// One with whom no handshake succeeds, for tests of many: none costs a multiplication.
     #[cfg(test)]
     pub(crate) fn unreachable(public_key: PublicKey) -> Self {
         let mac1_key = mac::mac1_key(&public_key);
         let preshared_key = PresharedKey::default();
-        Self { mac1_key, static_static: None, public_key, preshared_key }
+        let own = Arc::new(PrivateKey::from_bytes([0; KEY_LEN]));
+        Self { mac1_key, own, static_static: None.into(), public_key, preshared_key }
     }
 
     /// The peer's public key.
@@ -167,7 +176,8 @@ impl RemoteStatic {
     }
 
     fn static_static(&self) -> Result<&SharedSecret, HandshakeError> {
-        self.static_static.as_ref().ok_or(HandshakeError::LowOrderPoint)
+        let agree = || dh::agree(&self.own, &self.public_key).ok().map(Box::new);
+        self.static_static.get_or_init(agree).as_deref().ok_or(HandshakeError::LowOrderPoint)
     }
 }
 
