@@ -5,6 +5,7 @@ use std::net::{SocketAddr, SocketAddrV6};
 use std::str::FromStr;
 
 use ipnet::IpNet;
+use wg_common::protocol::KEY_LEN;
 use zeroize::Zeroizing;
 
 use super::Errno;
@@ -241,14 +242,33 @@ fn endpoint(
 ///
 /// It holds keys: it is wiped on drop.
 pub fn format_set(request: &SetRequest) -> Zeroizing<String> {
-    /// No lines of a device or of a peer are longer, but for allowed IPs.
-    const LINES: usize = 512;
-    const ALLOWED_IP: usize = 64;
-    let net_count: usize = request.peers.iter().map(|peer| peer.allowed_ips.len()).sum();
-    let len_max = LINES * (1 + request.peers.len()) + ALLOWED_IP * net_count;
+    let len_max = len_max(request);
     let mut text = Zeroizing::new(String::with_capacity(len_max));
     write_all(&mut text, request).expect("a string takes everything");
+    debug_assert!(text.len() <= len_max, "what it grew out of would not be wiped");
     text
+}
+
+/// Bytes that [`format_set`] needs at most. All of them are wiped, so that they are not much more than
+/// it does need.
+fn len_max(request: &SetRequest) -> usize {
+    const DEVICE: usize = 256;
+    const PUBLIC_KEY: usize = "public_key=\n".len() + 2 * KEY_LEN;
+    const PRESHARED_KEY: usize = "preshared_key=\n".len() + 2 * KEY_LEN;
+    const FLAG: usize = "replace_allowed_ips=true\n".len();
+    const KEEPALIVE: usize = "persistent_keepalive_interval=65535\n".len();
+    const ENDPOINT: usize = 80;
+    const ALLOWED_IP: usize = 64;
+    let peers = request.peers.iter().map(|peer| {
+        let flags = [peer.remove, peer.update_only, peer.replace_allowed_ips];
+        PUBLIC_KEY
+            + flags.iter().filter(|&&is_set| is_set).count() * FLAG
+            + usize::from(peer.preshared_key.is_some()) * PRESHARED_KEY
+            + usize::from(peer.endpoint.is_some()) * ENDPOINT
+            + usize::from(peer.persistent_keepalive.is_some()) * KEEPALIVE
+            + peer.allowed_ips.len() * ALLOWED_IP
+    });
+    DEVICE + peers.sum::<usize>()
 }
 
 fn write_all(text: &mut String, request: &SetRequest) -> fmt::Result {
