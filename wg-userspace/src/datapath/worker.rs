@@ -3,7 +3,6 @@
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use arrayvec::ArrayVec;
 use wg_common::id::WorkerId;
@@ -92,7 +91,7 @@ impl Worker {
     /// Whether its device is being stopped.
     #[cfg(debug_assertions)]
     pub(super) fn is_stopping(&self) -> bool {
-        self.shared.stopping.load(Ordering::Relaxed)
+        self.shared.stopping.load(std::sync::atomic::Ordering::Relaxed)
     }
 
     /// The port that frames for this device are sent to.
