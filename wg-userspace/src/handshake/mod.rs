@@ -29,7 +29,7 @@ mod timers;
 #[cfg(test)]
 mod timers_tests;
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -76,6 +76,8 @@ pub struct Handshakes<O = Os> {
     /// Something has to be done sooner than whoever calls [`Handshakes::tick`] was told.
     sooner: tokio::sync::Notify,
     pace: Mutex<Pace>,
+    /// Peers whose endpoint has a name, and whose handshakes go unanswered.
+    unanswered: Mutex<Vec<PeerId>>,
     /// Drops counted by any thread of this room.
     drops: Counters,
     /// What becomes of unknown senders, if there is a source to look them up in.
@@ -94,6 +96,8 @@ pub struct Cell {
     pub hot: Arc<HotPeer>,
     session: Mutex<Session>,
     place: Place,
+    /// Its endpoint has, or had, a name that can be looked up.
+    is_named: AtomicBool,
 }
 
 impl Cell {
@@ -173,6 +177,7 @@ impl<O: Outside> Handshakes<O> {
             alarms: Mutex::default(),
             sooner: tokio::sync::Notify::new(),
             pace: Mutex::default(),
+            unanswered: Mutex::default(),
             drops: Counters::default(),
             gate: None,
         }
@@ -263,6 +268,7 @@ impl<O: Outside> Handshakes<O> {
         let cell = Arc::new(Cell {
             session: Mutex::new(session),
             place: Place::none(),
+            is_named: AtomicBool::new(false),
             hot: Arc::clone(&hot),
         });
         let mut cells = self.cells.write().unwrap_or_else(PoisonError::into_inner);

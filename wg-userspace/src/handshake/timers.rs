@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use rand_core::Rng;
-use wg_common::id::WorkerId;
+use wg_common::id::{PeerId, WorkerId};
 use wg_common::time::Now;
 
 use super::{Cell, Handshakes, Outside, lock};
@@ -13,6 +13,9 @@ use crate::session::{Session, TICK, Token, Wheel};
 
 /// Peers that are all to be reached at once are reached so long one after another.
 const PACE: Duration = Duration::from_millis(1);
+
+/// From so many unanswered initiations on, a peer is taken to be elsewhere: one may have been lost.
+const UNANSWERED_MIN: u32 = 2;
 
 /// The wheel on which cells wait, and who waits for it.
 ///
@@ -129,9 +132,14 @@ impl<O: Outside> Handshakes<O> {
         if let Some(identity) = self.identity()
             && self.shared.pause(now).is_none()
         {
+            let before = session.unanswered_count();
             let actions = self.with_context(cell, &identity, WorkerId(0), now, |context| {
                 session.handle_timeout(context, now)
             });
+            let count = session.unanswered_count();
+            if count > before && count >= UNANSWERED_MIN && cell.is_named.load(Ordering::Relaxed) {
+                lock(&self.unanswered).push(cell.hot.id);
+            }
             self.execute(cell, &actions, WorkerId(0), now);
         }
         self.awaken_after(cell, &session, now, now + TICK);
@@ -150,6 +158,19 @@ impl<O: Outside> Handshakes<O> {
         if lock(&self.alarms).set(cell, wake_at.map(|at| at.max(least))) {
             self.sooner.notify_one();
         }
+    }
+
+    /// Has [`take_unanswered`](Self::take_unanswered) tell of a peer.
+    pub fn set_named(&self, peer: PeerId) {
+        if let Some(cell) = self.cell(peer) {
+            cell.is_named.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Peers that [`set_named`](Self::set_named) was called for and that did not answer an initiation,
+    /// which was not the first, since the last call. A peer may be among them more than once.
+    pub fn take_unanswered(&self) -> Vec<PeerId> {
+        std::mem::take(&mut lock(&self.unanswered))
     }
 
     /// A moment for something that many peers may be about to do, within `within` from `now` on.

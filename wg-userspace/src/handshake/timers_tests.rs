@@ -117,6 +117,10 @@ impl Host {
         self.calls += self.handshakes.tick(until);
     }
 
+    fn take_unanswered(&self) -> Vec<PeerId> {
+        self.handshakes.take_unanswered()
+    }
+
     fn take_sent(&self) -> Vec<(Now, Vec<u8>, SocketAddr)> {
         std::mem::take(&mut *self.world.sent.lock().unwrap())
     }
@@ -598,4 +602,28 @@ fn a_pause_frees_every_index() {
     quiesce(&a, a.now + SECOND);
     assert!(!has_owner(index));
     assert!(a.shared.keypair(index).is_none());
+}
+
+#[test]
+fn a_second_unanswered_initiation_is_told_of_peers_with_names() {
+    let mut host = Host::new(1);
+    let nowhere = Some("192.0.2.1:1".parse().unwrap());
+    for id in [1, 2] {
+        host.add(id, public_key(id), nowhere);
+    }
+    host.handshakes.set_named(PeerId(1));
+    host.initiate(1);
+    host.initiate(2);
+    let retry = REKEY_TIMEOUT + REKEY_TIMEOUT_JITTER_MAX + TICK * 2;
+    host.run(retry);
+    assert_eq!(host.take_unanswered(), [], "one may have been lost");
+    host.run(retry);
+    assert_eq!(host.take_unanswered(), [PeerId(1)]);
+    host.run(REKEY_ATTEMPT_TIME);
+    assert!(host.take_unanswered().len() > 10, "and again, until it is given up");
+    host.run(REKEY_ATTEMPT_TIME);
+    assert_eq!(host.take_unanswered(), []);
+    host.initiate(1);
+    host.run(retry);
+    assert_eq!(host.take_unanswered(), [PeerId(1)], "nothing has come since");
 }

@@ -71,6 +71,11 @@ impl Activity {
         self.last_received.get()
     }
 
+    /// Whether something came after `then`; perhaps also if it came up to 10 ms before.
+    pub fn has_received_since(&self, then: Now) -> bool {
+        self.last_received().is_some_and(|at| at + GRAIN > then)
+    }
+
     /// All moments, for a hand-over at `now`.
     pub(super) fn moments(&self, now: Now) -> Moments {
         self.all().map(|moment| moment.0.load(Relaxed).min(now.boot_ns()))
@@ -211,6 +216,19 @@ mod tests {
         assert_eq!(activity.last_sent(), Some(START + GRAIN));
         activity.keepalive_sent(START);
         assert_eq!(activity.last_sent(), Some(START + GRAIN));
+    }
+
+    #[test]
+    fn what_came_after_a_moment_is_never_missed() {
+        let activity = Activity::default();
+        assert!(!activity.has_received_since(Now::default()));
+        activity.authenticated_received(START);
+        activity.authenticated_received(START + GRAIN / 2);
+        assert!(
+            activity.has_received_since(START + GRAIN / 4),
+            "it is stored as if it came before"
+        );
+        assert!(!activity.has_received_since(START + GRAIN));
     }
 
     #[test]

@@ -217,6 +217,12 @@ impl Session {
         self.keypairs_until.max(self.is_awake().then_some(now))
     }
 
+    /// How many initiations of ours were not answered in time and handshakes given up, since one was
+    /// completed.
+    pub fn unanswered_count(&self) -> u32 {
+        self.timers.unanswered_count()
+    }
+
     /// Whether there is a timer that runs. An idle peer has none, and needs no calls.
     pub fn is_awake(&self) -> bool {
         self.poll_timeout().is_some()

@@ -42,6 +42,9 @@ pub struct Timers {
     /// When the last initiation or response was sent.
     handshake_sent: Option<Now>,
     persistent: Option<Persistent>,
+    /// Initiations that were not answered in time and handshakes that were given up, since one was
+    /// completed.
+    unanswered_count: u32,
     /// Added to the next timeouts, so that peers who lost each other at once do not return at once.
     jitter: Duration,
 }
@@ -123,6 +126,12 @@ impl Timers {
     pub fn completed(&mut self) {
         self.attempt = None;
         self.deferred = false;
+        self.unanswered_count = 0;
+    }
+
+    /// How many initiations were not answered in time and handshakes given up, since one was completed.
+    pub fn unanswered_count(&self) -> u32 {
+        self.unanswered_count
     }
 
     /// All keypairs and handshakes were cleared; the next handshake may begin at once.
@@ -174,6 +183,7 @@ impl Timers {
         if let Some(attempt) = &mut self.attempt
             && attempt.retransmit_at <= now
         {
+            self.unanswered_count = self.unanswered_count.saturating_add(1);
             if now.since(attempt.since) >= REKEY_ATTEMPT_TIME {
                 self.attempt = None;
                 return Some(Due::GiveUp);
