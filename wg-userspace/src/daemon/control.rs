@@ -16,6 +16,7 @@ use zeroize::Zeroizing;
 
 use super::effects::carry_out;
 use super::mode::ModeInUse;
+use super::names::Names;
 use super::pull::Pulling;
 use super::quiesce;
 use super::remember::Remembering;
@@ -32,7 +33,7 @@ use crate::key::PublicKey;
 use crate::sandbox;
 use crate::session::{Break, Continuity, HotPeer};
 use crate::sys::clock;
-use crate::uapi::{self, Errno, GetCursor, PeerStatus};
+use crate::uapi::{self, EndpointName, Errno, GetCursor, PeerStatus};
 
 /// The watchdog looks at the workers this often, and what nobody tells is noticed.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
@@ -52,7 +53,9 @@ pub struct Control {
     /// A source of peers that are not configured, if there is one.
     pub(super) pulling: Option<Pulling>,
     /// Who opens what this process may not; nothing in tests.
-    keeper: Option<Rc<Keeper>>,
+    pub(super) keeper: Option<Rc<Keeper>>,
+    /// Endpoints that were given as names.
+    pub(super) names: RefCell<Names>,
     /// What this process may still do, if it was confined.
     privileges: Cell<Option<sandbox::Report>>,
     mode: ModeInUse,
@@ -93,6 +96,7 @@ impl Control {
             handshakes,
             pulling: None,
             keeper,
+            names: RefCell::default(),
             privileges: Cell::default(),
             mode,
             nics,
@@ -129,6 +133,7 @@ impl Control {
         let now = self.tick_sessions();
         self.pull_tick(now);
         self.reach_tick(now);
+        self.names_tick(now);
         self.remember_tick(now);
     }
 
@@ -360,6 +365,7 @@ impl Control {
         let now = self.now();
         if let Effect::PeerRemoved { id, public_key } = &effect {
             self.peer_leaves(*id, public_key, now);
+            self.names.borrow_mut().remove(public_key);
         }
         carry_out(effect, &self.device.borrow(), &self.handshakes, &self.shared, now);
     }
@@ -389,8 +395,11 @@ impl uapi::Handler for Control {
         let port = self.shared.sockets.load().port;
         uapi::format_get_part(cursor, &device, port, &|peer| {
             let Some(cell) = self.handshakes.cell(peer) else { return PeerStatus::default() };
+            let endpoint = cell.hot.endpoint.load().as_ref().map(|endpoint| endpoint.remote);
+            let has_led = |to| self.names.borrow().has_led(&cell.hot.public_key, to);
             PeerStatus {
-                endpoint: cell.hot.endpoint.load().as_ref().map(|endpoint| endpoint.remote),
+                endpoint,
+                is_by_name: endpoint.is_some_and(has_led),
                 last_handshake: cell.last_handshake(),
                 rx_bytes: cell.hot.transfer.rx_bytes(),
                 tx_bytes: cell.hot.transfer.tx_bytes(),
@@ -430,6 +439,7 @@ impl uapi::Handler for Control {
         let named = request.peers.iter().map(|peer| peer.public_key);
         let named: Vec<_> = named.filter(|_| self.pulling.is_some()).collect();
         let text = self.to_remember(&request);
+        self.names.borrow_mut().follow(&request);
         let mut applying = self.device.borrow_mut().begin(request);
         while self.device.borrow_mut().go_on(&mut applying, APPLIED_AT_ONCE) {
             self.tick_if_due();
@@ -445,6 +455,12 @@ impl uapi::Handler for Control {
         if let Some(text) = text {
             self.remember_set(&text);
         }
+        Ok(())
+    }
+
+    fn set_names(&self, names: Vec<EndpointName>) -> Result<(), Errno> {
+        self.replace_names(names)?;
+        self.remember_names();
         Ok(())
     }
 

@@ -21,15 +21,16 @@ use ring::digest::{Context, SHA256};
 use wg_common::protocol::{KEY_LEN, TIMESTAMP_LEN};
 use zeroize::Zeroizing;
 
+use super::names::Names;
 use crate::device::{AllowedIpChange, Device, Effect, PeerChange, SetRequest};
 use crate::key::PublicKey;
 use crate::noise::Timestamp;
 use crate::sys::memory::{memfd, memfd_len};
-use crate::uapi;
+use crate::uapi::{self, EndpointName};
 
 /// What every journal begins with.
 const MAGIC: [u8; 8] = *b"tidegate";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Magic, version, four bytes of nothing, length.
 const HEADER_LEN: u64 = 24;
 const LENGTH_AT: u64 = 16;
@@ -51,6 +52,8 @@ enum Kind {
     Set = 1,
     /// What is known of peers beside their configuration.
     Peers = 2,
+    /// Which endpoints were given as names, in the words of the UAPI: in place of those before.
+    Names = 3,
 }
 
 /// What is known of a peer beside its configuration.
@@ -78,6 +81,8 @@ pub struct Memory {
 pub struct Remembered {
     /// The device as it was configured.
     pub device: Device,
+    /// Which endpoints were given as names.
+    pub names: Names,
     /// Of its peers, those of which more is known.
     pub peers: HashMap<PublicKey, Known>,
     /// Whether something behind that made no sense.
@@ -122,24 +127,29 @@ impl Memory {
         Ok(memory)
     }
 
-    /// A journal that says what `device` is and what is known of its peers, and nothing of before.
+    /// A journal that says what `device` is, which of its endpoints have names, and what is known of its peers, and nothing of before.
     /// Pulled peers are left to their source.
     ///
     /// # Errors
     /// When descriptors or memory are exhausted.
     pub fn compacted(
         device: &Device,
+        names: &[EndpointName],
         peers: impl Iterator<Item = (PublicKey, Known)>,
     ) -> Result<Self, MemoryError> {
         let peer_count = device.peer_count() as u64 + 1;
         let nets: usize =
             device.peers().map(|(id, _)| device.allowed_ips().of_peer(id).count()).sum();
-        let heads = HEADER_LEN + (2 + peer_count / PEERS_PER_RECORD as u64) * 4 * HEAD_LEN;
+        let heads = HEADER_LEN + (3 + peer_count / PEERS_PER_RECORD as u64) * 4 * HEAD_LEN;
         let text = peer_count * (TEXT_PER_PEER + ENTRY_LEN as u64);
-        let most = heads + text + nets as u64 * TEXT_PER_ALLOWED_IP;
+        let names_len = uapi::format_names(names).len() as u64;
+        let most = heads + text + names_len + nets as u64 * TEXT_PER_ALLOWED_IP;
         let mut memory = Self::new((2 * most).max(CAPACITY_MIN))?;
         for request in snapshot(device) {
             memory.append_set(&request)?;
+        }
+        if !names.is_empty() {
+            memory.append_names(names)?;
         }
         memory.append_peers(peers)?;
         memory.capacity = memory.capacity.min((2 * memory.len).max(CAPACITY_MIN));
@@ -160,6 +170,14 @@ impl Memory {
     /// [`MemoryError::Full`]; nothing is added then.
     pub fn append_set_text(&mut self, text: &str) -> Result<(), MemoryError> {
         self.append(Kind::Set, text.as_bytes())
+    }
+
+    /// Adds which endpoints were given as names.
+    ///
+    /// # Errors
+    /// [`MemoryError::Full`]; nothing is added then.
+    pub fn append_names(&mut self, names: &[EndpointName]) -> Result<(), MemoryError> {
+        self.append(Kind::Names, uapi::format_names(names).as_bytes())
     }
 
     /// Adds what is known of some peers by now.
@@ -284,6 +302,7 @@ fn read_record(fd: BorrowedFd<'_>, at: u64, end: u64) -> Result<Option<Record>, 
     let kind = match head[0] {
         1 => Kind::Set,
         2 => Kind::Peers,
+        3 => Kind::Names,
         _ => return Ok(None),
     };
     let len = u32_at(&head, 4);
@@ -306,6 +325,12 @@ impl Remembered {
                 let Some(Ok(request)) = lines.map(uapi::parse_set) else { return false };
                 self.set(request);
             }
+            Kind::Names => {
+                let text = std::str::from_utf8(bytes).ok();
+                let lines = text.and_then(|text| text.split_once('\n')).map(|(_, lines)| lines);
+                let Some(Ok(names)) = lines.map(uapi::parse_names) else { return false };
+                self.names = Names::new(names);
+            }
             Kind::Peers => {
                 if !bytes.len().is_multiple_of(ENTRY_LEN) {
                     return false;
@@ -322,9 +347,13 @@ impl Remembered {
     }
 
     fn set(&mut self, request: SetRequest) {
+        self.names.follow(&request);
         for effect in self.device.apply(request) {
             match effect {
-                Effect::PeerRemoved { public_key, .. } => drop(self.peers.remove(&public_key)),
+                Effect::PeerRemoved { public_key, .. } => {
+                    self.peers.remove(&public_key);
+                    self.names.remove(&public_key);
+                }
                 // Who was configured to be elsewhere since is there.
                 Effect::Endpoint { id, .. } => {
                     let key = self.device.peer(id).map(|peer| peer.public_key);

@@ -151,7 +151,7 @@ fn write(memory: &mut Memory, step: &Step) {
         Step::Peers(peers) => memory.append_peers(peers.iter().copied()).unwrap(),
         Step::Compact => {
             let Remembered { device, peers, .. } = read(&*memory).unwrap();
-            let compacted = Memory::compacted(&device, peers.into_iter()).unwrap();
+            let compacted = Memory::compacted(&device, &[], peers.into_iter()).unwrap();
             std::mem::replace(memory, compacted).wipe().unwrap();
         }
     }
@@ -269,7 +269,7 @@ fn a_full_memory_takes_nothing_and_grows_when_it_is_compacted() {
     });
     assert!(full.unwrap() > 5);
     assert_eq!(words(&read(&memory).unwrap().device), words(&device), "it says what it said");
-    let mut compacted = Memory::compacted(&device, std::iter::empty()).unwrap();
+    let mut compacted = Memory::compacted(&device, &[], std::iter::empty()).unwrap();
     compacted.append_set(&SetRequest { peers: vec![peer(9999)], ..SetRequest::default() }).unwrap();
     assert_eq!(read(&compacted).unwrap().device.peer_count(), device.peer_count() + 1);
 }
@@ -305,7 +305,7 @@ fn pulled_peers_are_left_to_their_source() {
     let mut device = Device::default();
     let pulled = PeerChange { pulled: true, ..peer(2) };
     device.apply(SetRequest { peers: vec![peer(1), pulled], ..SetRequest::default() });
-    let memory = Memory::compacted(&device, std::iter::empty()).unwrap();
+    let memory = Memory::compacted(&device, &[], std::iter::empty()).unwrap();
     let remembered = read(&memory).unwrap().device;
     assert_eq!(remembered.peer_count(), 1);
     assert!(remembered.find(&peer(1).public_key).is_some());
@@ -318,7 +318,7 @@ fn a_million_peers_fit() {
     let mut device = Device::default();
     device.apply(SetRequest { peers: (0..COUNT).map(peer).collect(), ..SetRequest::default() });
     let known = |number| (peer(number).public_key, Known { had_session: true, ..Known::default() });
-    let memory = Memory::compacted(&device, (0..COUNT).map(known)).unwrap();
+    let memory = Memory::compacted(&device, &[], (0..COUNT).map(known)).unwrap();
     let remembered = read(&memory).unwrap();
     assert_eq!(remembered.device.peer_count(), COUNT as usize);
     assert_eq!(remembered.peers.len(), COUNT as usize);

@@ -2,7 +2,7 @@
 //!
 //! The one place that knows every room: [`start`] takes over the edges from the keeper and starts the
 //! workers, [`control`] answers wg(8) and applies changes, [`effects`] carries them to sessions and
-//! workers, [`pull`] adds peers that knock, [`quiesce`] pauses,
+//! workers, [`pull`] adds peers that knock, [`names`] follows names of endpoints, [`quiesce`] pauses,
 //! [`memory`] is what a successor is left and [`remember`] keeps it, [`watchdog`] finds stuck workers,
 //! [`status`] says how things stand. Everything here runs on one thread; it may be slow and must be
 //! right.
@@ -13,6 +13,7 @@ pub mod memory;
 #[cfg(test)]
 mod memory_tests;
 mod mode;
+mod names;
 mod pull;
 mod pulled;
 mod quiesce;
@@ -164,6 +165,11 @@ async fn serve(
                 Ok(Event::Gone { device }) => {
                     if let Some(device) = devices.get(&device) {
                         device.control.gone();
+                    }
+                }
+                Ok(Event::Resolved { device, host, port, addresses }) => {
+                    if let Some(device) = devices.get(&device) {
+                        device.control.resolved(&host, port, &addresses);
                     }
                 }
                 Ok(Event::RoutesChanged) => {

@@ -81,8 +81,13 @@ impl Control {
                 reach.push_back(id);
             }
         }
+        let peer_count = device.peer_count();
+        drop(device);
+        if let Err(error) = self.replace_names(remembered.names.list()) {
+            tracing::error!(%error, "the names of endpoints are lost");
+        }
         tracing::info!(
-            peers = device.peer_count(),
+            peers = peer_count,
             had_sessions = reach.len(),
             damaged = remembered.is_damaged,
             "goes on with what the process before it knew"
@@ -134,6 +139,12 @@ impl Control {
             return self.compact();
         }
         self.note(|memory| memory.append_set_text(text));
+    }
+
+    /// Notes which endpoints were given as names.
+    pub(super) fn remember_names(&self) {
+        let names = self.names.borrow().list();
+        self.note(|memory| memory.append_names(&names));
     }
 
     /// Notes what has changed at peers, a part of them at a time.
@@ -222,7 +233,8 @@ impl Control {
         for (id, peer) in device.peers().filter(|(_, peer)| !peer.pulled) {
             noted[id.0 as usize] = self.known(id).map(|known| (peer.public_key, known));
         }
-        let memory = Memory::compacted(&device, noted.iter().flatten().copied())?;
+        let names = self.names.borrow().list();
+        let memory = Memory::compacted(&device, &names, noted.iter().flatten().copied())?;
         Ok((memory, noted))
     }
 
@@ -256,7 +268,7 @@ mod tests {
     use crate::key::{PresharedKey, PrivateKey};
     use crate::noise::Timestamp;
     use crate::sys::clock;
-    use crate::uapi::Handler as _;
+    use crate::uapi::{EndpointName, Handler as _};
     use crate::udp;
 
     fn control() -> Control {
@@ -384,7 +396,60 @@ mod tests {
             had_session,
         };
         let peers = [(key(2), known)].into();
-        (Remembered { device, peers, is_damaged: false }, known)
+        (Remembered { device, peers, ..Remembered::default() }, known)
+    }
+
+    fn name(number: u8, host: &str) -> EndpointName {
+        EndpointName { public_key: key(number), host: host.to_owned(), port: 9 }
+    }
+
+    #[test]
+    fn names_of_endpoints_are_remembered_and_recalled() {
+        let control = control();
+        let (kept, hand_over) = kept();
+        control.remember(hand_over).unwrap();
+        control.set(request(vec![peer(1), peer(2)])).unwrap();
+        control.set_names(vec![name(1, "a.test"), name(2, "b.test"), name(3, "c.test")]).unwrap();
+        let names = |kept: &Kept| latest(kept).names.list();
+        let listed = |control: &Control| control.names.borrow().list();
+        assert_eq!(names(&kept), listed(&control));
+        assert_eq!(names(&kept).len(), 2, "there is no third peer");
+        // The endpoint is what it was, and yet it was set.
+        control.set(SetRequest { peers: vec![peer(1)], ..SetRequest::default() }).unwrap();
+        assert_eq!(names(&kept), [name(2, "b.test")]);
+        control.compact();
+        assert_eq!(names(&kept), [name(2, "b.test")]);
+        let successor = self::control();
+        successor.recall(&latest(&kept));
+        assert_eq!(listed(&successor), [name(2, "b.test")]);
+        let gone = PeerChange { remove: true, ..PeerChange::new(key(2)) };
+        control.set(SetRequest { peers: vec![gone], ..SetRequest::default() }).unwrap();
+        assert!(names(&kept).is_empty() && listed(&control).is_empty());
+    }
+
+    #[test]
+    fn a_peer_that_is_silent_follows_its_name() {
+        let control = control();
+        control.set(request(vec![peer(1), peer(2)])).unwrap();
+        control.set_names(vec![name(1, "a.test"), name(2, "a.test")]).unwrap();
+        let hot = |number| {
+            let id = control.device.borrow().find(&key(number)).unwrap();
+            Arc::clone(&control.handshakes.cell(id).unwrap().hot)
+        };
+        let remote = |number| hot(number).endpoint.load().as_ref().unwrap().remote;
+        let now = clock::boot_now();
+        for number in [1, 2] {
+            assert!(control.names.borrow_mut().ask(&key(number), now).is_some());
+        }
+        // The second is heard of before the answer comes.
+        hot(2).activity.authenticated_received(now);
+        let [before, elsewhere] =
+            [([127, 0, 0, 1], 9), ([127, 0, 0, 2], 9)].map(std::net::SocketAddr::from);
+        control.resolved("a.test", 9, &[elsewhere]);
+        assert_eq!((remote(1), remote(2)), (elsewhere, before));
+        assert_eq!(control.names.borrow().list().len(), 2, "it is no request that sets it");
+        control.resolved("a.test", 9, &[before]);
+        assert_eq!(remote(1), elsewhere, "nobody has asked");
     }
 
     #[test]

@@ -181,6 +181,12 @@ impl Keeper {
         done(answer).unwrap_or_else(|refusal| lost(&refusal));
     }
 
+    /// Asks where the name of an endpoint leads, which [`Event::Resolved`] may tell later.
+    pub fn resolve(&self, device: u16, host: &str, port: u16) {
+        let (answer, _) = self.ask(&Request::Resolve { device, host: host.to_owned(), port });
+        done(answer).unwrap_or_else(|refusal| lost(&refusal));
+    }
+
     /// The indexes of the links by which IPv4 datagrams leave: to the first of each pair, from the
     /// second.
     ///

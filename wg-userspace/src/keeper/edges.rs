@@ -237,6 +237,7 @@ impl Edges {
             | Request::CloseSockets { .. }
             | Request::SetMark { .. }
             | Request::Remember { .. }
+            | Request::Resolve { .. }
             | Request::PauseUntil { .. } => unreachable!("they are a device's"),
         };
         Ok(answered.unwrap_or_else(|refusal| (Answer::Refused(refusal), Vec::new())))
@@ -364,6 +365,13 @@ impl Device {
             Request::Remember { .. } => {
                 let Ok([memory]) = <[OwnedFd; 1]>::try_from(fds) else { return Err(Nonsense) };
                 self.memory = Some(memory);
+                done()
+            }
+            // The rest is not done here.
+            Request::Resolve { ref host, port, .. } => {
+                if !uapi::is_host(host) || port == 0 {
+                    return Err(Nonsense);
+                }
                 done()
             }
             Request::PauseUntil { boot_ns, .. } => {

@@ -7,7 +7,7 @@
 //!
 //! [`run`] is its loop, [`edges`] what it keeps and does when asked, [`child`] the data process as a
 //! process, [`protocol`] what both say to each other, [`client`] the data process's end of it, [`notify`]
-//! what the service manager is told.
+//! what the service manager is told, [`resolve`] looks up names of endpoints for the data process.
 
 mod child;
 mod client;
@@ -15,6 +15,7 @@ mod edges;
 mod follow;
 pub mod notify;
 pub mod protocol;
+mod resolve;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -32,6 +33,7 @@ use wg_common::time::Now;
 use self::child::Data;
 use self::edges::Edges;
 use self::protocol::{ADDRESSES_MAX, ChannelError, Event, Request};
+use self::resolve::{Question, Resolved, Resolver};
 use crate::daemon::Options;
 use crate::host::{
     AddressChange, AddressWatch, CloneWatch, Host, LinkChange, LinkWatch, RouteWatch,
@@ -86,12 +88,14 @@ async fn keep(options: &Options, launch: &Launch, ready: impl FnOnce()) -> anyho
     let host = Host::new().context("opening netlink")?;
     let edges = Edges::open(options, &host).await?;
     let mut watches = Watches::new(&host, &edges)?;
+    let (resolver, mut resolved) = Resolver::new();
     let interfaces = options.interfaces.join(" ");
     let mut keeping = Keeping {
         interfaces: &options.interfaces,
         launch,
         host,
         edges,
+        resolver,
         data: None,
         known: Known::default(),
         look: Look::default(),
@@ -122,6 +126,7 @@ async fn keep(options: &Options, launch: &Launch, ready: impl FnOnce()) -> anyho
             _ = looks.tick() => keeping.look(),
             () = tokio::time::sleep_until(due.into()) => keeping.is_due(),
             () = tokio::time::sleep(beat_in) => keeping.beat(),
+            Some(resolved) = resolved.recv() => keeping.resolved(resolved),
             event = watches.next() => match event {
                 Watched::Address(change) => keeping.address_changed(change),
                 Watched::Link(device, LinkChange::Gone) => {
@@ -176,6 +181,7 @@ struct Keeping<'a> {
     launch: &'a Launch,
     host: Host,
     edges: Edges,
+    resolver: Resolver,
     data: Option<Data>,
     known: Known,
     look: Look,
@@ -280,6 +286,7 @@ impl Keeping<'_> {
         // Whoever asks is alive, also before it answers pings.
         self.look.answered = true;
         let is_ready = matches!(request, Request::Ready);
+        let question = Question::of(&request);
         let answered = match self.edges.serve(request, fds, &self.host).await {
             Ok((answer, fds)) => data.answer(&answer, &fds).map_err(|error| error.to_string()),
             Err(edges::Nonsense) => Err("it asks for what makes no sense".to_owned()),
@@ -288,6 +295,9 @@ impl Keeping<'_> {
             tracing::error!(error, "the data process is not as it should be, and is killed");
             data.kill();
             return false;
+        }
+        if let Some(question) = question {
+            self.resolver.ask(question, clock::boot_now());
         }
         is_ready
     }
@@ -328,6 +338,12 @@ impl Keeping<'_> {
         if let Some(data) = &mut self.data {
             data.tell(event);
         }
+    }
+
+    fn resolved(&mut self, Resolved { question, addresses }: Resolved) {
+        self.resolver.answered(&question);
+        let Question { device, host, port } = question;
+        self.tell(&Event::Resolved { device, host, port, addresses });
     }
 
     fn address_changed(&mut self, change: AddressChange) {

@@ -6,8 +6,9 @@
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
 
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
@@ -27,6 +28,11 @@ pub const FD_COUNT_MAX: usize = 250;
 pub const LINKS_MAX: usize = 512;
 /// Most addresses in an [`Event::Addresses`].
 pub const ADDRESSES_MAX: usize = 512;
+
+/// Most addresses in an [`Event::Resolved`].
+pub const RESOLVED_MAX: usize = 64;
+/// A name is looked up no more often than this.
+pub const RESOLVE_EVERY: Duration = Duration::from_secs(30);
 
 /// What the data process asks for. `device` counts from 0.
 #[derive(Debug, Deserialize, Serialize)]
@@ -92,6 +98,16 @@ pub enum Request {
         /// Nanoseconds of boot time.
         boot_ns: u64,
     },
+    /// Where the name of an endpoint leads. An [`Event::Resolved`] answers it, unless it was looked up just
+    /// now, or too many are waiting.
+    Resolve {
+        /// Whose.
+        device: u16,
+        /// The name.
+        host: String,
+        /// The port, not 0.
+        port: u16,
+    },
     /// By which links IPv4 datagrams leave.
     LinksTowards {
         /// With this mark.
@@ -119,6 +135,7 @@ impl Request {
             | Self::CloseSockets { device, .. }
             | Self::SetMark { device, .. }
             | Self::Remember { device }
+            | Self::Resolve { device, .. }
             | Self::PauseUntil { device, .. } => Some(device),
             _ => None,
         }
@@ -127,7 +144,13 @@ impl Request {
     /// Whether it only tells the keeper something of a device, so that it means nothing once the device is
     /// gone.
     pub fn is_note(&self) -> bool {
-        matches!(self, Self::CloseSockets { .. } | Self::Remember { .. } | Self::PauseUntil { .. })
+        matches!(
+            self,
+            Self::CloseSockets { .. }
+                | Self::Remember { .. }
+                | Self::PauseUntil { .. }
+                | Self::Resolve { .. }
+        )
     }
 }
 
@@ -253,6 +276,17 @@ pub enum Event {
     Gone {
         /// Which.
         device: u16,
+    },
+    /// Where a name leads that was asked for.
+    Resolved {
+        /// Who asked.
+        device: u16,
+        /// The name.
+        host: String,
+        /// The port.
+        port: u16,
+        /// None if nobody knows the name, or the name service does not answer.
+        addresses: Vec<SocketAddr>,
     },
     /// Datagrams may leave by other links.
     RoutesChanged,

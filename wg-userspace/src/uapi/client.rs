@@ -14,10 +14,10 @@ use tokio::task::yield_now;
 use zeroize::Zeroizing;
 
 use super::memory::Memory;
+use super::names::{self, NamesParser};
 use super::places::{Doing, Place};
-use super::set::{SetParser, SetProblem};
+use super::set::{RequestParser, SetParser, SetProblem};
 use super::{Errno, GetCursor, Handler, UapiError};
-use crate::device::SetRequest;
 
 /// A client that neither reads nor writes for so long is let go.
 const IDLE_MAX: Duration = Duration::from_secs(60);
@@ -71,6 +71,12 @@ impl Client<'_> {
                 Line::Text("set=1") => {
                     self.place.does(Doing::Talking);
                     let outcome = self.set(handler).await?;
+                    self.outcome(outcome).await?;
+                    true
+                }
+                Line::Text(names::WORD) => {
+                    self.place.does(Doing::Talking);
+                    let outcome = self.set_names(handler).await?;
                     self.outcome(outcome).await?;
                     true
                 }
@@ -138,27 +144,38 @@ impl Client<'_> {
     /// Reads a request to its end, then has it carried out if all of it makes sense.
     async fn set(&mut self, handler: &impl Handler) -> io::Result<Result<(), Errno>> {
         let mut loan = self.memory.loan();
-        Ok(match self.read_set(|len| loan.grow_to(len)).await? {
-            Ok(request) => {
+        let read = self.read(SetParser::new(interface_index), |len| loan.grow_to(len)).await?;
+        Ok(match read {
+            Ok(parser) => {
                 self.place.does(Doing::Served);
-                handler.set(request)
+                handler.set(parser.finish())
             }
-            Err(error) => {
-                tracing::warn!(%error, "refused a request of a client of the UAPI socket");
-                Err(error.errno())
+            Err(error) => Err(refused(&error)),
+        })
+    }
+
+    /// As [`set`](Self::set), for a list of names.
+    async fn set_names(&mut self, handler: &impl Handler) -> io::Result<Result<(), Errno>> {
+        let mut loan = self.memory.loan();
+        let read = self.read(NamesParser::default(), |len| loan.grow_to(len)).await?;
+        Ok(match read.and_then(NamesParser::finish) {
+            Ok(names) => {
+                self.place.does(Doing::Served);
+                handler.set_names(names)
             }
+            Err(error) => Err(refused(&error)),
         })
     }
 
     /// Reads a request to its end. `has_room` is asked for the memory that it takes.
-    async fn read_set(
+    async fn read<P: RequestParser>(
         &mut self,
+        mut parser: P,
         mut has_room: impl FnMut(usize) -> Result<(), SetProblem>,
-    ) -> io::Result<Result<SetRequest, UapiError>> {
-        let mut parser = SetParser::new(interface_index);
+    ) -> io::Result<Result<P, UapiError>> {
         let error = loop {
             let outcome = match self.lines.next().await? {
-                Line::Text("") => return Ok(Ok(parser.finish())),
+                Line::Text("") => return Ok(Ok(parser)),
                 Line::End => return Ok(Err(parser.error(SetProblem::CutOff))),
                 Line::Text(line) => parser.line(line),
                 Line::NoText => Err(parser.error(SetProblem::NoText)),
@@ -192,6 +209,11 @@ impl Client<'_> {
         }
         Ok(())
     }
+}
+
+fn refused(error: &UapiError) -> Errno {
+    tracing::warn!(%error, "refused a request of a client of the UAPI socket");
+    error.errno()
 }
 
 async fn in_time<T>(work: impl Future<Output = io::Result<T>>) -> io::Result<T> {

@@ -17,6 +17,8 @@ use crate::device::{Device, Peer};
 pub struct PeerStatus {
     /// Where it is now; if that is not known, where it was configured to be is shown.
     pub endpoint: Option<SocketAddr>,
+    /// It is there because its name was looked up, since the device was configured.
+    pub is_by_name: bool,
     /// When a handshake with it succeeded last, by the wall clock.
     pub last_handshake: Option<SystemTime>,
     /// Bytes of messages from it.
@@ -131,6 +133,9 @@ fn write_peer(text: &mut String, peer: &Peer, live: &PeerStatus) -> fmt::Result 
     if peer.pulled {
         writeln!(text, "tidegate_pulled=true")?;
     }
+    if live.is_by_name {
+        writeln!(text, "tidegate_by_name=true")?;
+    }
     Ok(())
 }
 
@@ -149,7 +154,8 @@ const PEER_LEN_MAX: usize = (11 + 64 + 1)
     + (25 + 9 + 1)
     + 2 * (9 + 20 + 1)
     + (30 + 5 + 1)
-    + "tidegate_pulled=true\n".len();
+    + "tidegate_pulled=true\n".len()
+    + "tidegate_by_name=true\n".len();
 const ALLOWED_IP_LEN_MAX: usize =
     11 + "1111:1111:1111:1111:1111:1111:255.255.255.255/128".len() + 1;
 const _: () = assert!(DEVICE_LEN_MAX + PEER_LEN_MAX + ALLOWED_IP_LEN_MAX <= PART_LEN_MAX);
@@ -189,6 +195,7 @@ mod tests {
                 last_handshake: Some(UNIX_EPOCH + Duration::new(1_700_000_000, 999_999_999)),
                 rx_bytes: u64::MAX,
                 tx_bytes: u64::MAX,
+                is_by_name: true,
             },
             _ => PeerStatus::default(),
         };
@@ -200,7 +207,7 @@ mod tests {
              endpoint=[1111:1111:1111:1111:1111:1111:ffff:ffff%4294967295]:65535\n\
              last_handshake_time_sec=1700000000\nlast_handshake_time_nsec=999999999\n\
              tx_bytes=18446744073709551615\nrx_bytes=18446744073709551615\n\
-             persistent_keepalive_interval=65535\nallowed_ip=10.0.0.0/8\n\
+             persistent_keepalive_interval=65535\ntidegate_by_name=true\nallowed_ip=10.0.0.0/8\n\
              allowed_ip=1111:1111:1111:1111:1111:1111:ffff:ffff/128\n\
              public_key={}\npreshared_key={}\nprotocol_version=1\n\
              last_handshake_time_sec=0\nlast_handshake_time_nsec=0\ntx_bytes=0\nrx_bytes=0\n\

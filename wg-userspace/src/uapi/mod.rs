@@ -6,7 +6,9 @@
 //! what answers `get=1`, a part at a time; both are pure. [`Server`] is not: it answers on the socket
 //! `/var/run/wireguard/IF.sock`, which `keeper` owns as a [`Listener`], and asks a [`Handler`], which is
 //! `daemon`. Of our own are the requests `tidegate=status` and `tidegate=quiesce`
-//! (a line `seconds=N` may follow), answered with one line of JSON, and `tidegate=resume`.
+//! (a line `seconds=N` may follow), answered with one line of JSON, `tidegate=resume`, and `tidegate=names`:
+//! the peers whose endpoints were given as names, each by the lines `public_key=` (in hexadecimal), `host=`
+//! and `port=`; the list replaces the one before.
 //!
 //! A request that fails changes nothing: it is read to its end before the handler sees it.
 
@@ -14,6 +16,7 @@ mod client;
 mod errno;
 mod get;
 mod memory;
+mod names;
 mod places;
 mod server;
 mod set;
@@ -22,6 +25,9 @@ mod tests;
 
 pub use self::errno::Errno;
 pub use self::get::{GetCursor, PART_LEN_MAX, PeerStatus, format_get, format_get_part};
+pub use self::names::{
+    EndpointName, HOST_LEN_MAX, NamesParser, format_names, is_host, parse_names,
+};
 pub use self::server::{BindError, Handler, Listener, Server};
 pub use self::set::{SetParser, SetProblem, UapiError, format_set, parse_set};
 

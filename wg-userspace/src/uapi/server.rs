@@ -21,7 +21,7 @@ use zeroize::Zeroizing;
 
 use super::memory::Memory;
 use super::places::{self, Places};
-use super::{Errno, GetCursor, SOCKET_DIR, client};
+use super::{EndpointName, Errno, GetCursor, SOCKET_DIR, client};
 use crate::device::SetRequest;
 
 /// Who carries out what wg(8) asks for.
@@ -35,6 +35,12 @@ pub trait Handler {
     /// # Errors
     /// What wg(8) is told. Nothing may have changed then.
     fn set(&self, request: SetRequest) -> Result<(), Errno>;
+
+    /// Replaces the list of peers whose endpoints were given as names. Where they are does not change.
+    ///
+    /// # Errors
+    /// What the client is told. Nothing has changed then.
+    fn set_names(&self, names: Vec<EndpointName>) -> Result<(), Errno>;
 
     /// What answers `tidegate=status`.
     fn status(&self) -> serde_json::Value;

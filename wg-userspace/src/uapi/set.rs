@@ -88,6 +88,35 @@ impl UapiError {
     }
 }
 
+/// What reads a request line by line.
+pub(super) trait RequestParser {
+    /// Takes the next line, which is not empty and has no line break.
+    ///
+    /// # Errors
+    /// [`UapiError`] if it makes no sense. The whole request is void then.
+    fn line(&mut self, line: &str) -> Result<(), UapiError>;
+
+    /// Bytes that the request takes so far, with what was replaced later.
+    fn memory_len(&self) -> usize;
+
+    /// An error about the line after the last one.
+    fn error(&self, problem: SetProblem) -> UapiError;
+}
+
+impl<F: Fn(&str) -> Option<u32>> RequestParser for SetParser<F> {
+    fn line(&mut self, line: &str) -> Result<(), UapiError> {
+        SetParser::line(self, line)
+    }
+
+    fn memory_len(&self) -> usize {
+        SetParser::memory_len(self)
+    }
+
+    fn error(&self, problem: SetProblem) -> UapiError {
+        SetParser::error(self, problem)
+    }
+}
+
 /// Reads a request line by line; there may be as many lines as the caller has memory for.
 ///
 /// `interface_index` gives the index of an interface by its name, for an endpoint whose IPv6 address
@@ -196,7 +225,7 @@ impl<F: Fn(&str) -> Option<u32>> SetParser<F> {
     }
 }
 
-fn bad_value(key: &'static str, value: &str) -> SetProblem {
+pub(super) fn bad_value(key: &'static str, value: &str) -> SetProblem {
     SetProblem::Value { key, value: value.to_owned() }
 }
 
@@ -209,7 +238,7 @@ fn private_key(value: &str) -> Result<Option<PrivateKey>, SetProblem> {
 }
 
 /// Decimal digits and nothing else.
-fn number<T: FromStr>(key: &'static str, value: &str) -> Result<T, SetProblem> {
+pub(super) fn number<T: FromStr>(key: &'static str, value: &str) -> Result<T, SetProblem> {
     let is_decimal = value.bytes().all(|byte| byte.is_ascii_digit());
     is_decimal.then(|| value.parse().ok()).flatten().ok_or_else(|| bad_value(key, value))
 }

@@ -25,6 +25,7 @@ struct Bare {
     device: RefCell<Device>,
     request_count: Cell<u32>,
     refuses: Cell<bool>,
+    names: RefCell<Vec<EndpointName>>,
     /// The time of the last pause, `None` after it was resumed.
     quiesced: Cell<Option<Option<Duration>>>,
 }
@@ -34,6 +35,7 @@ impl Handler for Bare {
         let device = self.device.borrow();
         format_get_part(cursor, &device, device.listen_port(), &|_| PeerStatus {
             endpoint: None,
+            is_by_name: false,
             last_handshake: Some(UNIX_EPOCH + Duration::from_secs(1_700_000_000)),
             rx_bytes: 148,
             tx_bytes: 92,
@@ -46,6 +48,11 @@ impl Handler for Bare {
             return Err(Errno::EADDRINUSE);
         }
         self.device.borrow_mut().apply(request);
+        Ok(())
+    }
+
+    fn set_names(&self, names: Vec<EndpointName>) -> Result<(), Errno> {
+        self.names.replace(names);
         Ok(())
     }
 
@@ -91,6 +98,27 @@ async fn ask(path: &Path, request: &str) -> String {
     let mut answer = String::new();
     stream.read_to_string(&mut answer).await.unwrap();
     answer
+}
+
+#[test]
+fn names_of_endpoints_replace_those_before() {
+    let handler = Rc::new(Bare::default());
+    let key = PrivateKey::from_bytes([1; 32]).public_key().to_hex();
+    with_server(&handler, async |path| {
+        let request = format!("tidegate=names\npublic_key={key}\nhost=server.test\nport=7\n\n");
+        assert_eq!(ask(&path, &request).await, "errno=0\n\n");
+        assert_eq!(format_names(&*handler.names.borrow()), request.trim_end().to_owned() + "\n");
+        let wrong = format!("tidegate=names\npublic_key={key}\nhost=a b\nport=7\n\nget=1\n\n");
+        assert_eq!(
+            ask(&path, &wrong).await,
+            "errno=-22\n\nlisten_port=0\nerrno=0\n\n",
+            "to its end"
+        );
+        assert_eq!(handler.names.borrow().len(), 1);
+        assert_eq!(ask(&path, "tidegate=names\npublic_key=").await, "errno=-71\n\n", "cut off");
+        assert_eq!(ask(&path, "tidegate=names\n\n").await, "errno=0\n\n");
+        assert!(handler.names.borrow().is_empty());
+    });
 }
 
 #[test]
