@@ -484,6 +484,7 @@ mod tests {
             public_key: PublicKey::from_base64(KEYS[0]).unwrap(),
             preshared_key: crate::key::PresharedKey::default(),
             endpoint: None,
+            is_by_name: false,
             persistent_keepalive: 0,
             allowed_ips: Vec::new(),
             is_pulled: true,

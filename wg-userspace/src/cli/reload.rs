@@ -145,6 +145,9 @@ impl Reload<'_> {
         if !is_dry && !found.is_none() {
             up::configure(self.interface, &found.request)?;
         }
+        if !is_dry {
+            up::tell_names(self.interface, self.config);
+        }
         self.tell(&found.lines, &[])?;
         eprintln!(
             "tidegate: {}: it was not brought up by `tidegate up`: its addresses, routes and name \
@@ -176,6 +179,7 @@ impl Reload<'_> {
                     "not everything could be taken back"
                 }));
             }
+            up::tell_names(self.interface, self.config);
             state.ledger.applies(found.applied).context("noting what was done")?;
         }
         self.tell(&found.lines, &found.left)

@@ -29,6 +29,8 @@ pub struct RunningPeer {
     pub preshared_key: PresharedKey,
     /// Where it is now.
     pub endpoint: Option<SocketAddr>,
+    /// It is there because the daemon has looked up its name.
+    pub is_by_name: bool,
     /// In seconds; 0: off.
     pub persistent_keepalive: u16,
     /// The prefixes that it owns, without host bits.
@@ -74,6 +76,7 @@ impl Running {
                 public_key,
                 preshared_key: PresharedKey::default(),
                 endpoint: None,
+                is_by_name: false,
                 persistent_keepalive: 0,
                 allowed_ips: Vec::new(),
                 is_pulled: false,
@@ -94,6 +97,7 @@ impl Running {
             "endpoint" => peer.endpoint = Some(value.parse().ok()?),
             "persistent_keepalive_interval" => peer.persistent_keepalive = value.parse().ok()?,
             "allowed_ip" => peer.allowed_ips.push(value.parse::<IpNet>().ok()?.trunc()),
+            "tidegate_by_name" => peer.is_by_name = value == "true",
             "tidegate_pulled" => peer.is_pulled = value == "true",
             _ => {}
         }
@@ -134,7 +138,9 @@ mod tests {
             greatest_timestamp: [0; 12],
         };
         device.pull(pulled).unwrap();
-        let text = uapi::format_get(&device, 51820, &|_| PeerStatus::default());
+        let moved = device.find(&PublicKey::from_bytes([1; 32])).unwrap();
+        let status = |id| PeerStatus { is_by_name: id == moved, ..PeerStatus::default() };
+        let text = uapi::format_get(&device, 51820, &status);
         let running = Running::parse(text.lines()).unwrap();
         assert_eq!(running.private_key.as_ref(), device.private_key());
         assert_eq!((running.listen_port, running.fwmark), (51820, 16));
@@ -144,6 +150,7 @@ mod tests {
         assert_eq!(configured.allowed_ips, nets);
         assert_eq!(configured.persistent_keepalive, 25);
         assert!(!configured.is_pulled && pulled.is_pulled);
+        assert!(configured.is_by_name && !pulled.is_by_name);
     }
 
     #[test]

@@ -177,7 +177,8 @@ impl Saving<'_> {
             let in_file = config.peers.iter().find(|known| *known.public_key == peer.public_key)?;
             let known = self.record?.applied.as_ref()?.endpoint(&peer.public_key)?;
             let written = applied::written(in_file.endpoint.as_deref()?);
-            Some(written == known.written && known.resolved == peer.endpoint)
+            let is_where_it_led = peer.is_by_name || known.resolved == peer.endpoint;
+            Some(written == known.written && is_where_it_led)
         };
         WantedPeer {
             public_key: peer.public_key,

@@ -30,13 +30,13 @@ use super::{
     text::plural,
 };
 use crate::{
-    config::{self, Config, ConfigErrors},
+    config::{self, Config, ConfigErrors, Endpoint},
     daemon::Mode,
     device::SetRequest,
     host::{Host, MAIN_TABLE, missing_routes},
     keeper::notify,
     sys::clock,
-    uapi,
+    uapi::{self, EndpointName},
 };
 
 pub fn up(arguments: args::Up) -> Result<Code, Failure> {
@@ -290,6 +290,7 @@ impl Work<'_> {
                 Step::Configure => {
                     let configuration = configuration.as_ref().expect("it comes before");
                     configure(self.interface, &configuration.request)?;
+                    tell_names(self.interface, &config);
                     let path = self.ledger.record().header.config.clone();
                     let applied = Applied::new(&path, &config, self.plan, &configuration.request);
                     let noted = applied.and_then(|applied| self.ledger.applies(applied));
@@ -372,6 +373,30 @@ pub fn configure(interface: &InterfaceName, request: &SetRequest) -> Result<(), 
     }
 }
 
+/// Tells the daemon which endpoints the file gives as names, so that it looks for peers that are not there
+/// any more. A daemon that does not know of such things is told nothing but that there are none.
+pub fn tell_names(interface: &InterfaceName, config: &Config) {
+    let names = config.peers.iter().filter_map(|peer| match peer.endpoint.as_deref()? {
+        Endpoint::Address(_) => None,
+        Endpoint::Host { host, port } => {
+            let host = host.clone();
+            Some(EndpointName { public_key: *peer.public_key, host, port: *port })
+        }
+    });
+    let names: Vec<_> = names.collect();
+    let tell = || -> Result<(), Failure> {
+        let Some(socket) = Socket::find(interface)? else { return Ok(()) };
+        let answer = socket.request(&uapi::format_names(&names))?;
+        answer.error().map_or(Ok(()), |error| Err(anyhow::Error::new(error).into()))
+    };
+    if let Err(failure) = tell()
+        && !names.is_empty()
+    {
+        let what = "warning: the names of endpoints are not looked up again";
+        failure.within(what).within(interface).print();
+    }
+}
+
 /// Kills this process on its way, at a point that a test names.
 #[derive(Default)]
 struct StopAt {
@@ -412,7 +437,7 @@ async fn dry_run(
         .peers
         .iter()
         .filter_map(|peer| match peer.endpoint.as_deref() {
-            Some(config::Endpoint::Address(address)) => Some(*address),
+            Some(Endpoint::Address(address)) => Some(*address),
             _ => None,
         })
         .collect();
