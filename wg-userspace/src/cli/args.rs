@@ -6,7 +6,7 @@ use std::{
     str::FromStr,
 };
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand};
 use wg_common::map::HEARTBEATS_LEN;
 
 use super::name::InterfaceName;
@@ -215,7 +215,13 @@ pub struct Quiesce {
 pub fn parse(arguments: Vec<OsString>) -> Result<Command, clap::Error> {
     let called_as = arguments.first().map(Path::new).and_then(Path::file_name);
     if called_as.is_some_and(|name| name == "tidegated") {
-        Ok(Command::Run(Tidegated::try_parse_from(arguments)?.run))
+        let run = Tidegated::try_parse_from(arguments)?.run;
+        // Else `tidegated up wg0` would make two interfaces.
+        if run.interfaces.len() > 1 {
+            let line = "tidegated runs one interface; `tidegate run` runs several";
+            return Err(Tidegated::command().error(clap::error::ErrorKind::TooManyValues, line));
+        }
+        Ok(Command::Run(run))
     } else {
         Ok(Tidegate::try_parse_from(arguments)?.command)
     }
@@ -290,7 +296,6 @@ mod tests {
 
     #[test]
     fn the_definition_is_sound() {
-        use clap::CommandFactory;
         Tidegate::command().debug_assert();
         Tidegated::command().debug_assert();
     }
@@ -321,7 +326,8 @@ mod tests {
             names.iter().map(|name| name.as_str().to_owned()).collect::<Vec<_>>()
         };
         assert_eq!(names("tidegate run wg0 -f wg1"), ["wg0", "wg1"]);
-        assert_eq!(names("tidegated --mode udp -- wg0 -x wg2"), ["wg0", "-x", "wg2"]);
+        assert_eq!(names("tidegate run --mode udp -- wg0 -x wg2"), ["wg0", "-x", "wg2"]);
+        assert!(read("tidegated wg0 wg1").is_err());
         let many = |count: usize| {
             let names: Vec<_> = (0..count).map(|number| format!("wg{number}")).collect();
             format!("tidegate run {}", names.join(" "))
