@@ -103,8 +103,12 @@ fn tunnel<'a>(lab: &'a Lab, options: &[&str], gateway_conf: &str) -> [Daemon<'a>
 
 /// Waits until one echo request is answered, and gives how long that took.
 fn until_answered(space: &Space, to: &str, daemon: &Daemon) -> Duration {
+    until_answered_in(GOES_ON, space, to, daemon)
+}
+
+fn until_answered_in(limit: Duration, space: &Space, to: &str, daemon: &Daemon) -> Duration {
     let begun = Instant::now();
-    let answered = lab::wait_for("an answer", GOES_ON, || {
+    let answered = lab::wait_for("an answer", limit, || {
         let one = space.run("ping", &["-n", "-c", "1", "-W", "1", to]);
         Ok(one.is_ok().then_some(()))
     });
@@ -308,6 +312,8 @@ fn what_wg_has_set_and_where_peers_have_gone_is_remembered() {
 #[test]
 fn a_pause_goes_on_in_the_process_that_follows() {
     let Some(lab) = lab("a_pause_goes_on_in_the_process_that_follows") else { return };
+    // Who has no reason to reach the other one waits for it: 15 s without an answer, and then some.
+    let goes_on = Duration::from_secs(40);
     let [gateway, _client] = tunnel(&lab, UDP, GATEWAY_CONF);
     let tidegate = |words: &[&str]| gateway.space.run(tidegate(), words).unwrap();
     tidegate(&["quiesce", &gateway.interface]);
@@ -315,10 +321,10 @@ fn a_pause_goes_on_in_the_process_that_follows() {
     assert!(tidegate(&["show", &gateway.interface]).contains("quiesced: until it is resumed"));
     assert_eq!(lab.client.ping(GATEWAY_INNER[0], 2, &[]).unwrap().answered, 0);
     tidegate(&["quiesce", &gateway.interface, "--resume"]);
-    until_answered(&lab.client, GATEWAY_INNER[0], &gateway);
+    until_answered_in(goes_on, &lab.client, GATEWAY_INNER[0], &gateway);
     replace(&gateway);
     assert!(!tidegate(&["show", &gateway.interface]).contains("quiesced"));
-    until_answered(&lab.client, GATEWAY_INNER[0], &gateway);
+    until_answered_in(goes_on, &lab.client, GATEWAY_INNER[0], &gateway);
 }
 
 #[test]

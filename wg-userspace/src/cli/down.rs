@@ -72,6 +72,21 @@ pub async fn undo_left_overs(host: &Host, except: &InterfaceName) {
     }
 }
 
+/// The daemon of Tidegate's that answers for an interface, if one does. One that is about to end breaks
+/// off, and is waited for.
+fn daemon_that_answers(interface: &InterfaceName) -> Result<Option<Pid>, Failure> {
+    let started = clock::boot_now();
+    loop {
+        let Some(socket) = Socket::find(interface)? else { return Ok(None) };
+        match show::status(&socket) {
+            Ok(Some(_)) => return socket.daemon(),
+            Ok(None) => return Ok(None),
+            Err(failure) if clock::boot_now().since(started) > END_TIMEOUT => return Err(failure),
+            Err(_) => std::thread::sleep(POLL_EVERY),
+        }
+    }
+}
+
 /// The way back through the steps of a ledger.
 pub struct TakeDown<'a> {
     interface: &'a InterfaceName,
@@ -191,10 +206,7 @@ impl<'a> TakeDown<'a> {
         let keeper = self.ledger.record().keeper.filter(|keeper| keeper.is_alive());
         let pid = match keeper {
             Some(keeper) => keeper.pid(),
-            None => match Socket::find(interface)? {
-                Some(socket) if show::status(&socket)?.is_some() => socket.daemon()?,
-                _ => None,
-            },
+            None => daemon_that_answers(interface)?,
         };
         if let Some(pid) = pid {
             match host.link(interface.as_str()).await? {
