@@ -277,9 +277,9 @@ fn a_hook_that_fails_leaves_nothing_behind() {
 /// The point at which the daemon runs: there are three for each step, and a hook comes before it.
 const DAEMON_RUNS: u32 = 6;
 
-/// Kills the daemon and waits until its device is gone.
-const KILL_DAEMON: &str =
-    "pkill -KILL -x tidegate; while ip link show tg0 2>/dev/null; do sleep 0.05; done";
+/// Kills the daemon and waits until its device and both its processes are gone.
+const KILL_DAEMON: &str = "pkill -KILL -x tidegate; while ip link show tg0 2>/dev/null || \
+    ps -C tidegate,tidegate-data -o state= | grep -qv Z; do sleep 0.05; done";
 
 #[test]
 fn a_kill_at_any_step_leaves_what_down_undoes() {
