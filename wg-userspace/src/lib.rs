@@ -2,6 +2,7 @@
 
 pub mod aead;
 pub mod bpf;
+pub mod check;
 pub mod cli;
 pub mod config;
 pub mod counters;

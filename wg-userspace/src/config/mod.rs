@@ -245,6 +245,11 @@ pub fn directives(name: &str, text: &str) -> (Directives, Vec<Problem>) {
 }
 
 impl Config {
+    /// The file's name and its text, with secrets starred out: what reports of it show.
+    pub fn source(&self) -> &Arc<NamedSource<String>> {
+        &self.source
+    }
+
     /// Where something stands, for people: `file:line`.
     pub fn place(&self, span: Span) -> String {
         let text = self.source.inner().as_bytes();
