@@ -8,6 +8,7 @@ use std::{
     io::Write as _,
     path::{Path, PathBuf},
     process::{Command, ExitCode, Stdio},
+    sync::atomic::{AtomicUsize, Ordering},
     thread,
     time::{Duration, Instant},
 };
@@ -24,6 +25,8 @@ use crate::{
 
 /// One program with tests may take this long; then something in it hangs.
 const SUITE_LIMIT: Duration = Duration::from_secs(600);
+/// So many programs that drive whole processes run at once: most of their time they wait for packets.
+const SUITES_AT_ONCE: usize = 2;
 /// How long it may take to clean up when it is told to end.
 const GRACE: Duration = Duration::from_secs(15);
 
@@ -101,9 +104,12 @@ pub fn test(options: &Options) -> Result<ExitCode> {
             Ok(())
         });
         if built {
-            for suite in &suites {
+            let (driving, computing): (Vec<_>, Vec<_>) =
+                suites.iter().partition(|suite| suite.drives_processes);
+            for suite in computing {
                 tally.add(suite.run(options.no_root)?);
             }
+            tally.add(run_at_once(&driving, options.no_root)?);
             tally.add(doc_tests()?);
         }
     }
@@ -125,6 +131,8 @@ struct Suite {
     program: PathBuf,
     /// The folder of its package, where cargo would start it.
     folder: PathBuf,
+    /// Whether it is one of those in `tests/`, which start programs and wait for them.
+    drives_processes: bool,
 }
 
 fn build_suites() -> Result<Vec<Suite>> {
@@ -146,11 +154,36 @@ fn build_suites() -> Result<Vec<Suite>> {
         let target = message["target"]["name"].as_str().unwrap_or_default();
         let kind = message["target"]["kind"][0].as_str().unwrap_or_default();
         let name = format!("{package} {kind} {target}");
-        suites.push(Suite { name, program: program.into(), folder });
+        let drives_processes = kind == "test";
+        suites.push(Suite { name, program: program.into(), folder, drives_processes });
     }
     suites.sort_by(|a, b| a.name.cmp(&b.name));
     ensure!(!suites.is_empty(), "cargo built no tests");
     Ok(suites)
+}
+
+/// Runs suites that do not keep the machine busy, several at once.
+fn run_at_once(suites: &[&Suite], no_root: bool) -> Result<Tally> {
+    let next = AtomicUsize::new(0);
+    let run_some = || {
+        let mut tally = Tally::default();
+        while let Some(suite) = suites.get(next.fetch_add(1, Ordering::Relaxed)) {
+            tally.add(suite.run(no_root)?);
+        }
+        anyhow::Ok(tally)
+    };
+    let tallies: Vec<Result<Tally>> = thread::scope(|scope| {
+        let threads: Vec<_> = (0..SUITES_AT_ONCE).map(|_| scope.spawn(run_some)).collect();
+        let ended = threads.into_iter().map(|thread| thread.join());
+        ended.map(|tally| tally.unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
+    });
+    let mut all = Tally::default();
+    for tally in tallies {
+        all.add(tally?);
+    }
+    all.failed.sort();
+    all.skipped.sort();
+    Ok(all)
 }
 
 impl Suite {
@@ -180,8 +213,9 @@ impl Suite {
         command.env("RUST_BACKTRACE", "0");
         let (success, output) = run_to_end(&mut command, &self.name)?;
         let tally = read(&self.name, &output, success);
-        println!(
-            "== {}{}: {} passed, {} failed, {} skipped ({:.1} s)",
+        // In one piece: another suite may print meanwhile.
+        let mut shown = format!(
+            "== {}{}: {} passed, {} failed, {} skipped ({:.1} s)\n",
             self.name,
             helper.map_or_else(String::new, |helper| format!(" by {helper}")),
             tally.passed,
@@ -190,8 +224,9 @@ impl Suite {
             started.elapsed().as_secs_f64()
         );
         if !tally.failed.is_empty() {
-            println!("{output}");
+            shown += &output;
         }
+        print!("{shown}");
         Ok(tally)
     }
 }
@@ -219,7 +254,8 @@ fn doc_tests() -> Result<Tally> {
 /// Runs a command and gives whether it succeeded, and all that it printed. On a signal and after
 /// [`SUITE_LIMIT`] it is told to end, so that it cleans up, and killed only if it does not.
 fn run_to_end(command: &mut Command, name: &str) -> Result<(bool, String)> {
-    let log = target_dir().join(format!("test-{}.log", std::process::id()));
+    let file_name = format!("test-{}-{}.log", std::process::id(), name.replace([' ', '/'], "-"));
+    let log = target_dir().join(file_name);
     let file = File::create(&log).with_context(|| format!("writing {}", log.display()))?;
     let both = file.try_clone()?;
     let mut child = command.stdin(Stdio::null()).stdout(file).stderr(both).spawn()?;
