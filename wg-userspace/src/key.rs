@@ -91,6 +91,12 @@ impl PublicKey {
     pub fn to_hex(&self) -> String {
         encode_hex(&self.0).as_str().to_owned()
     }
+
+    /// The beginning of its base64, for logs: enough to find it by, with an ellipsis.
+    pub fn short(&self) -> String {
+        const CHARS: usize = 8;
+        format!("{:.CHARS$}…", self)
+    }
 }
 
 impl fmt::Display for PublicKey {

@@ -14,7 +14,7 @@ mod common;
 use std::{
     fs::{self, File},
     io::{Read, Write},
-    net::{Ipv4Addr, TcpListener, TcpStream},
+    net::{Ipv4Addr, Shutdown, TcpListener, TcpStream},
     os::{
         fd::{AsFd, OwnedFd},
         unix::net::UnixStream,
@@ -31,6 +31,7 @@ use rustix::{
     thread::{LinkNameSpaceType, move_into_link_name_space},
 };
 use serde_json::Value;
+use wg_userspace::key::PublicKey;
 use xtask::{
     demonstration::{CLIENT_CONF, GATEWAY_CONF, GATEWAY_INNER},
     lab::{self, GATEWAY_V4, HOST_V4, Lab, OUTER, Space},
@@ -294,10 +295,24 @@ fn what_wg_has_set_and_where_peers_have_gone_is_remembered() {
     };
     let before = config();
     assert!(before.iter().any(|line| line[0] == peer && line[2].ends_with(":2222")), "{before:?}");
+    let uapi = |request: String| {
+        let mut stream = UnixStream::connect(socket(interface)).unwrap();
+        stream.write_all(request.as_bytes()).unwrap();
+        stream.shutdown(Shutdown::Write).unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        answer
+    };
+    let hex = PublicKey::from_base64(peer).unwrap().to_hex();
+    let named = uapi(format!("set=1\npublic_key={hex}\ntidegate_name=a laptop\n\n"));
+    assert_eq!(named, "errno=0\n\n");
+    let is_named = || uapi("get=1\n\n".to_owned()).contains("\ntidegate_name=a laptop\n");
+    assert!(is_named());
     // Where peers go is written down several times a second.
     thread::sleep(Duration::from_millis(500));
     replace(&gateway);
     assert_eq!(config(), before);
+    assert!(is_named(), "its name is remembered");
     until_answered(&lab.client, GATEWAY_INNER[0], &gateway);
 
     // What is changed after a replacement is remembered as well.
@@ -417,7 +432,7 @@ fn a_scope_is_understood_by_its_name() {
     let peer = value(GATEWAY_CONF, "PublicKey");
     let request = format!(
         "set=1\npublic_key={}\nendpoint=[fe80::7%{OUTER}]:7\n\n",
-        wg_userspace::key::PublicKey::from_base64(peer).unwrap().to_hex()
+        PublicKey::from_base64(peer).unwrap().to_hex()
     );
     let mut stream = UnixStream::connect(socket(&gateway.interface)).unwrap();
     stream.set_read_timeout(Some(LIMIT)).unwrap();

@@ -188,6 +188,47 @@ fn one_of_100_peers_changes_and_the_others_lose_nothing() {
     assert!(gateway.reload().ends_with(": nothing to do\n"));
 }
 
+#[test]
+fn another_name_is_a_difference_and_disturbs_nobody() {
+    let Some(lab) = lab("another_name_is_a_difference_and_disturbs_nobody") else { return };
+    let text = of_100_peers();
+    let gateway = Gateway::up(&lab, &text);
+    let _client = client(&lab);
+    let client_key = common::value(GATEWAY_CONF, "PublicKey");
+    let was = gateway.state();
+    let handshake = |gateway: &Gateway<'_>| gateway.dump()[1][..5].to_vec();
+    let before = handshake(&gateway);
+    assert_eq!(before[0], client_key);
+    let mut ping = lab.client.command("ping");
+    ping.args(["-n", "-q", "-i", "0.002", "-c", "500", "-W", "2", GATEWAY_INNER[0]]);
+    let ping = lab.client.spawn("ping", &mut ping).unwrap();
+    assert!(text.contains("#! Name = client\n"), "{text}");
+    let laptop = text.replace("#! Name = client\n", "#! Name = laptop\n");
+    gateway.write(&laptop);
+    let said = gateway.succeeds(&["reload", gateway.path(), "--dry-run"]);
+    assert_eq!(said, format!("~ peer laptop ({client_key}): renamed from client\n"));
+    assert_eq!(gateway.reload(), said);
+    assert!(gateway.reload().ends_with(": nothing to do\n"));
+    let seventh = format!("PublicKey = {}\n", key(7));
+    gateway.write(
+        &laptop
+            .replace("#! Name = laptop\n", "")
+            .replace(&seventh, &format!("{seventh}#! Name = laptop\n")),
+    );
+    let expected =
+        format!("~ peer {client_key}: no more named laptop\n~ peer laptop ({}): named\n", key(7));
+    assert_eq!(gateway.reload(), expected);
+    gateway.write(GATEWAY_CONF);
+    let said = gateway.reload();
+    assert!(said.contains(&format!("\n- peer laptop ({})\n", key(7))), "{said}");
+    let said = ping.finish(Duration::from_secs(30)).unwrap();
+    assert!(said.contains("500 packets transmitted, 500 received"), "{said}");
+    assert_eq!(handshake(&gateway), before);
+    gateway.write(&text);
+    gateway.reload();
+    assert_eq!(gateway.state(), was);
+}
+
 /// The gateway's file after somebody has changed nearly all of it.
 fn rewritten() -> String {
     let replace = |text: String, from: &str, to: &str| {
@@ -363,6 +404,15 @@ fn save_keeps_what_people_wrote_and_reload_finds_nothing_to_do() {
     assert!(gateway.save().contains("nothing to do"));
     assert_eq!(gateway.text(), saved, "twice is once");
     assert!(gateway.reload().ends_with(": nothing to do\n"));
+    // What this version does not follow, and was written since it came up, stays as it is.
+    let later =
+        "[Interface]\n#!  nat = MASQUERADE out=eth0 # later\n#! Allow = ::/0->::/0 TCP 1, 2\n";
+    gateway.write(&saved.replacen("[Interface]\n", later, 1));
+    gateway.wg(&format!("set {interface} listen-port 7798"));
+    gateway.save();
+    assert_eq!(gateway.text(), saved.replacen("[Interface]\n", later, 1).replace("7799", "7798"));
+    gateway.write(&saved);
+    gateway.reload();
 
     if find_program("wg-quick").is_some() {
         // In meaning it is what wg-quick saves.

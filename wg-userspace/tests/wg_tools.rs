@@ -223,6 +223,51 @@ fn what_showconf_says_is_what_setconf_takes() {
 }
 
 #[test]
+fn names_of_peers_are_answered_and_wg_does_not_mind_them() {
+    let Some(lab) = lab("names_of_peers_are_answered_and_wg_does_not_mind_them") else { return };
+    let daemon = Daemon::start(&lab.gateway, &lab.interface('g'), UDP);
+    let name = daemon.interface.as_str();
+    let path = socket(name);
+    let file = lab.write("motley.conf", &motley(20)).unwrap();
+    daemon.wg(&["setconf", name, file.to_str().unwrap()]);
+    let words = || {
+        ["all", "all dump", "all allowed-ips", "all transfer"].map(|what| {
+            let all: Vec<&str> = ["show"].into_iter().chain(what.split(' ')).collect();
+            daemon.wg(&all)
+        })
+    };
+    let (shown, conf) = (words(), daemon.wg(&["showconf", name]));
+    let longest = "\u{1f4bb}".repeat(63);
+    let names = ["laptop", "errno=1", "public key = x, \\ \"y\"", &longest];
+    let named: String = (1..).zip(names).fold(String::new(), |text, (number, name)| {
+        text + &format!(
+            "public_key={}\nupdate_only=true\ntidegate_name={name}\n",
+            key(number).to_hex()
+        )
+    });
+    assert_eq!(ask(&path, &format!("set=1\n{named}\n")), "errno=0\n\n");
+    let answered = || -> Vec<String> {
+        let answer = ask(&path, "get=1\n\n");
+        let names = answer.lines().filter_map(|line| line.strip_prefix("tidegate_name="));
+        names.map(str::to_owned).collect()
+    };
+    assert_eq!(answered(), names);
+    assert_eq!((words(), daemon.wg(&["showconf", name])), (shown, conf.clone()));
+    // wg(8) knows no names: what it sets of a peer that stays leaves its name.
+    let conf = lab.write("shown.conf", &conf).unwrap();
+    daemon.wg(&["syncconf", name, conf.to_str().unwrap()]);
+    daemon.wg(&["set", name, "peer", &key(1).to_string(), "persistent-keepalive", "3"]);
+    assert_eq!(answered(), names);
+    for wrong in [" a", "a\t", "a#b", &key(1).to_string(), &"x".repeat(64)] {
+        let request = format!("set=1\npublic_key={}\ntidegate_name={wrong}\n\n", key(1).to_hex());
+        assert_eq!(ask(&path, &request), "errno=22\n\n", "{wrong}");
+    }
+    let request = format!("set=1\npublic_key={}\ntidegate_name=\n\n", key(1).to_hex());
+    assert_eq!(ask(&path, &request), "errno=0\n\n");
+    assert_eq!(answered(), names[1..]);
+}
+
+#[test]
 fn ten_thousand_peers_come_by_setconf() {
     let Some(lab) = lab("ten_thousand_peers_come_by_setconf") else { return };
     let daemon = Daemon::start(&lab.gateway, &lab.interface('g'), UDP);

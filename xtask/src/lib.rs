@@ -3,6 +3,7 @@
 pub mod build_ebpf;
 pub mod claims;
 pub mod demonstration;
+pub mod dist;
 pub mod fuzz;
 pub mod lab;
 pub mod layers;

@@ -2,7 +2,8 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    env,
+    env, fs,
+    path::Path,
 };
 
 use anyhow::{Context, Result, ensure};
@@ -24,6 +25,9 @@ const ALLOWED: &[&str] = &[
 
 /// What `fuzz/` may use on top, which nobody gets from us: libFuzzer's own is like BSD's.
 const FOR_FUZZING: &str = "NCSA";
+
+/// How the names of a package's files begin that have to go along with it.
+const TEXTS: [&str; 5] = ["LICENSE", "LICENCE", "COPYING", "COPYRIGHT", "NOTICE"];
 
 /// Checks all packages in the lock files that this platform builds.
 ///
@@ -59,6 +63,49 @@ pub fn check() -> Result<()> {
         for_fuzzing.len()
     );
     Ok(())
+}
+
+/// The texts that go along with the daemon: who wrote what is linked into it, and on which terms.
+/// Each text stands there once, below the packages that have it.
+///
+/// # Errors
+/// If cargo or a package's file cannot be read.
+pub fn texts() -> Result<String> {
+    let ours = metadata("Cargo.toml")?;
+    let shipped = shipped(&ours).context("the graph of dependencies")?;
+    let mut list = BTreeSet::new();
+    let mut packages_of: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    for package in ours["packages"].as_array().context("its packages")? {
+        let is_shipped = package["id"].as_str().is_some_and(|id| shipped.contains(id));
+        // The workspace's own packages have no source.
+        if !is_shipped || package["source"].is_null() {
+            continue;
+        }
+        let text = |key: &str| package[key].as_str().unwrap_or_default();
+        let name = format!("{} {}", text("name"), text("version"));
+        let folder = Path::new(text("manifest_path")).parent().context("a package's folder")?;
+        for entry in
+            fs::read_dir(folder).with_context(|| format!("reading {}", folder.display()))?
+        {
+            let entry = entry?;
+            let file = entry.file_name().to_string_lossy().to_uppercase();
+            let is_meant = TEXTS.iter().any(|start| file.starts_with(start));
+            if is_meant && entry.file_type()?.is_file() {
+                let bytes = fs::read(entry.path())
+                    .with_context(|| format!("reading {}", entry.path().display()))?;
+                let text = String::from_utf8_lossy(&bytes).trim().replace('\r', "");
+                packages_of.entry(text).or_default().insert(name.clone());
+            }
+        }
+        list.insert(format!("{name}: {}", text("license")));
+    }
+    let mut texts = String::from("What is linked into tidegate, and on which terms.\n\n");
+    texts.extend(list.into_iter().map(|line| line + "\n"));
+    for (text, packages) in packages_of {
+        let packages = packages.into_iter().collect::<Vec<_>>().join(", ");
+        texts.push_str(&format!("\n{}\n{packages}\n\n{text}\n", "=".repeat(80)));
+    }
+    Ok(texts)
 }
 
 fn metadata(manifest: &str) -> Result<Value> {
@@ -141,6 +188,19 @@ fn one(words: &mut Words<'_>, more: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn whoever_wrote_what_is_shipped_is_named() {
+        let texts = texts().unwrap();
+        let (list, rest) = texts.split_once(&"=".repeat(80)).unwrap();
+        assert!(list.lines().any(|line| line.starts_with("ring ")), "{list}");
+        // Neither what is ours, nor what only tests use.
+        assert!(!list.contains("wg-userspace") && !list.contains("proptest"), "{list}");
+        assert!(rest.contains("Permission is hereby granted") && rest.contains("Apache License"));
+        let text = rest.split(&"=".repeat(80)).next().unwrap().lines().skip(2);
+        let text = text.collect::<Vec<_>>().join("\n");
+        assert_eq!(rest.matches(text.trim()).count(), 1, "a text stands there twice");
+    }
 
     #[test]
     fn a_choice_must_lead_to_an_allowed_licence() {

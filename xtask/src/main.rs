@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use xtask::{build_ebpf, fuzz, layers, licences, run, scenarios, test};
+use xtask::{build_ebpf, dist, fuzz, layers, licences, run, scenarios, test};
 
 /// Tidegate's tasks.
 #[derive(Parser)]
@@ -25,6 +25,8 @@ enum Task {
     Licences,
     /// Look for inputs that break a rule: see `fuzz/`.
     Fuzz(fuzz::Options),
+    /// Build and pack what an installation needs.
+    Dist(dist::Options),
     /// The part of `run` that needs privileges.
     #[command(hide = true)]
     Demonstrate(scenarios::Options),
@@ -38,6 +40,7 @@ fn main() -> ExitCode {
         Task::Layers => layers::check().map(|()| ExitCode::SUCCESS),
         Task::Licences => licences::check().map(|()| ExitCode::SUCCESS),
         Task::Fuzz(options) => fuzz::fuzz(&options).map(|()| ExitCode::SUCCESS),
+        Task::Dist(options) => dist::dist(&options).map(|()| ExitCode::SUCCESS),
         Task::Demonstrate(options) => scenarios::demonstrate(&options),
     };
     ended.unwrap_or_else(|error| {
@@ -58,6 +61,7 @@ mod tests {
             "run --scenario mesh --mode udp",
             "run --scenario bridge --peer wireguard-go",
             "demonstrate --programs . --mode native",
+            "dist --out target/dist",
             "demonstrate --programs . --mode native --scenario gateway --peer tidegate --lifeline",
         ] {
             assert!(Task::try_parse_from(format!("xtask {line}").split(' ')).is_ok(), "{line}");

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{ledger::Hook, plan::Plan};
 use crate::{
-    config::{Config, Endpoint, Mode},
+    config::{Config, Endpoint},
     device::SetRequest,
     key::PublicKey,
 };
@@ -104,14 +104,10 @@ impl AtStart {
     /// What a file says.
     pub fn of(config: &Config) -> AtStart {
         let xdp = config.interface.xdp.as_ref();
-        let mode = xdp.and_then(|xdp| xdp.mode.as_ref()).map(|mode| match mode.value {
-            Mode::Auto => "auto",
-            Mode::Native => "native",
-            Mode::Udp => "udp",
-        });
+        let mode = xdp.and_then(|xdp| xdp.mode.as_ref()).map(|mode| mode.value.to_string());
         AtStart {
             xdp: xdp.iter().flat_map(|xdp| &xdp.interfaces).map(|nic| nic.value.clone()).collect(),
-            mode: mode.map(str::to_owned),
+            mode,
             workers: config.interface.workers.as_deref().copied(),
         }
     }

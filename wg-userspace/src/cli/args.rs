@@ -7,16 +7,17 @@ use std::{
 };
 
 use clap::{Args, CommandFactory, Parser, Subcommand};
+use clap_complete::Shell;
 use wg_common::map::HEARTBEATS_LEN;
 
-use super::name::InterfaceName;
+use super::{init::Shape, name::InterfaceName};
 use crate::{
     config::Directives,
     daemon::{DEVICE_COUNT_MAX, Mode},
 };
 
 /// The numbers of [`Code`](super::Code), for people.
-const EXIT_CODES: &str = "Exit codes: 0 ok · 1 it failed while it ran · 2 wrong usage · \
+pub const EXIT_CODES: &str = "Exit codes: 0 ok · 1 it failed while it ran · 2 wrong usage · \
     3 error in a config file · 4 missing privilege · 5 not found, or there already · \
     6 works, but not as well as was asked for";
 
@@ -68,16 +69,35 @@ pub enum Command {
         #[arg(value_name = "NAME|FILE")]
         what: String,
     },
+    /// Look for everything that is wrong with config files, alone and as ends of the same tunnels
+    Check(Check),
     /// Show interfaces, their peers and the data path in use
     Show(Show),
     /// End all keys of an interface and make none until it is resumed: for a snapshot of this machine
     Quiesce(Quiesce),
+    /// Write commented config files for all ends of a new tunnel, with new keys
+    #[command(subcommand)]
+    Init(Shape),
     /// Print a new private key
     Genkey,
     /// Print a new preshared key
     Genpsk,
     /// Read a private key from standard input and print its public key
     Pubkey,
+    /// Print what a shell completes
+    #[command(hide = true)]
+    Completions {
+        /// Which shell
+        #[arg(value_enum)]
+        shell: Shell,
+    },
+    /// Write the pages of the manual
+    #[command(hide = true)]
+    Man {
+        /// Where they go
+        #[arg(value_name = "DIR")]
+        dir: PathBuf,
+    },
 }
 
 /// Arguments of `run`.
@@ -183,6 +203,27 @@ pub struct Reload {
     pub dry_run: bool,
 }
 
+/// Arguments of `check`.
+#[derive(Args, Debug)]
+pub struct Check {
+    /// Config files, or names of interfaces (of files /etc/wireguard/NAME.conf); several are also
+    /// compared with each other, as ends of the same tunnels
+    #[arg(value_name = "FILE|NAME", required = true)]
+    pub files: Vec<String>,
+    /// End with exit code 6 if there are warnings
+    #[arg(long)]
+    pub strict: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Show notes even if there is nothing else
+    #[arg(short, long)]
+    pub verbose: bool,
+    /// Look at the files only, and not at what this host says of them: names, ports, rights, routes
+    #[arg(long)]
+    pub offline: bool,
+}
+
 /// Arguments of `show`.
 #[derive(Args, Debug)]
 pub struct Show {
@@ -206,6 +247,11 @@ pub struct Quiesce {
     /// Go on by itself after so many seconds
     #[arg(long = "for", value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..))]
     pub seconds: Option<u32>,
+}
+
+/// Both programs: `tidegate` and `tidegated`.
+pub fn definitions() -> [clap::Command; 2] {
+    [Tidegate::command(), Tidegated::command()]
 }
 
 /// Reads the arguments; their first is the name that this program was called by.
@@ -385,6 +431,8 @@ mod tests {
             "tidegate reload wg0 --force",
             "tidegate save",
             "tidegate strip wg0 wg1",
+            "tidegate check",
+            "tidegate check --strict",
             "tidegate pubkey key",
             "tidegate quiesce",
             "tidegate quiesce a/b",

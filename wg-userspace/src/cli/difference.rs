@@ -69,7 +69,7 @@ pub fn of_device(
         let remove = PeerChange { remove: true, ..PeerChange::new(peer.public_key) };
         found.request.peers.push(remove);
         found.back.peers.push(whole(peer));
-        found.line(format!("- peer {}", peer.public_key));
+        found.line(format!("- peer {}", label(&peer.name, &peer.public_key)));
     }
     let before: HashMap<PublicKey, &RunningPeer> =
         running.peers.iter().map(|peer| (peer.public_key, peer)).collect();
@@ -109,6 +109,7 @@ fn whole(peer: &RunningPeer) -> PeerChange {
         preshared_key: Some(peer.preshared_key.clone()),
         endpoint: peer.endpoint,
         persistent_keepalive: Some(peer.persistent_keepalive),
+        name: Some(peer.name.clone()),
         replace_allowed_ips: true,
         allowed_ips: peer.allowed_ips.iter().copied().map(AllowedIpChange::Add).collect(),
         ..PeerChange::new(peer.public_key)
@@ -131,6 +132,7 @@ impl DeviceDifference {
             preshared_key: peer.preshared_key.as_deref().cloned(),
             endpoint,
             persistent_keepalive: Some(seconds),
+            name: peer.name.as_deref().cloned(),
             replace_allowed_ips: true,
             allowed_ips: allowed_ips.iter().copied().map(AllowedIpChange::Add).collect(),
             ..PeerChange::new(*peer.public_key)
@@ -193,6 +195,16 @@ impl DeviceDifference {
             change.persistent_keepalive = Some(seconds);
             back.persistent_keepalive = Some(before.persistent_keepalive);
         }
+        let name = peer.name.as_deref().map_or("", String::as_str);
+        if name != before.name {
+            facts.push(match (&*before.name, name) {
+                ("", _) => "named".to_owned(),
+                (was, "") => format!("no more named {was}"),
+                (was, _) => format!("renamed from {was}"),
+            });
+            change.name = Some(name.to_owned());
+            back.name = Some(before.name.clone());
+        }
         if before.is_pulled {
             // To be named is enough.
             facts.push("configured, no more pulled".to_owned());
@@ -210,11 +222,14 @@ pub struct Label<'a>(pub &'a PeerConfig);
 
 impl fmt::Display for Label<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.0.name {
-            Some(name) => write!(f, "{} ({})", name.value, self.0.public_key.value),
-            None => write!(f, "{}", self.0.public_key.value),
-        }
+        let name = self.0.name.as_deref().map_or("", String::as_str);
+        f.write_str(&label(name, &self.0.public_key))
     }
+}
+
+/// A peer's name, if it is not empty, and its key.
+fn label(name: &str, key: &PublicKey) -> String {
+    if name.is_empty() { key.to_string() } else { format!("{name} ({key})") }
 }
 
 fn list(facts: &[String]) -> String {
@@ -486,6 +501,7 @@ mod tests {
             endpoint: None,
             is_by_name: false,
             persistent_keepalive: 0,
+            name: String::new(),
             allowed_ips: Vec::new(),
             is_pulled: true,
         });
@@ -506,7 +522,7 @@ mod tests {
         let mut device = device(&before);
         let found = of_device(&running(&device), &after, None, &HashMap::new());
         let expected = [
-            format!("~ peer laptop ({}): preshared key added", KEYS[0]),
+            format!("~ peer laptop ({}): preshared key added, named", KEYS[0]),
             format!("+ peer {}: 10.0.0.2/32", KEYS[1]),
         ];
         assert_eq!(found.lines, expected);

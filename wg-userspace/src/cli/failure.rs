@@ -66,6 +66,15 @@ impl Failure {
         ExitCode::from(self.code)
     }
 
+    /// The line that will be printed, if it is one.
+    pub fn line(&self) -> String {
+        match &self.shown {
+            Shown::Line(line) => line.clone(),
+            Shown::Report(report) => report.to_string(),
+            Shown::Nothing => String::new(),
+        }
+    }
+
     /// Puts `what` before the line that will be printed.
     pub fn within(mut self, what: impl fmt::Display) -> Self {
         if let Shown::Line(line) = &mut self.shown {

@@ -6,6 +6,8 @@
 
 mod applied;
 mod args;
+mod check;
+mod completions;
 mod difference;
 mod directives;
 mod dns;
@@ -14,9 +16,11 @@ mod failure;
 mod firewall;
 mod foreground;
 mod hooks;
+mod init;
 mod keys;
 mod launch;
 mod ledger;
+mod man;
 mod name;
 mod plan;
 mod programs;
@@ -63,11 +67,15 @@ pub fn main() -> ExitCode {
         Command::Reload(arguments) => reload::reload(&arguments),
         Command::Save { what } => save::save(&what),
         Command::Strip { what } => strip::strip(&what),
+        Command::Check(arguments) => check::check(&arguments),
         Command::Show(arguments) => show::show(&arguments),
         Command::Quiesce(arguments) => quiesce::quiesce(&arguments),
+        Command::Init(shape) => init::init(&shape),
         Command::Genkey => keys::genkey(),
         Command::Genpsk => keys::genpsk(),
         Command::Pubkey => keys::pubkey(),
+        Command::Completions { shell } => completions::completions(shell),
+        Command::Man { dir } => man::man(&dir),
     };
     match result {
         Ok(code) => code.into(),

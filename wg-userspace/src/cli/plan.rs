@@ -8,6 +8,7 @@ use wg_common::protocol::DEFAULT_MTU;
 use super::{
     Failure,
     args::DataPathArgs,
+    difference::Label,
     dns, hooks,
     ledger::Hook,
     name::InterfaceName,
@@ -15,7 +16,7 @@ use super::{
     tables,
 };
 use crate::{
-    config::{self, Config, Endpoint, HookEvent, PeerConfig, Table},
+    config::{self, Config, Endpoint, HookEvent, Table},
     daemon,
     device::SetRequest,
     host::{Family, MAIN_TABLE},
@@ -99,7 +100,7 @@ impl Configuration {
         for peer in &config.peers {
             if let Some(Endpoint::Host { host, port }) = peer.endpoint.as_deref() {
                 let address = resolve(host, *port)
-                    .map_err(|failure| failure.within(format_args!("peer {}", label(peer))))?;
+                    .map_err(|failure| failure.within(format_args!("peer {}", Label(peer))))?;
                 resolved.insert((host, *port), address);
             }
         }
@@ -232,14 +233,6 @@ fn default_route(prefix: IpNet, table: u32) -> Vec<Step> {
     steps
 }
 
-/// What people call a peer.
-fn label(peer: &PeerConfig) -> String {
-    match &peer.name {
-        Some(name) => name.value.clone(),
-        None => peer.public_key.to_string(),
-    }
-}
-
 fn daemon_options(
     interface: &InterfaceName,
     config: &Config,
@@ -251,7 +244,8 @@ fn daemon_options(
         nics.map(|nic| nic.value.clone()).collect()
     };
     let file_mode = file.and_then(|xdp| xdp.mode.as_ref()).map(|mode| match mode.value {
-        config::Mode::Auto => daemon::Mode::Auto,
+        // A file that wants zero-copy was refused before.
+        config::Mode::Auto | config::Mode::ZeroCopy => daemon::Mode::Auto,
         config::Mode::Native => daemon::Mode::Native,
         config::Mode::Udp => daemon::Mode::Udp,
     });
@@ -432,7 +426,9 @@ mod tests {
             Err(Failure::new(Code::Runtime, "endpoint `laptop.example:7`: not found"))
         });
         let line = failure.err().expect("it fails").into_line().1;
-        assert_eq!(line, "peer laptop: endpoint `laptop.example:7`: not found");
+        let key = "AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE=";
+        let line = line.replacen(key, "KEY", 1);
+        assert_eq!(line, "peer laptop (KEY): endpoint `laptop.example:7`: not found");
     }
 
     #[test]

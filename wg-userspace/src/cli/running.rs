@@ -33,6 +33,8 @@ pub struct RunningPeer {
     pub is_by_name: bool,
     /// In seconds; 0: off.
     pub persistent_keepalive: u16,
+    /// What people call it; empty if nobody has said.
+    pub name: String,
     /// The prefixes that it owns, without host bits.
     pub allowed_ips: Vec<IpNet>,
     /// It came from a source of peers, and nobody has configured it.
@@ -78,6 +80,7 @@ impl Running {
                 endpoint: None,
                 is_by_name: false,
                 persistent_keepalive: 0,
+                name: String::new(),
                 allowed_ips: Vec::new(),
                 is_pulled: false,
             });
@@ -97,6 +100,7 @@ impl Running {
             "endpoint" => peer.endpoint = Some(value.parse().ok()?),
             "persistent_keepalive_interval" => peer.persistent_keepalive = value.parse().ok()?,
             "allowed_ip" => peer.allowed_ips.push(value.parse::<IpNet>().ok()?.trunc()),
+            "tidegate_name" => value.clone_into(&mut peer.name),
             "tidegate_by_name" => peer.is_by_name = value == "true",
             "tidegate_pulled" => peer.is_pulled = value == "true",
             _ => {}
@@ -124,6 +128,7 @@ mod tests {
                 preshared_key: Some(PresharedKey::from_bytes([2; 32])),
                 endpoint: Some("[fe80::1%3]:7".parse().unwrap()),
                 persistent_keepalive: Some(25),
+                name: Some("a laptop".to_owned()),
                 allowed_ips: nets.map(AllowedIpChange::Add).to_vec(),
                 ..PeerChange::new(PublicKey::from_bytes([1; 32]))
             }],
@@ -149,6 +154,7 @@ mod tests {
         assert_eq!(configured.endpoint, Some("[fe80::1%3]:7".parse().unwrap()));
         assert_eq!(configured.allowed_ips, nets);
         assert_eq!(configured.persistent_keepalive, 25);
+        assert_eq!((&*configured.name, &*pulled.name), ("a laptop", ""));
         assert!(!configured.is_pulled && pulled.is_pulled);
         assert!(configured.is_by_name && !pulled.is_by_name);
     }

@@ -115,7 +115,7 @@ pub fn status(socket: &Socket) -> Result<Option<String>, Failure> {
 }
 
 /// As wg(8): `always`, `never`, or only for people.
-fn wants_colour() -> bool {
+pub fn wants_colour() -> bool {
     match std::env::var("WG_COLOR_MODE").as_deref() {
         Ok("always") => true,
         Ok("never") => false,

@@ -67,8 +67,9 @@ fn bring_up(
     let interface = &file.interface;
     let host = runtime.block_on(async { Host::new() })?;
     if arguments.dry_run {
-        let shown = runtime.block_on(dry_run(interface, &host, &config, plan))?;
-        print(&shown)?;
+        let lines = runtime.block_on(dry_run(interface, &host, &config, plan))?;
+        let steps = lines.iter().map(|line| format!("[#] {line}\n"));
+        print(&std::iter::once(instructions(&config)).chain(steps).collect::<String>())?;
         check_shortcut(interface, plan, arguments.bypass_firewall)?;
         return Ok(Code::Ok);
     }
@@ -130,7 +131,9 @@ pub fn read(path: &Path) -> Result<Zeroizing<String>, Failure> {
             return Err(Failure::new(Code::Existence, line));
         }
         Err(error) if error.kind() == io::ErrorKind::InvalidData => {
-            let line = format_args!("{} is not UTF-8 text", path.display());
+            let path = path.display();
+            let line =
+                format_args!("{path} is not UTF-8 text: `tidegate check {path}` shows where");
             return Err(Failure::new(Code::Config, line));
         }
         Err(error) => return Err(anyhow::Error::new(error).context(doing()).into()),
@@ -145,7 +148,7 @@ pub fn read(path: &Path) -> Result<Zeroizing<String>, Failure> {
 }
 
 /// Whether others have any right to the file and to its folder, as wg-quick asks.
-fn is_world_accessible(path: &Path) -> io::Result<bool> {
+pub fn is_world_accessible(path: &Path) -> io::Result<bool> {
     use std::os::unix::fs::PermissionsExt;
     const OTHERS: u32 = 0o007;
     let path = path.canonicalize()?;
@@ -163,26 +166,33 @@ fn check_shortcut(
     plan: &Plan,
     bypasses_firewall: bool,
 ) -> Result<(), Failure> {
+    match shortcut_refusal(plan, bypasses_firewall) {
+        None => Ok(()),
+        Some(line) => Err(Failure::new(Code::Runtime, line).within(interface)),
+    }
+}
+
+/// Why XDP is refused on a NIC, if it is.
+pub fn shortcut_refusal(plan: &Plan, bypasses_firewall: bool) -> Option<String> {
     if bypasses_firewall || plan.bypasses_firewall || plan.daemon.mode == Mode::Udp {
-        return Ok(());
+        return None;
     }
-    for nic in &plan.daemon.xdp {
-        if let Some(obstacle) = shortcut::obstacle(plan.listen_port, nic) {
-            let port = match plan.listen_port {
-                Some(port) => format!("port {port}"),
-                None => "the port (the file has no ListenPort)".to_owned(),
-            };
-            let line = format_args!(
-                "XDP on {nic} would go round a rule of the firewall that may concern {port}: {}: \
-                 `{}`; accept UDP to the port before that rule, or use sockets (`--mode udp`), or \
-                 say that the rule need not hold for it (`--bypass-firewall`, or \
-                 `#! Xdp = {nic} bypass-firewall`)",
-                obstacle.program, obstacle.rule
-            );
-            return Err(Failure::new(Code::Runtime, line).within(interface));
-        }
-    }
-    Ok(())
+    let mut obstacles = plan.daemon.xdp.iter().filter_map(|nic| {
+        let obstacle = shortcut::obstacle(plan.listen_port, nic)?;
+        Some((nic, obstacle))
+    });
+    let (nic, obstacle) = obstacles.next()?;
+    let port = match plan.listen_port {
+        Some(port) => format!("port {port}"),
+        None => "the port (the file has no ListenPort)".to_owned(),
+    };
+    Some(format!(
+        "XDP on {nic} would go round a rule of the firewall that may concern {port}: {}: \
+         `{}`; accept UDP to the port before that rule, or use sockets (`--mode udp`), or \
+         say that the rule need not hold for it (`--bypass-firewall`, or \
+         `#! Xdp = {nic} bypass-firewall`)",
+        obstacle.program, obstacle.rule
+    ))
 }
 
 /// How long a daemon whose interface is gone may take to end, and how often is looked.
@@ -422,12 +432,12 @@ impl StopAt {
 }
 
 /// What would be done, a line for each step, as far as it can be told without doing it.
-async fn dry_run(
+pub async fn dry_run(
     interface: &InterfaceName,
     host: &Host,
     config: &Config,
     plan: &Plan,
-) -> Result<String, Failure> {
+) -> Result<Vec<String>, Failure> {
     let table = match plan.needs_policy_table() {
         true => Some(free_table(interface, host).await?),
         false => None,
@@ -442,16 +452,8 @@ async fn dry_run(
         })
         .collect();
     let context = Context { interface, host, endpoints: &endpoints };
-    // The kernel routes the networks of the addresses by itself.
-    let connected = plan.addresses.iter().copied();
-    let routes = missing_routes(plan.allowed_ips.iter().copied(), connected);
-    let mut text = String::new();
-    for step in plan.steps(table) {
-        let is_left_out = plan.routes_to == RoutesTo::Auto
-            && matches!(&step, Step::Route { prefix, table: MAIN_TABLE } if !routes.contains(prefix));
-        if is_left_out {
-            continue;
-        }
+    let mut lines = Vec::new();
+    for step in planned_steps(plan, table) {
         let step = match step {
             step @ (Step::Mtu(_) | Step::Dns { .. }) => {
                 match steps::settle(step, &context).await? {
@@ -461,11 +463,36 @@ async fn dry_run(
             }
             step => step,
         };
-        for line in step.shown(interface) {
-            text += &format!("[#] {line}\n");
+        lines.extend(step.shown(interface));
+    }
+    Ok(lines)
+}
+
+/// The steps, without routes that the kernel makes by itself: those to the networks of the addresses.
+pub fn planned_steps(plan: &Plan, policy_table: Option<u32>) -> Vec<Step> {
+    let connected = plan.addresses.iter().copied();
+    let routes: HashSet<IpNet> =
+        missing_routes(plan.allowed_ips.iter().copied(), connected).into_iter().collect();
+    let is_left_out = |step: &Step| {
+        plan.routes_to == RoutesTo::Auto
+            && matches!(step, Step::Route { prefix, table: MAIN_TABLE } if !routes.contains(prefix))
+    };
+    let steps = plan.steps(policy_table).into_iter();
+    steps.filter(|step| !is_left_out(step)).collect()
+}
+
+/// The file's `#!` lines as they were understood, a line each.
+fn instructions(config: &Config) -> String {
+    let mut text = String::new();
+    for line in config.interface.instructions() {
+        text += &format!("{}\n", line.value);
+    }
+    for peer in &config.peers {
+        for line in peer.instructions() {
+            text += &format!("{}, of peer {}\n", line.value, peer.public_key.value);
         }
     }
-    Ok(text)
+    text
 }
 
 /// Says what came of it.

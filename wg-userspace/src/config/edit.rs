@@ -573,6 +573,24 @@ mod tests {
     }
 
     #[test]
+    fn what_tidegate_is_told_stays_byte_for_byte() {
+        let ours = "#!  nat = MASQUERADE  out=eth0 # why\n#! Forward=tcp eth0:1->[fd00::1]:2\n\
+             #! Allow = 10.9.0.7/24  -> 0.0.0.0/0 TCP 22, 80-90\n#!Metrics = [::1]:9\n\
+             #! Xdp = eth0 ,eth1 queues=2 mode=zerocopy\n#!workers=2\n";
+        let of_peer = "#! LIMIT = 1.5 gbit\n#!Name=a laptop # old\n";
+        let text = FILE.replacen("[Peer]\n", &format!("[Peer]\n{of_peer}"), 1);
+        let text = text.replacen("[Interface]\n", &format!("[Interface]\n{ours}"), 1);
+        assert!(text.contains(ours) && text.contains(of_peer), "{text}");
+        let mut wanted = said(&text);
+        assert_eq!(edited(&text, &wanted), text);
+        wanted.listen_port = Some(7);
+        wanted.peers[0].allowed_ips.clear();
+        wanted.peers.push(WantedPeer { public_key: key(9), ..wanted.peers[0].clone() });
+        let edited = edited(&text, &wanted);
+        assert!(edited != text && edited.contains(ours) && edited.contains(of_peer), "{edited}");
+    }
+
+    #[test]
     fn line_ends_are_those_of_the_file() {
         let text = FILE.replace('\n', "\r\n");
         let mut wanted = said(&text);

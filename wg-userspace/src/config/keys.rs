@@ -114,11 +114,21 @@ impl Directive {
     pub const fn repeats(self) -> bool {
         matches!(self, Self::Nat | Self::Forward | Self::Allow)
     }
+
+    /// Whether this version follows it.
+    pub const fn is_built(self) -> bool {
+        matches!(self, Self::Xdp | Self::Workers | Self::Name)
+    }
 }
 
 fn is_same(text: &str, name: &str) -> bool {
     let letters = || text.chars().filter(|c| !c.is_whitespace()).map(|c| c.to_ascii_lowercase());
     letters().eq(name.chars().map(|c| c.to_ascii_lowercase()))
+}
+
+/// The one of these words that `text` may be meant to be.
+pub(super) fn nearest_word(text: &str, known: &[&'static str]) -> Option<&'static str> {
+    nearest(text, known.iter().copied(), |word| word)
 }
 
 /// The known name with the fewest edits, if they are few for its length.

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::ops::Range;
 
-use super::keys::Key;
+use super::keys::{Key, Section};
 use super::problem::Span;
 
 /// A part of the file: its text, the same bytes as they may be shown, and where they stand.
@@ -50,6 +50,16 @@ impl<'a> Text<'a> {
 
     pub fn from(self, start: usize) -> Self {
         self.slice(start..self.raw.len())
+    }
+
+    /// The empty text behind it.
+    pub fn at_end(self) -> Self {
+        self.from(self.raw.len())
+    }
+
+    /// The rest of it from where a part of it begins.
+    pub fn since(self, part: Self) -> Self {
+        self.from(part.at - self.at)
     }
 
     pub fn trim(self) -> Self {
@@ -175,7 +185,9 @@ pub(super) fn redact(raw: &str) -> String {
     }
     for text in keys_like {
         for (start, len) in base64_runs(text.raw) {
-            if len >= KEY_LIKE_IN_UNKNOWN {
+            let run = &text.raw[start..start + len];
+            // A long name is none, be it misspelt.
+            if len >= KEY_LIKE_IN_UNKNOWN && Key::nearest(run, Section::Peer).is_none() {
                 bytes[text.at + start..text.at + start + len].fill(b'*');
             }
         }
@@ -238,6 +250,8 @@ mod tests {
         }
         assert_eq!(redact("PrivateKey = tooshort # x"), "PrivateKey = ******** # x");
         assert_eq!(redact("PrivatKey = uKpxgD9TVRikgNF5/W"), "PrivatKey = ******************");
+        assert_eq!(redact("PersistantKeepalive = 25"), "PersistantKeepalive = 25");
+        assert_eq!(redact("PersistentKeepalive 25"), "PersistentKeepalive 25");
         assert_eq!(redact("MTU = 1\u{1b}[2J\u{9b}ä\r\n"), "MTU = 1?[2J??ä \n");
     }
 

@@ -2,7 +2,8 @@
 //!
 //! [`parse`] makes a [`Config`] in which every value knows where it stands, or says everything that
 //! is wrong with the file at once. The layers, from text to meaning: `lines` (sections, entries, and
-//! what may be shown of them), `keys` (names), `values`, and here the sections as wholes.
+//! what may be shown of them), `keys` (names), `values` and `instructions` (of `#!` lines), and here
+//! the sections as wholes.
 //!
 //! This room opens no file, resolves no name and knows nothing of what runs. What it makes goes to
 //! `device` (keys and peers) and to `cli` and `daemon` (all else).
@@ -12,8 +13,11 @@
 //! - A file without `PrivateKey`, two peers with one key, and the own key as a peer are errors.
 //! - Ports are numbers, never names of services.
 //! - Lines that begin with `#!` are instructions to us. To wg(8) they are comments.
+//! - `# friendly_name =` names a peer that has no `#! Name`. It is another program's: if it cannot be a
+//!   name, or is another peer's already, it is a comment.
 
 pub mod edit;
+mod instructions;
 mod keys;
 mod lines;
 mod problem;
@@ -31,6 +35,11 @@ use ipnet::IpNet;
 use miette::NamedSource;
 use serde::{Deserialize, Serialize};
 
+use self::instructions::read;
+pub use self::instructions::{
+    Allow, Forward, Limit, NAME_LEN_MAX, Nat, NatSource, PortRange, Traffic, Transport,
+    name_problem,
+};
 use self::keys::{Directive, Key, Section};
 use self::lines::{Line, Text, lines};
 pub use self::problem::{ConfigErrors, Problem, Span};
@@ -52,6 +61,8 @@ pub struct Config {
 pub struct Interface {
     /// `PrivateKey`
     pub private_key: Spanned<PrivateKey>,
+    /// Whether it stands in the file clamped, as every tool makes it.
+    pub is_private_key_clamped: bool,
     /// `ListenPort`; 0: any.
     pub listen_port: Option<Spanned<u16>>,
     /// `FwMark`; 0: off.
@@ -72,6 +83,15 @@ pub struct Interface {
     pub xdp: Option<Spanned<Xdp>>,
     /// `#! Workers`, at least 1.
     pub workers: Option<Spanned<usize>>,
+    /// `#! Nat`, in the order of the file.
+    pub nat: Vec<Spanned<Nat>>,
+    /// `#! Forward`, in the order of the file.
+    pub forward: Vec<Spanned<Forward>>,
+    /// `#! Allow`, in the order of the file.
+    pub allow: Vec<Spanned<Allow>>,
+    /// `#! Metrics`: an address and a port, not 0.
+    pub metrics: Option<Spanned<SocketAddr>>,
+    /// What this version does not follow, where its names stand.
     later: Vec<Spanned<Directive>>,
 }
 
@@ -88,13 +108,15 @@ pub struct PeerConfig {
     pub endpoint: Option<Spanned<Endpoint>>,
     /// `PersistentKeepalive`, in seconds; 0: off.
     pub persistent_keepalive: Option<Spanned<u16>>,
-    /// `#! Name`, or else `# friendly_name`.
+    /// `#! Name`, or else `# friendly_name`. No other peer has it, and it [can be one](name_problem).
     pub name: Option<Spanned<String>>,
+    /// `#! Limit`
+    pub limit: Option<Spanned<Limit>>,
     later: Vec<Spanned<Directive>>,
 }
 
 /// Where a peer is first looked for.
-#[derive(Clone, Debug, Eq, PartialEq)]
+#[derive(Clone, Debug, Eq, Hash, PartialEq)]
 pub enum Endpoint {
     /// An address and a port.
     Address(SocketAddr),
@@ -147,9 +169,21 @@ pub struct Xdp {
     pub interfaces: Vec<Spanned<String>>,
     /// How.
     pub mode: Option<Spanned<Mode>>,
+    /// How many queues of each NIC, at least 1; `None`: all. This version does not follow it.
+    pub queues: Option<Spanned<u32>>,
     /// Whether rules of the host's firewall that XDP goes round may stay without effect.
     pub bypass_firewall: bool,
-    later: Vec<Spanned<String>>,
+}
+
+impl Xdp {
+    /// What this version does not follow.
+    fn later(&self) -> impl Iterator<Item = (Span, String)> {
+        let mode = self.mode.as_ref().filter(|mode| mode.value == Mode::ZeroCopy);
+        let mode = mode.map(|mode| (mode.span, "`mode=zerocopy` of `Xdp`".to_owned()));
+        let queues = self.queues.as_ref();
+        let queues = queues.map(|queues| (queues.span, "`queues=` of `Xdp`".to_owned()));
+        mode.into_iter().chain(queues)
+    }
 }
 
 /// How datagrams come in.
@@ -158,6 +192,8 @@ pub enum Mode {
     /// The best that works.
     #[default]
     Auto,
+    /// Native XDP in zero-copy mode. This version does not follow it.
+    ZeroCopy,
     /// Native XDP in copy mode.
     Native,
     /// Ordinary UDP sockets only.
@@ -199,8 +235,25 @@ pub fn parse(name: &str, text: &str) -> Result<Config, ConfigErrors> {
         parser.line(line);
     }
     parser.end_peer();
+    if let Some(at) = text.find('\0') {
+        // Whatever else is wrong with the line comes from this.
+        let start = text[..at].rfind('\n').map_or(0, |end| end + 1);
+        let end = text[at..].find('\n').map_or(text.len(), |len| at + len);
+        parser.mistakes.retain(|mistake| !(start..end).contains(&mistake.offset()));
+        parser.mistakes.push(
+            Mistake::new("the file has a byte that is zero")
+                .at(Span::new(at.into(), 1), "here")
+                .help("for wg(8) the line ends here: write the line anew"),
+        );
+    }
     let source = Arc::new(NamedSource::new(name, shown));
     parser.finish(&source)
+}
+
+/// The text of a file as it may be shown: secrets are starred out, and control characters replaced.
+/// Its length, its lines and the boundaries of its characters stay.
+pub fn shown(text: &str) -> String {
+    lines::redact(text)
 }
 
 /// What the `#!` lines of a file say of the device.
@@ -231,8 +284,7 @@ pub fn directives(name: &str, text: &str) -> (Directives, Vec<Problem>) {
         }
     }
     let Parser { mut mistakes, interface, .. } = parser;
-    let options = interface.xdp.iter().flat_map(|xdp| &xdp.later);
-    let options = options.map(|option| (option.span, format!("`{}` of `Xdp`", option.value)));
+    let options = interface.xdp.iter().flat_map(|xdp| xdp.later());
     let later = interface.later.iter();
     let later = later.map(|directive| (directive.span, format!("`#! {}`", directive.name())));
     mistakes.extend(options.chain(later).map(|(span, what)| {
@@ -267,8 +319,8 @@ impl Config {
 
         let interface = &self.interface;
         let mut found: Vec<(Span, String, &str)> = Vec::new();
-        for option in interface.xdp.iter().flat_map(|xdp| &xdp.later) {
-            found.push((option.span, format!("`{}` of `Xdp`", option.value), "remove the option"));
+        for (span, what) in interface.xdp.iter().flat_map(|xdp| xdp.later()) {
+            found.push((span, what, "remove the option"));
         }
         let later = self.peers.iter().flat_map(|peer| &peer.later);
         for directive in interface.later.iter().chain(later) {
@@ -310,6 +362,8 @@ struct Parser {
     current: Current,
     interface: InterfaceDraft,
     peers: Vec<PeerConfig>,
+    /// Of peers without a name of ours, by their indexes.
+    friendly_names: Vec<(usize, Spanned<String>)>,
     /// Where each public key stands first.
     public_keys: HashMap<PublicKey, Span>,
 }
@@ -332,6 +386,7 @@ struct InterfaceDraft {
     header: Option<Span>,
     seen: Seen,
     private_key: Option<Spanned<PrivateKey>>,
+    is_private_key_clamped: bool,
     listen_port: Option<Spanned<u16>>,
     fwmark: Option<Spanned<u32>>,
     addresses: Vec<Spanned<IpNet>>,
@@ -342,6 +397,10 @@ struct InterfaceDraft {
     save_config: Option<Spanned<bool>>,
     xdp: Option<Spanned<Xdp>>,
     workers: Option<Spanned<usize>>,
+    nat: Vec<Spanned<Nat>>,
+    forward: Vec<Spanned<Forward>>,
+    allow: Vec<Spanned<Allow>>,
+    metrics: Option<Spanned<SocketAddr>>,
     later: Vec<Spanned<Directive>>,
 }
 
@@ -355,6 +414,7 @@ struct PeerDraft {
     persistent_keepalive: Option<Spanned<u16>>,
     name: Option<Spanned<String>>,
     friendly_name: Option<Spanned<String>>,
+    limit: Option<Spanned<Limit>>,
     later: Vec<Spanned<Directive>>,
 }
 
@@ -370,6 +430,7 @@ impl PeerDraft {
             persistent_keepalive: None,
             name: None,
             friendly_name: None,
+            limit: None,
             later: Vec::new(),
         }
     }
@@ -403,9 +464,13 @@ fn twice(name: &str, first: Span, again: Span) -> Mistake {
 
 /// A name in a section where it has no meaning.
 fn misplaced(name: &str, at: Span, section: Section) -> Mistake {
+    let article = match section {
+        Section::Interface => "the",
+        Section::Peer => "a",
+    };
     Mistake::new(format!("`{name}` does not belong here"))
         .at(at, format!("`{name}` belongs into [{}]", section.name()))
-        .help(format!("move the line below a [{}] header", section.name()))
+        .help(format!("move the line below {article} [{}] header", section.name()))
 }
 
 impl Parser {
@@ -445,9 +510,14 @@ impl Parser {
             }
             None => {
                 self.current = Current::Unknown;
+                let networkd = ["NetDev", "WireGuard", "WireGuardPeer", "Match", "Network"];
+                let is_networkd = networkd.iter().any(|known| name.raw.eq_ignore_ascii_case(known));
                 return Err(Mistake::new(format!("unknown section [{}]", name.quoted()))
                     .at(name.span(), "not a section of wg(8)")
                     .help(match Section::nearest(name.raw) {
+                        _ if is_networkd => "files of systemd-networkd are not read: sections \
+                                             are [Interface] and [Peer]"
+                            .to_owned(),
                         Some(section) => format!("did you mean [{}]?", section.name()),
                         None => "sections are [Interface] and [Peer]".to_owned(),
                     }));
@@ -484,12 +554,19 @@ impl Parser {
                 .at(name.span(), "nothing stands after `=`")
                 .help("write a value, or remove the line"));
         }
+        let mistake_count = self.mistakes.len();
         match &mut self.current {
             Current::Interface => {
                 self.interface.entry(key, value, &mut self.mistakes);
             }
             Current::Peer(peer) => peer.entry(key, value, &mut self.mistakes),
             Current::Start | Current::Unknown => unreachable!("handled above"),
+        }
+        let is_quote = |c: char| matches!(c, '"' | '\'' | '`' | '‘'..='‟' | '«' | '»');
+        if value.raw.starts_with(is_quote) || value.raw.ends_with(is_quote) {
+            for mistake in &mut self.mistakes[mistake_count..] {
+                mistake.set_help("write the value without quotation marks");
+            }
         }
         Ok(())
     }
@@ -535,18 +612,16 @@ impl Parser {
                     ));
             }
         };
-        match (directive, &mut self.current) {
-            (Directive::Xdp, _) => {
-                self.interface.xdp = Some(Spanned::new(values::xdp(value)?, value.span()));
+        let later = (!directive.is_built()).then(|| Spanned::new(directive, name.span()));
+        match &mut self.current {
+            Current::Peer(peer) => {
+                peer.directive(directive, value)?;
+                peer.later.extend(later);
             }
-            (Directive::Workers, _) => {
-                self.interface.workers = Some(Spanned::new(values::workers(value)?, value.span()));
+            _ => {
+                self.interface.directive(directive, value)?;
+                self.interface.later.extend(later);
             }
-            (Directive::Name, Current::Peer(peer)) => {
-                peer.name = Some(Spanned::new(value.raw.to_owned(), value.span()));
-            }
-            (_, Current::Peer(peer)) => peer.later.push(Spanned::new(directive, name.span())),
-            (_, _) => self.interface.later.push(Spanned::new(directive, name.span())),
         }
         Ok(())
     }
@@ -577,18 +652,49 @@ impl Parser {
                 );
             }
         }
+        if let (None, Some(name)) = (&peer.name, peer.friendly_name) {
+            self.friendly_names.push((self.peers.len(), name));
+        }
         self.peers.push(PeerConfig {
             public_key,
             preshared_key: peer.preshared_key,
             allowed_ips: peer.allowed_ips,
             endpoint: peer.endpoint,
             persistent_keepalive: peer.persistent_keepalive,
-            name: peer.name.or(peer.friendly_name),
+            name: peer.name,
+            limit: peer.limit,
             later: peer.later,
         });
     }
 
+    /// Sees to it that no two peers have the same name.
+    fn end_names(&mut self) {
+        let mut names: HashMap<String, Span> = HashMap::new();
+        for name in self.peers.iter().filter_map(|peer| peer.name.as_ref()) {
+            match names.entry(name.value.clone()) {
+                Entry::Vacant(entry) => {
+                    entry.insert(name.span);
+                }
+                Entry::Occupied(entry) => self.mistakes.push(
+                    Mistake::new("two peers have the same name")
+                        .at(name.span, "again here")
+                        .at(*entry.get(), "first here")
+                        .help("give one of the two peers another `#! Name`"),
+                ),
+            }
+        }
+        for (index, name) in std::mem::take(&mut self.friendly_names) {
+            if name_problem(&name.value).is_none()
+                && let Entry::Vacant(entry) = names.entry(name.value.clone())
+            {
+                entry.insert(name.span);
+                self.peers[index].name = Some(name);
+            }
+        }
+    }
+
     fn finish(mut self, source: &Source) -> Result<Config, ConfigErrors> {
+        self.end_names();
         let draft = self.interface;
         if let Some(private_key) = &draft.private_key {
             self.mistakes.extend(own_key_as_peer(private_key, &self.public_keys));
@@ -610,6 +716,7 @@ impl Parser {
         }
         let interface = Interface {
             private_key: draft.private_key.expect("without one there was a mistake"),
+            is_private_key_clamped: draft.is_private_key_clamped,
             listen_port: draft.listen_port,
             fwmark: draft.fwmark,
             addresses: draft.addresses,
@@ -620,6 +727,10 @@ impl Parser {
             save_config: draft.save_config,
             xdp: draft.xdp,
             workers: draft.workers,
+            nat: draft.nat,
+            forward: draft.forward,
+            allow: draft.allow,
+            metrics: draft.metrics,
             later: draft.later,
         };
         Ok(Config { interface, peers: self.peers, source: Arc::clone(source) })
@@ -646,6 +757,7 @@ impl InterfaceDraft {
         let hook = match key {
             Key::PrivateKey => {
                 let parsed = values::key(key, value, PrivateKey::from_base64);
+                self.is_private_key_clamped = values::is_clamped(value);
                 return put(&mut self.private_key, value, parsed, mistakes);
             }
             Key::ListenPort => {
@@ -684,6 +796,24 @@ impl InterfaceDraft {
             self.hooks.push(Spanned::new(hook, value.span()));
         }
     }
+
+    /// Takes the value of an instruction of this section.
+    fn directive(&mut self, directive: Directive, value: Text<'_>) -> Result<(), Mistake> {
+        let span = value.span();
+        match directive {
+            Directive::Xdp => self.xdp = Some(Spanned::new(values::xdp(value)?, span)),
+            Directive::Workers => self.workers = Some(Spanned::new(values::workers(value)?, span)),
+            Directive::Nat => self.nat.push(Spanned::new(read::nat(value)?, span)),
+            Directive::Forward => self.forward.push(Spanned::new(read::forward(value)?, span)),
+            Directive::Allow => self.allow.push(Spanned::new(read::allow(value)?, span)),
+            Directive::Metrics => self.metrics = Some(Spanned::new(read::metrics(value)?, span)),
+            Directive::Dashboard => {}
+            Directive::Name | Directive::Limit => {
+                unreachable!("instructions of other sections are refused before")
+            }
+        }
+        Ok(())
+    }
 }
 
 impl PeerDraft {
@@ -718,6 +848,19 @@ impl PeerDraft {
     }
 }
 
+impl PeerDraft {
+    /// Takes the value of an instruction of this section.
+    fn directive(&mut self, directive: Directive, value: Text<'_>) -> Result<(), Mistake> {
+        let span = value.span();
+        match directive {
+            Directive::Name => self.name = Some(Spanned::new(read::name(value)?, span)),
+            Directive::Limit => self.limit = Some(Spanned::new(read::limit(value)?, span)),
+            _ => unreachable!("instructions of other sections are refused before"),
+        }
+        Ok(())
+    }
+}
+
 /// A line that is nothing.
 fn stray(text: Text<'_>) -> Mistake {
     let word = text.before(' ').before('\t').before(':').trim();
@@ -735,6 +878,12 @@ fn unknown_key(name: Text<'_>, section: Section) -> Mistake {
     if let Some(directive) = Directive::find(name.raw) {
         let name = directive.name();
         return mistake.help(format!("keys of Tidegate stand behind `#!`: write `#! {name} = …`"));
+    }
+    const OF_AMNEZIA: [&str; 9] = ["Jc", "Jmin", "Jmax", "S1", "S2", "H1", "H2", "H3", "H4"];
+    if OF_AMNEZIA.iter().any(|known| name.raw.eq_ignore_ascii_case(known)) {
+        return mistake.help(
+            "AmneziaWG has this key; it speaks another protocol, which WireGuard does not understand",
+        );
     }
     match Key::nearest(name.raw, section) {
         Some(key) if key.section() == section => {

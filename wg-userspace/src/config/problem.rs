@@ -41,6 +41,11 @@ impl Mistake {
         self
     }
 
+    /// Replaces what to do about it.
+    pub fn set_help(&mut self, help: &'static str) {
+        self.help = Some(help.into());
+    }
+
     /// Where its first label starts; its place in the order of the file.
     pub fn offset(&self) -> usize {
         self.labels.first().map_or(0, LabeledSpan::offset)

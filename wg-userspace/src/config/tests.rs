@@ -218,7 +218,7 @@ fn what_stands_in_the_wrong_place_is_told_where_it_belongs() {
         "`MTU` stands in no section | there is no section above this line | write [Interface] above it",
         "`#! Xdp` stands in no section | there is no section above this line | move the line below [Interface]",
         "a peer has no `PublicKey` | this peer | write `PublicKey = ` and the peer's public key below it",
-        "`Address` does not belong here | `Address` belongs into [Interface] | move the line below a [Interface] header",
+        "`Address` does not belong here | `Address` belongs into [Interface] | move the line below the [Interface] header",
         "the interface has no `PrivateKey` | this interface | write `PrivateKey = ` and a key of `tidegate genkey` below [Interface]",
         "`Endpoint` does not belong here | `Endpoint` belongs into [Peer] | move the line below a [Peer] header",
         "unknown key `Xdp` | not a key of [Interface] | keys of Tidegate stand behind `#!`: write `#! Xdp = …`",
@@ -230,6 +230,51 @@ fn what_stands_in_the_wrong_place_is_told_where_it_belongs() {
         "this line is neither a section nor `Key = value` | expected `Key = value` | write `MTU = ` and the value",
     ];
     assert_eq!(complaints, expected);
+}
+
+#[test]
+fn common_slips_are_told_what_to_write() {
+    let half = &PEER[..43];
+    let hex = PublicKey::from_base64(PEER).unwrap().to_hex();
+    for (wrong, help) in [
+        ("PersistentKeepalive = 25s", "write the number alone: `25`"),
+        ("Endpoint = https://vpn.example.org:51820/", "write `vpn.example.org:51820`"),
+        ("Endpoint = vpn.example.org:51820/udp", "write the number alone: `51820`"),
+        ("Endpoint = größe.example:1", "in ASCII"),
+        ("Endpoint = \"198.51.100.1:1\"", "without quotation marks"),
+        ("AllowedIPs = “10.9.0.2/32”", "without quotation marks"),
+        ("AllowedIPs = any", "everything is `0.0.0.0/0, ::/0`"),
+        ("AllowedIPs = 10.9.0.2-10.9.0.9", "a range is written as prefixes"),
+        ("AllowedIPs = laptop.example.org", "write an address, not a name"),
+        ("AllowedIPs = 10.9.0.2/32; 10.9.0.3/32", "separate addresses with commas"),
+        ("AllowedIPs = 10.9.0.0/255.255.255.0", "as a length this is 10.9.0.0/24"),
+        ("AllowedIPs = 10.9.0.0/255.0.255.0", "for one host write 10.9.0.0/32"),
+        (&format!("PresharedKey = {half}"), "the `=` at its end is missing"),
+        (&format!("PresharedKey = {hex}"), "this is hexadecimal"),
+        ("Jc = 4", "AmneziaWG"),
+    ] {
+        let complaint = complaint(&file("", wrong));
+        assert!(complaint.contains(help), "{wrong}: {complaint}");
+    }
+    for (wrong, help) in [
+        ("MTU = 1420 bytes", "write the number alone: `1420`"),
+        ("ListenPort = 51820/udp", "write the number alone: `51820`"),
+        ("ListenPort = 51820x", "lets the kernel choose"),
+        ("DNS = 1.1.1.1\0", "write the line anew"),
+    ] {
+        let complaint = complaint(&file(wrong, ""));
+        assert!(complaint.contains(help), "{wrong}: {complaint}");
+    }
+    let networkd = format!("[WireGuard]\nPrivateKey = {PRIVATE}\n");
+    let is_said = |complaint: &String| complaint.contains("files of systemd-networkd are not read");
+    assert!(complaints(&networkd).iter().any(is_said));
+}
+
+#[test]
+fn it_is_known_whether_a_private_key_is_clamped() {
+    assert!(interface("").is_private_key_clamped);
+    let pasted = file("", "").replace(PRIVATE, &public(7).to_string());
+    assert!(!accept(&pasted).interface.is_private_key_clamped);
 }
 
 #[test]
@@ -284,7 +329,14 @@ fn instructions_are_told_from_comments() {
         ("#! Xdp = eth/0", "`eth/0` is not an interface"),
         ("#! Xdp = eth0 mode=skb", "generic XDP is never used"),
         ("#! Xdp = eth0 mode=fast", "unknown mode `fast`"),
-        ("#! Xdp = eth0 modus=udp", "unknown option `modus`"),
+        (
+            "#! Xdp = eth0 modus=udp",
+            "unknown option `modus` | not an option of `Xdp` | did you mean `mode`?",
+        ),
+        ("#! Xdp = eth0 mode=nativ", "did you mean `native`?"),
+        ("#! Xdp = eth0 queues=0", "write a number from 1 to 512"),
+        ("#! Xdp = eth0 queues=1 queues=1", "`queues` is set twice"),
+        ("#! Metrics = [::1]:1\n#! Metrics = [::1]:1", "`Metrics` is set twice"),
         ("#! Xdp = eth0 mode=udp mode=udp", "`mode` is set twice"),
         ("#! Xdp = eth0\n#! Xdp = eth1", "`Xdp` is set twice"),
     ] {
@@ -297,7 +349,8 @@ fn instructions_are_told_from_comments() {
 fn what_comes_later_is_found_in_the_order_of_the_file() {
     let config = accept(&file(
         "PostUp = iptables\nDNS = 1.1.1.1\nDNS = 1.0.0.1\nTable = off\nSaveConfig = true\n\
-         PreDown =\n#! Nat = masquerade out=eth0\n#! Allow = a\n#! Allow = b\n\
+         PreDown =\n#! Nat = masquerade out=eth0\n#! Allow = ::/0 -> ::/0\n\
+         #! Allow = 0.0.0.0/0 -> 10.0.0.0/8\n\
          #! Xdp = eth0 mode=zerocopy queues=4",
         "#! Limit = 200mbit\nAllowedIPs = ::/0, 10.0.0.0/8",
     ));
@@ -552,6 +605,13 @@ fn file_like() -> impl Strategy<Value = String> {
                 "#! Xdp = ",
                 "#! Workers=",
                 "#! Name = ",
+                "\n#! Nat = snat out=eth0 ",
+                "to=10.0.0.1,",
+                "\n#! Forward = tcp eth0:1",
+                " -> ",
+                "\n#! Allow = ::/0 -> ::/0 tcp ",
+                "\n#! Limit = 2",
+                "mbit\n",
                 "mode=",
                 "PostUp = ",
                 "Table=",
@@ -641,4 +701,33 @@ fn xdp_may_be_told_to_go_round_the_firewall() {
         assert!(xdp.interfaces.iter().all(|nic| nic.value.starts_with("eth")), "{text}");
         assert!(config.unsupported().is_empty());
     }
+}
+
+#[test]
+fn no_two_peers_have_one_name() {
+    let two = |first: &str, second: &str| {
+        file("", first) + &format!("[Peer]\nPublicKey = {}\n{second}\n", public(7))
+    };
+    let name = "#! Name = laptop";
+    let errors = refuse(&two(name, name));
+    let [problem] = errors.problems() else { panic!("{errors:?}") };
+    assert_eq!(problem.to_string(), "two peers have the same name");
+    assert_eq!(problem.spans().count(), 2, "both are shown");
+    let names = |text: &str| {
+        let peers = accept(text).peers;
+        peers.into_iter().map(|peer| peer.name.map(|name| name.value)).collect::<Vec<_>>()
+    };
+    let laptop = || Some("laptop".to_owned());
+    // The comment of another program makes no file wrong that was right.
+    let friendly = "# friendly_name = laptop";
+    assert_eq!(names(&two(friendly, friendly)), [laptop(), None]);
+    assert_eq!(names(&two(friendly, name)), [None, laptop()], "ours goes before");
+    assert_eq!(
+        names(&two(&format!("{friendly} #1"), "#! Name = Laptop")),
+        [None, Some("Laptop".to_owned())]
+    );
+    assert_eq!(
+        names(&two(&format!("{friendly}\n#! Name = phone"), friendly)),
+        [Some("phone".to_owned()), laptop()]
+    );
 }

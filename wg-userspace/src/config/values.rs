@@ -1,19 +1,20 @@
 //! Values, read one by one; a [`Mistake`] says what is wrong with one.
 
 use std::borrow::Cow;
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::str::FromStr;
 
 use ipnet::IpNet;
-use wg_common::map::HEARTBEATS_LEN;
+use wg_common::map::{HEARTBEATS_LEN, QUEUES_LEN};
 use zeroize::Zeroizing;
 
+use super::instructions::read::meant;
 use super::keys::Key;
 use super::lines::Text;
 use super::problem::Mistake;
 use super::{Endpoint, Mode, Spanned, Table, Xdp};
-use crate::key::ParseKeyError;
+use crate::key::{ParseKeyError, PrivateKey};
 
 /// Without the white space inside it, which wg(8) ignores.
 fn squeezed(text: Text<'_>) -> Cow<'_, str> {
@@ -25,7 +26,7 @@ fn squeezed(text: Text<'_>) -> Cow<'_, str> {
 }
 
 /// Decimal digits and nothing else, within `range`.
-fn number<T: FromStr + PartialOrd>(text: &str, range: RangeInclusive<T>) -> Option<T> {
+pub(super) fn number<T: FromStr + PartialOrd>(text: &str, range: RangeInclusive<T>) -> Option<T> {
     let is_decimal = text.bytes().all(|byte| byte.is_ascii_digit());
     is_decimal.then(|| text.parse().ok()).flatten().filter(|number| range.contains(number))
 }
@@ -38,7 +39,12 @@ pub(super) fn key<T>(
 ) -> Result<T, Mistake> {
     let text = Zeroizing::new(squeezed(value).into_owned());
     parse(&text).map_err(|error| {
+        let is_hex = text.len() == 64 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
         let help = match key {
+            _ if is_hex => "this is hexadecimal: `xxd -r -p | base64` makes base64 of it",
+            _ if text.len() == 43 && parse(&Zeroizing::new(format!("{}=", *text))).is_ok() => {
+                "the `=` at its end is missing"
+            }
             Key::PrivateKey => "`tidegate genkey` or `wg genkey` makes a private key",
             Key::PresharedKey => "`tidegate genpsk` or `wg genpsk` makes a preshared key",
             _ => "`tidegate pubkey` or `wg pubkey` prints the public key of a private key",
@@ -49,11 +55,28 @@ pub(super) fn key<T>(
     })
 }
 
+/// Whether base64 of a private key has the bits that every private key has.
+pub(super) fn is_clamped(value: Text<'_>) -> bool {
+    let text = Zeroizing::new(squeezed(value).into_owned());
+    PrivateKey::from_base64(&text).is_ok_and(|key| key.to_base64().as_str() == text.as_str())
+}
+
+/// What to write instead of a number with more behind it, such as a unit or a protocol.
+fn number_alone(text: &str) -> Option<String> {
+    let end = text.find(|c: char| !c.is_ascii_digit()).filter(|&end| end > 0)?;
+    Some(format!("write the number alone: `{}`", &text[..end]))
+}
+
 pub(super) fn listen_port(value: Text<'_>) -> Result<u16, Mistake> {
-    number(&squeezed(value), 0..=u16::MAX).ok_or_else(|| {
-        Mistake::new(format!("`{}` is not a port", value.quoted()))
-            .at(value.span(), "a port is a number from 0 to 65535")
-            .help("0, or no ListenPort at all, lets the kernel choose a free port")
+    const HELP: &str = "0, or no ListenPort at all, lets the kernel choose a free port";
+    let text = squeezed(value);
+    number(&text, 0..=u16::MAX).ok_or_else(|| {
+        let mistake = Mistake::new(format!("`{}` is not a port", value.quoted()))
+            .at(value.span(), "a port is a number from 0 to 65535");
+        match text.contains('/').then(|| number_alone(&text)).flatten() {
+            Some(help) => mistake.help(help),
+            None => mistake.help(HELP),
+        }
     })
 }
 
@@ -83,9 +106,14 @@ pub(super) fn persistent_keepalive(value: Text<'_>) -> Result<u16, Mistake> {
         text => number(text, 0..=u16::MAX),
     };
     seconds.ok_or_else(|| {
-        Mistake::new(format!("`{}` is not an interval", value.quoted()))
-            .at(value.span(), "an interval is a number of seconds from 0 to 65535")
-            .help("25 keeps a peer behind a NAT reachable; `off` or 0 sends nothing by itself")
+        let mistake = Mistake::new(format!("`{}` is not an interval", value.quoted()))
+            .at(value.span(), "an interval is a number of seconds from 0 to 65535");
+        let is_seconds = ["s", "sec", "seconds"].iter().any(|unit| text.ends_with(unit));
+        match is_seconds.then(|| number_alone(&text)).flatten() {
+            Some(help) => mistake.help(help),
+            None => mistake
+                .help("25 keeps a peer behind a NAT reachable; `off` or 0 sends nothing by itself"),
+        }
     })
 }
 
@@ -93,9 +121,14 @@ pub(super) fn mtu(value: Text<'_>) -> Result<u16, Mistake> {
     /// The least MTU of IPv4 (RFC 791) and so of an interface (the kernel's `ETH_MIN_MTU`).
     const MTU_MIN: u16 = 68;
     number(value.raw, MTU_MIN..=u16::MAX).ok_or_else(|| {
-        Mistake::new(format!("`{}` is not an MTU", value.quoted()))
-            .at(value.span(), "an MTU is a number of bytes from 68 to 65535")
-            .help("1420 fits paths of 1500 bytes; without the line the MTU is found by itself")
+        let mistake = Mistake::new(format!("`{}` is not an MTU", value.quoted()))
+            .at(value.span(), "an MTU is a number of bytes from 68 to 65535");
+        let is_bytes = ["b", "B", "byte", "bytes"].iter().any(|unit| value.raw.ends_with(unit));
+        match is_bytes.then(|| number_alone(value.raw)).flatten() {
+            Some(help) => mistake.help(help),
+            None => mistake
+                .help("1420 fits paths of 1500 bytes; without the line the MTU is found by itself"),
+        }
     })
 }
 
@@ -104,8 +137,21 @@ pub(super) fn network(value: Text<'_>) -> Result<IpNet, Mistake> {
     let wrong = || Mistake::new(format!("`{}` is not an address with a prefix", value.quoted()));
     let address_text = value.before('/').trim();
     let Ok(address) = squeezed(address_text).parse::<IpAddr>() else {
-        let help = if value.raw.contains(char::is_whitespace) {
+        let is_everything = ["any", "all", "*", "default", "everything"].contains(&value.raw);
+        let is_range = value.raw.split_once('-').is_some_and(|(first, last)| {
+            first.trim().parse::<IpAddr>().is_ok() && last.trim().parse::<IpAddr>().is_ok()
+        });
+        let help = if is_everything {
+            "everything is `0.0.0.0/0, ::/0`"
+        } else if is_range {
+            "a range is written as prefixes, such as 10.9.0.4/30 for 10.9.0.4 to 10.9.0.7"
+        } else if value.raw.contains(|c: char| c.is_whitespace() || c == ';') {
             "separate addresses with commas"
+        } else if address_text
+            .raw
+            .contains(|c: char| c.is_ascii_alphabetic() && !c.is_ascii_hexdigit())
+        {
+            "write an address, not a name, such as 10.0.0.2/32 or fd00::2/128"
         } else {
             "write addresses like 10.0.0.2/32 or fd00::2/128, separated by commas"
         };
@@ -123,11 +169,25 @@ pub(super) fn network(value: Text<'_>) -> Result<IpNet, Mistake> {
     match len {
         Some(len) => Ok(IpNet::new_assert(address, len)),
         None => {
-            Err(wrong().at(len_text.span(), "this prefix length is out of range").help(format!(
-                "an {family} prefix is 0 to {len_max} long; for one host write {address}/{len_max}"
-            )))
+            let mistake = wrong().at(len_text.span(), "this prefix length is out of range");
+            Err(match netmask_len(&squeezed(len_text)).filter(|_| address.is_ipv4()) {
+                Some(len) => mistake.help(format!("as a length this is {address}/{len}")),
+                None if len_text.raw.contains(';') => {
+                    mistake.help("separate addresses with commas")
+                }
+                None => mistake.help(format!(
+                    "an {family} prefix is 0 to {len_max} long; for one host write \
+                     {address}/{len_max}"
+                )),
+            })
         }
     }
+}
+
+/// The prefix length that a netmask such as 255.255.255.0 stands for.
+fn netmask_len(text: &str) -> Option<u32> {
+    let mask = u32::from(text.parse::<Ipv4Addr>().ok()?);
+    (mask.leading_ones() + mask.trailing_zeros() == u32::BITS).then_some(mask.leading_ones())
 }
 
 /// A list with commas; of nothing, if it is empty.
@@ -164,6 +224,14 @@ pub(super) fn endpoint(value: Text<'_>) -> Result<Endpoint, Mistake> {
         }
     };
 
+    if let Some(end) = value.raw.find("://") {
+        let rest = value.from(end + 3).before('/');
+        let mistake = wrong().at(value.slice(0..end + 3).span(), "this does not belong here");
+        return Err(match endpoint(rest) {
+            Ok(_) => mistake.help(format!("write `{}`", rest.quoted())),
+            Err(_) => mistake.help(FORM),
+        });
+    }
     let (host, port) = if value.raw.starts_with('[') {
         let Some(end) = value.raw.find(']') else {
             return Err(wrong().at(value.slice(0..1).span(), "`]` is missing").help(FORM));
@@ -185,8 +253,13 @@ pub(super) fn endpoint(value: Text<'_>) -> Result<Endpoint, Mistake> {
     if port.is_empty() || is_address_in_parts && scoped_v6(&host_text).is_none() {
         return Err(without_port());
     }
-    let Some(port) = number(&squeezed(port), 1..=u16::MAX) else {
-        return Err(wrong().at(port.span(), "a port is a number from 1 to 65535").help(FORM));
+    let port_text = squeezed(port);
+    let Some(port) = number(&port_text, 1..=u16::MAX) else {
+        let mistake = wrong().at(port.span(), "a port is a number from 1 to 65535");
+        return Err(match port_text.contains('/').then(|| number_alone(&port_text)).flatten() {
+            Some(help) => mistake.help(help),
+            None => mistake.help(FORM),
+        });
     };
 
     if let Ok(address) = host_text.parse::<IpAddr>()
@@ -207,7 +280,11 @@ pub(super) fn endpoint(value: Text<'_>) -> Result<Endpoint, Mistake> {
     } else {
         "this is neither an address nor a host name"
     };
-    Err(wrong().at(host.span(), what).help(FORM))
+    let mistake = wrong().at(host.span(), what);
+    Err(match host_text.is_ascii() {
+        true => mistake.help(FORM),
+        false => mistake.help("write the name in ASCII, as the DNS has it (`xn--…`)"),
+    })
 }
 
 /// The address of `fe80::1%eth0` and the like, or of an IPv6 address without a scope.
@@ -251,11 +328,11 @@ pub(super) fn workers(value: Text<'_>) -> Result<usize, Mistake> {
     })
 }
 
-/// `eth0,eth1 mode=native queues=4`; what comes later is left to the caller.
+/// `eth0,eth1 mode=native queues=4`
 pub(super) fn xdp(value: Text<'_>) -> Result<Xdp, Mistake> {
     const FORM: &str = "write `#! Xdp = eth0,eth1`, and `mode=auto`, `native` or `udp` after it";
-    let mut xdp =
-        Xdp { interfaces: Vec::new(), mode: None, bypass_firewall: false, later: Vec::new() };
+    const MODES: [&str; 4] = ["auto", "zerocopy", "native", "udp"];
+    let mut xdp = Xdp { interfaces: Vec::new(), mode: None, queues: None, bypass_firewall: false };
     for word in words(value) {
         if word.raw.eq_ignore_ascii_case("bypass-firewall") {
             xdp.bypass_firewall = true;
@@ -269,26 +346,27 @@ pub(super) fn xdp(value: Text<'_>) -> Result<Xdp, Mistake> {
                 ("mode", "auto") => xdp.mode = Some(Spanned::new(Mode::Auto, word.span())),
                 ("mode", "native") => xdp.mode = Some(Spanned::new(Mode::Native, word.span())),
                 ("mode", "udp") => xdp.mode = Some(Spanned::new(Mode::Udp, word.span())),
-                ("mode", "zerocopy") => {
-                    xdp.later.push(Spanned::new("mode=zerocopy".to_owned(), word.span()));
-                }
+                ("mode", "zerocopy") => xdp.mode = Some(Spanned::new(Mode::ZeroCopy, word.span())),
                 ("mode", "skb" | "generic") => {
                     return Err(Mistake::new("generic XDP is never used")
                         .at(option.span(), "this mode loses every coalesced packet")
                         .help("`mode=udp` is faster where a NIC has no native XDP"));
                 }
                 ("mode", _) => {
-                    return Err(Mistake::new(format!("unknown mode `{}`", option.quoted()))
-                        .at(option.span(), "not a mode")
-                        .help(FORM));
+                    let mistake = Mistake::new(format!("unknown mode `{}`", option.quoted()))
+                        .at(option.span(), "not a mode");
+                    return Err(meant(mistake, option, &MODES, FORM));
                 }
-                ("queues", _) => {
-                    xdp.later.push(Spanned::new("queues=".to_owned(), word.span()));
+                ("queues", _) if xdp.queues.is_some() => {
+                    return Err(Mistake::new("`queues` is set twice")
+                        .at(word.span(), "again here")
+                        .help("keep one of the two"));
                 }
+                ("queues", _) => xdp.queues = Some(Spanned::new(queues(option)?, word.span())),
                 _ => {
-                    return Err(Mistake::new(format!("unknown option `{}`", name.quoted()))
-                        .at(name.span(), "not an option of `Xdp`")
-                        .help(FORM));
+                    let mistake = Mistake::new(format!("unknown option `{}`", name.quoted()))
+                        .at(name.span(), "not an option of `Xdp`");
+                    return Err(meant(mistake, name, &["mode", "queues"], FORM));
                 }
             }
         } else if !is_interface_name(word.raw) {
@@ -311,8 +389,17 @@ pub(super) fn xdp(value: Text<'_>) -> Result<Xdp, Mistake> {
     Ok(xdp)
 }
 
+/// How many queues of a NIC.
+fn queues(value: Text<'_>) -> Result<u32, Mistake> {
+    number(value.raw, 1..=QUEUES_LEN).ok_or_else(|| {
+        Mistake::new(format!("`{}` is not a number of queues", value.quoted()))
+            .at(value.span(), format!("write a number from 1 to {QUEUES_LEN}"))
+            .help("`ethtool -l` shows how many queues a NIC has")
+    })
+}
+
 /// Whether the kernel would take it (`dev_valid_name`).
-fn is_interface_name(text: &str) -> bool {
+pub(super) fn is_interface_name(text: &str) -> bool {
     (1..16).contains(&text.len())
         && !matches!(text, "." | "..")
         && !text.contains(|c: char| matches!(c, '/' | ':') || c.is_whitespace())

@@ -308,7 +308,7 @@ impl Control {
             };
             for ((peer, ifindex, _), link) in some.iter().zip(links) {
                 if link.is_some_and(|link| link != *ifindex) {
-                    tracing::debug!(peer = %peer.id, "another link leads to it now");
+                    tracing::debug!(peer = %peer.label(), "another link leads to it now");
                     peer.forget_local_source();
                 }
             }

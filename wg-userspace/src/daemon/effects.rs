@@ -40,6 +40,11 @@ pub fn carry_out<O: Outside>(
             let interval = (seconds > 0).then(|| Duration::from_secs(seconds.into()));
             handshakes.set_persistent_keepalive(id, interval, now);
         }
+        Effect::Name { id, name } => {
+            if let Some(cell) = handshakes.cell(id) {
+                cell.hot.set_name(name);
+            }
+        }
         Effect::RoutingChanged => shared.routing.store(device.allowed_ips().snapshot()),
     }
 }

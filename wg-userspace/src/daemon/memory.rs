@@ -30,7 +30,7 @@ use crate::uapi::{self, EndpointName};
 
 /// What every journal begins with.
 const MAGIC: [u8; 8] = *b"tidegate";
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 /// Magic, version, four bytes of nothing, length.
 const HEADER_LEN: u64 = 24;
 const LENGTH_AT: u64 = 16;
@@ -42,7 +42,7 @@ const PEERS_PER_RECORD: usize = 512;
 const CAPACITY_MIN: u64 = 1 << 20;
 /// No peer of a request is longer in the text, but for its allowed IPs; nor is what is said of the
 /// device.
-const TEXT_PER_PEER: u64 = 512;
+const TEXT_PER_PEER: u64 = 640;
 const TEXT_PER_ALLOWED_IP: u64 = 64;
 
 /// What a record holds.
@@ -388,6 +388,7 @@ pub fn snapshot(device: &Device) -> impl Iterator<Item = SetRequest> {
             preshared_key: Some(peer.preshared_key.clone()),
             endpoint: peer.endpoint,
             persistent_keepalive: Some(peer.persistent_keepalive),
+            name: Some(peer.name.clone()).filter(|name| !name.is_empty()),
             allowed_ips: nets.map(AllowedIpChange::Add).collect(),
             ..PeerChange::new(peer.public_key)
         }

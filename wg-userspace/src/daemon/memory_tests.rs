@@ -93,16 +93,18 @@ fn any_peer() -> impl Strategy<Value = PeerChange> {
         option::of(any_endpoint()),
         option::of(0..99_u16),
         option::of(0..3_u8),
+        option::of("|[a-z]{1,3}"),
         vec(net, 0..4),
     )
         .prop_map(
-            |(number, (remove, update_only, replaces), endpoint, keepalive, psk, nets)| {
+            |(number, (remove, update_only, replaces), endpoint, keepalive, psk, name, nets)| {
                 PeerChange {
                     remove,
                     update_only,
                     preshared_key: psk.map(|byte| PresharedKey::from_bytes([byte; 32])),
                     endpoint,
                     persistent_keepalive: keepalive,
+                    name,
                     replace_allowed_ips: replaces,
                     allowed_ips: nets,
                     ..PeerChange::new(key(number))

@@ -203,7 +203,8 @@ impl Control {
                 continue;
             }
             self.names.borrow_mut().led(&public_key, to);
-            tracing::info!(peer = %id, host, endpoint = %to, "its name leads elsewhere by now");
+            let peer = cell.hot.label();
+            tracing::info!(%peer, host, endpoint = %to, "its name leads elsewhere by now");
             // At once, or with the next initiation if the last was just sent.
             self.handshakes.work(&Work::Initiate(self.shared.device, id), now);
         }

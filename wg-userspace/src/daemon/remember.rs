@@ -308,6 +308,7 @@ mod tests {
         PeerChange {
             preshared_key: Some(PresharedKey::from_bytes([number; 32])),
             endpoint: Some(([127, 0, 0, 1], 9).into()),
+            name: Some(format!("number {number}")),
             allowed_ips: vec![AllowedIpChange::Add(
                 ipnet::Ipv4Net::new([10, 0, 0, number].into(), 32).unwrap().into(),
             )],
@@ -463,6 +464,8 @@ mod tests {
         let cell = control.handshakes.cell(id).unwrap();
         assert_eq!(cell.greatest_timestamp(), known.greatest_timestamp);
         assert_eq!(cell.preshared_key(), PresharedKey::from_bytes([2; 32]));
+        let label = format!("number 2 ({})", key(2).short());
+        assert_eq!(cell.hot.label().to_string(), label, "logs know its name");
         assert_eq!(cell.hot.endpoint.load().as_ref().unwrap().remote, known.endpoint.unwrap());
         let routing = control.shared.routing.load();
         assert_eq!(routing.lookup("10.0.0.2".parse().unwrap()), Some(id));

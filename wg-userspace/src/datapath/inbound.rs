@@ -337,7 +337,7 @@ impl Inbound {
             self.shared.hand_off(Work::Confirmed(peer.id));
         }
         if peer.endpoint.load().as_deref() != Some(&endpoint) {
-            tracing::debug!(peer = %peer.id, endpoint = %endpoint.remote, "endpoint moved");
+            tracing::debug!(peer = %peer.label(), endpoint = %endpoint.remote, "endpoint moved");
             peer.endpoint.store(Some(Arc::new(endpoint)));
         }
         if group.keypair.wants_rekey_on_receive(now) {

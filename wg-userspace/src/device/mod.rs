@@ -53,6 +53,8 @@ pub struct Peer {
     pub endpoint: Option<SocketAddr>,
     /// In seconds; 0: off.
     pub persistent_keepalive: u16,
+    /// What people call it; empty if nobody has said. Peers may have one name.
+    pub name: String,
     /// It came from a [`PeerSource`], and no request has named it since: it may go when it is idle.
     pub pulled: bool,
 }
@@ -87,6 +89,8 @@ pub struct PeerChange {
     pub endpoint: Option<SocketAddr>,
     /// In seconds; 0: off.
     pub persistent_keepalive: Option<u16>,
+    /// What people call it; empty removes the name.
+    pub name: Option<String>,
     /// Takes all allowed IPs away before `allowed_ips`.
     pub replace_allowed_ips: bool,
     /// In this order.
@@ -148,6 +152,13 @@ pub enum Effect {
         /// 0: off.
         seconds: u16,
     },
+    /// What people call a peer. Nothing but logs depends on it.
+    Name {
+        /// The peer.
+        id: PeerId,
+        /// Empty: nobody has said.
+        name: String,
+    },
     /// The allowed IPs of some peers; comes once, and last.
     RoutingChanged,
 }
@@ -162,6 +173,7 @@ impl SetRequest {
             preshared_key: Some(peer.preshared_key.as_deref().cloned().unwrap_or_default()),
             endpoint: peer.endpoint.as_deref().and_then(&resolved),
             persistent_keepalive: Some(peer.persistent_keepalive.as_deref().copied().unwrap_or(0)),
+            name: Some(peer.name.as_deref().cloned().unwrap_or_default()),
             replace_allowed_ips: true,
             allowed_ips: peer.allowed_ips.iter().map(|net| AllowedIpChange::Add(**net)).collect(),
             ..PeerChange::new(*peer.public_key)
@@ -186,6 +198,7 @@ impl PeerChange {
             preshared_key: None,
             endpoint: None,
             persistent_keepalive: None,
+            name: None,
             replace_allowed_ips: false,
             allowed_ips: Vec::new(),
             pulled: false,
@@ -400,6 +413,12 @@ impl Change<'_> {
         {
             self.to.effects.push(Effect::PersistentKeepalive { id, seconds });
         }
+        if let Some(name) = change.name
+            && peer.name != name
+        {
+            peer.name.clone_from(&name);
+            self.to.effects.push(Effect::Name { id, name });
+        }
         let replaces = change.replace_allowed_ips && !is_new;
         self.change_allowed_ips(id, replaces, &change.allowed_ips);
     }
@@ -467,6 +486,7 @@ impl Peers {
             preshared_key: PresharedKey::default(),
             endpoint: None,
             persistent_keepalive: 0,
+            name: String::new(),
             pulled: false,
         };
         let age = self.added_count;

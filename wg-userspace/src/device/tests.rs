@@ -207,7 +207,8 @@ fn a_slot_is_not_freed_and_used_in_one_request() {
 fn a_file_says_all_that_a_device_is() {
     let text = format!(
         "[Interface]\nPrivateKey = {}\nFwMark = 9\n[Peer]\nPublicKey = {}\nEndpoint = a.example:5\n\
-         AllowedIPs = 10.0.0.1/8\n[Peer]\nPublicKey = {}\nPersistentKeepalive = 3\n",
+         AllowedIPs = 10.0.0.1/8\n#! Name = laptop\n[Peer]\nPublicKey = {}\n\
+         PersistentKeepalive = 3\n",
         private(1).to_base64().as_str(),
         public(2),
         public(3)
@@ -221,6 +222,7 @@ fn a_file_says_all_that_a_device_is() {
     assert_eq!(keys(&device), [public(2), public(3)]);
     assert_eq!((device.listen_port(), device.fwmark()), (0, 9));
     let peers: Vec<_> = device.peers().map(|(_, peer)| peer.clone()).collect();
+    assert_eq!((&*peers[0].name, &*peers[1].name), ("laptop", ""));
     assert_eq!((peers[0].endpoint, peers[0].persistent_keepalive), (Some(addr), 0));
     assert_eq!((peers[1].endpoint, peers[1].persistent_keepalive), (None, 3));
     assert_eq!(nets_of(&device, 2), ["10.0.0.0/8"]);
@@ -242,6 +244,7 @@ fn any_request() -> impl Strategy<Value = SetRequest> {
             preshared_key: Some(preshared(dice)),
             endpoint: None,
             persistent_keepalive: Some(dice.into()),
+            name: ["", "a", "b"].get(usize::from(dice)).map(|&name| name.to_owned()),
             replace_allowed_ips,
             allowed_ips,
             pulled: false,
@@ -281,6 +284,7 @@ impl Follower {
                     preshared_key,
                     endpoint: None,
                     persistent_keepalive: 0,
+                    name: String::new(),
                     pulled: false,
                 };
                 assert!(self.peers.insert(id, peer).is_none(), "slot {id} is in use");
@@ -295,6 +299,7 @@ impl Follower {
             Effect::PersistentKeepalive { id, seconds } => {
                 self.peers.get_mut(&id).unwrap().persistent_keepalive = seconds;
             }
+            Effect::Name { id, name } => self.peers.get_mut(&id).unwrap().name = name,
             Effect::RoutingChanged => {}
         }
     }

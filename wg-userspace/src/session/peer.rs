@@ -1,5 +1,6 @@
 //! The half of a peer that workers read.
 
+use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, Ordering::Relaxed};
 
@@ -35,6 +36,8 @@ pub struct HotPeer {
     /// Set by a worker that asks control for a handshake; cleared by control when it wants to be
     /// asked again.
     pub handshake_wanted: AtomicBool,
+    /// What people call it, for logs; nothing if nobody has said.
+    name: ArcSwapOption<String>,
     /// Number of the worker at which the last authentic packet arrived; [`HotPeer::NO_WORKER`] before
     /// the first.
     pub last_worker: AtomicU16,
@@ -57,6 +60,7 @@ impl HotPeer {
             staged: AtomicU32::new(0),
             give_up_count: AtomicU32::new(0),
             handshake_wanted: AtomicBool::new(false),
+            name: ArcSwapOption::empty(),
             last_worker: AtomicU16::new(Self::NO_WORKER),
         }
     }
@@ -74,6 +78,16 @@ impl HotPeer {
         is_next(&before)
     }
 
+    /// What logs call it: its name, if it has one, and the beginning of its public key.
+    pub fn label(&self) -> impl fmt::Display {
+        Label { name: self.name.load_full(), public_key: self.public_key }
+    }
+
+    /// Says what people call it; nothing if that is empty.
+    pub fn set_name(&self, name: String) {
+        self.name.store((!name.is_empty()).then(|| Arc::new(name)));
+    }
+
     /// Lets the routing table choose anew which address of ours the next datagram leaves from.
     pub fn forget_local_source(&self) {
         self.endpoint.rcu(|endpoint| match endpoint {
@@ -82,6 +96,21 @@ impl HotPeer {
             }
             _ => endpoint.clone(),
         });
+    }
+}
+
+struct Label {
+    name: Option<Arc<String>>,
+    public_key: PublicKey,
+}
+
+impl fmt::Display for Label {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let key = self.public_key.short();
+        match &self.name {
+            Some(name) => write!(f, "{name} ({key})"),
+            None => write!(f, "{key}"),
+        }
     }
 }
 
@@ -148,6 +177,18 @@ mod tests {
     use super::*;
     use crate::noise::Role;
     use crate::session::keypair::tests::{START, keypair};
+
+    #[test]
+    fn a_label_has_the_name_and_a_part_of_the_key() {
+        let peer = peer();
+        let key = peer.public_key.to_string();
+        let short = format!("{}…", &key[..8]);
+        assert_eq!(peer.label().to_string(), short);
+        peer.set_name("a laptop".to_owned());
+        assert_eq!(peer.label().to_string(), format!("a laptop ({short})"));
+        peer.set_name(String::new());
+        assert_eq!(peer.label().to_string(), short);
+    }
 
     fn peer() -> HotPeer {
         HotPeer::new(PeerId(0), DeviceId(0), PublicKey::from_bytes([0; 32]))

@@ -10,6 +10,7 @@ use ipnet::IpNet;
 use wg_common::id::PeerId;
 use zeroize::Zeroizing;
 
+use crate::config::NAME_LEN_MAX;
 use crate::device::{Device, Peer};
 
 /// What is known of a peer beside its configuration.
@@ -130,6 +131,9 @@ fn write_peer(text: &mut String, peer: &Peer, live: &PeerStatus) -> fmt::Result 
     writeln!(text, "rx_bytes={}", live.rx_bytes)?;
     writeln!(text, "persistent_keepalive_interval={}", peer.persistent_keepalive)?;
     // Ours alone: wg(8) passes over what it does not know.
+    if !peer.name.is_empty() {
+        writeln!(text, "tidegate_name={}", peer.name)?;
+    }
     if peer.pulled {
         writeln!(text, "tidegate_pulled=true")?;
     }
@@ -154,6 +158,8 @@ const PEER_LEN_MAX: usize = (11 + 64 + 1)
     + (25 + 9 + 1)
     + 2 * (9 + 20 + 1)
     + (30 + 5 + 1)
+    + "tidegate_name=\n".len()
+    + NAME_LEN_MAX
     + "tidegate_pulled=true\n".len()
     + "tidegate_by_name=true\n".len();
 const ALLOWED_IP_LEN_MAX: usize =
@@ -176,6 +182,7 @@ mod tests {
             preshared_key: Some(PresharedKey::from_bytes([0xff; 32])),
             endpoint: Some("192.0.2.1:1".parse().unwrap()),
             persistent_keepalive: Some(u16::MAX),
+            name: Some("\u{1f4bb}".repeat(63)),
             allowed_ips: ["10.0.0.0/8", "1111:1111:1111:1111:1111:1111:255.255.255.255/128"]
                 .map(|net| AllowedIpChange::Add(net.parse().unwrap()))
                 .to_vec(),
@@ -207,7 +214,8 @@ mod tests {
              endpoint=[1111:1111:1111:1111:1111:1111:ffff:ffff%4294967295]:65535\n\
              last_handshake_time_sec=1700000000\nlast_handshake_time_nsec=999999999\n\
              tx_bytes=18446744073709551615\nrx_bytes=18446744073709551615\n\
-             persistent_keepalive_interval=65535\ntidegate_by_name=true\nallowed_ip=10.0.0.0/8\n\
+             persistent_keepalive_interval=65535\ntidegate_name={}\ntidegate_by_name=true\n\
+             allowed_ip=10.0.0.0/8\n\
              allowed_ip=1111:1111:1111:1111:1111:1111:ffff:ffff/128\n\
              public_key={}\npreshared_key={}\nprotocol_version=1\n\
              last_handshake_time_sec=0\nlast_handshake_time_nsec=0\ntx_bytes=0\nrx_bytes=0\n\
@@ -215,6 +223,7 @@ mod tests {
             hex("48"),
             hex("02"),
             hex("ff"),
+            "\u{1f4bb}".repeat(63),
             hex("03"),
             hex("00")
         );

@@ -8,7 +8,9 @@
 //! `daemon`. Of our own are the requests `tidegate=status` and `tidegate=quiesce`
 //! (a line `seconds=N` may follow), answered with one line of JSON, `tidegate=resume`, and `tidegate=names`:
 //! the peers whose endpoints were given as names, each by the lines `public_key=` (in hexadecimal), `host=`
-//! and `port=`; the list replaces the one before.
+//! and `port=`; the list replaces the one before. Of our own are also some lines of a peer: in both
+//! directions `tidegate_name=`, what people call it (empty in a `set`: no more), and in answers
+//! `tidegate_pulled=` and `tidegate_by_name=`. wg(8) passes over lines that it does not know.
 //!
 //! A request that fails changes nothing: it is read to its end before the handler sees it.
 

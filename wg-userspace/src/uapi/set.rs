@@ -9,6 +9,7 @@ use wg_common::protocol::KEY_LEN;
 use zeroize::Zeroizing;
 
 use super::Errno;
+use crate::config::{NAME_LEN_MAX, name_problem};
 use crate::device::{AllowedIpChange, PeerChange, SetRequest};
 use crate::key::{ParseKeyError, PresharedKey, PrivateKey, PublicKey};
 
@@ -204,6 +205,14 @@ impl<F: Fn(&str) -> Option<u32>> SetParser<F> {
                 let seconds = number("persistent_keepalive_interval", value)?;
                 peer.persistent_keepalive = Some(seconds);
             }
+            // Ours alone. wg(8) never sends it.
+            "tidegate_name" => {
+                if !value.is_empty() && name_problem(value).is_some() {
+                    return Err(bad_value("tidegate_name", value));
+                }
+                peer.name = Some(value.to_owned());
+                self.memory_len += value.len();
+            }
             "replace_allowed_ips" => {
                 peer.replace_allowed_ips = flag("replace_allowed_ips", value)?;
                 // What was added before would not survive being replaced.
@@ -287,6 +296,7 @@ fn len_max(request: &SetRequest) -> usize {
     const FLAG: usize = "replace_allowed_ips=true\n".len();
     const KEEPALIVE: usize = "persistent_keepalive_interval=65535\n".len();
     const ENDPOINT: usize = 80;
+    const NAME: usize = "tidegate_name=\n".len() + NAME_LEN_MAX;
     const ALLOWED_IP: usize = 64;
     let peers = request.peers.iter().map(|peer| {
         let flags = [peer.remove, peer.update_only, peer.replace_allowed_ips];
@@ -295,6 +305,7 @@ fn len_max(request: &SetRequest) -> usize {
             + usize::from(peer.preshared_key.is_some()) * PRESHARED_KEY
             + usize::from(peer.endpoint.is_some()) * ENDPOINT
             + usize::from(peer.persistent_keepalive.is_some()) * KEEPALIVE
+            + usize::from(peer.name.is_some()) * NAME
             + peer.allowed_ips.len() * ALLOWED_IP
     });
     DEVICE + peers.sum::<usize>()
@@ -333,6 +344,9 @@ fn write_all(text: &mut String, request: &SetRequest) -> fmt::Result {
         if let Some(seconds) = peer.persistent_keepalive {
             writeln!(text, "persistent_keepalive_interval={seconds}")?;
         }
+        if let Some(name) = &peer.name {
+            writeln!(text, "tidegate_name={name}")?;
+        }
         if peer.replace_allowed_ips {
             writeln!(text, "replace_allowed_ips=true")?;
         }
@@ -370,6 +384,7 @@ mod tests {
              public_key={KEY}\nremove=true\n\
              public_key={KEY}\nupdate_only=true\nprotocol_version=1\npreshared_key={KEY}\n\
              endpoint=[fd00::1]:5\npersistent_keepalive_interval=0\nallowed_ip=10.0.0.0/8\n\
+             tidegate_name=a laptop=x\n\
              replace_allowed_ips=true\nallowed_ip=fd00::/8\nallowed_ip=-10.0.0.1/32\n\nrest"
         );
         let key = PublicKey::from_hex(KEY).unwrap();
@@ -387,6 +402,7 @@ mod tests {
                         preshared_key: Some(PresharedKey::from_hex(KEY).unwrap()),
                         endpoint: Some("[fd00::1]:5".parse().unwrap()),
                         persistent_keepalive: Some(0),
+                        name: Some("a laptop=x".to_owned()),
                         replace_allowed_ips: true,
                         allowed_ips: vec![
                             AllowedIpChange::Add("fd00::/8".parse().unwrap()),
@@ -456,6 +472,10 @@ mod tests {
             "update_only=1",
             "replace_allowed_ips=",
             "protocol_version=2",
+            "tidegate_name= laptop",
+            "tidegate_name=lap\ttop",
+            "tidegate_name=lap#top",
+            &format!("tidegate_name={}", "ä".repeat(64)),
             "public_key=",
             "=",
             &format!("endpoint={KEY}"),
@@ -487,10 +507,11 @@ mod tests {
             option::of(any::<[u8; 32]>()),
             option::of(endpoint),
             option::of(any::<u16>()),
+            option::of("|[a-zäß]([ -~&&[^#]]{0,8}[a-z])?"),
             vec(change, 0..4),
         )
             .prop_map(
-                |(key, flags, preshared_key, endpoint, persistent_keepalive, allowed_ips)| {
+                |(key, flags, preshared_key, endpoint, persistent_keepalive, name, allowed_ips)| {
                     let [remove, update_only, replace_allowed_ips] = flags;
                     PeerChange {
                         public_key: PublicKey::from_bytes(key),
@@ -499,6 +520,7 @@ mod tests {
                         preshared_key: preshared_key.map(PresharedKey::from_bytes),
                         endpoint,
                         persistent_keepalive,
+                        name,
                         replace_allowed_ips,
                         allowed_ips,
                         pulled: false,

@@ -74,6 +74,7 @@ struct ModelPeer {
     preshared_key: PresharedKey,
     endpoint: Option<SocketAddr>,
     persistent_keepalive: u16,
+    name: String,
     nets: Vec<IpNet>,
 }
 
@@ -84,6 +85,7 @@ impl Model {
             preshared_key: peer.preshared_key.clone(),
             endpoint: peer.endpoint,
             persistent_keepalive: peer.persistent_keepalive,
+            name: peer.name.clone(),
             nets: device.allowed_ips().of_peer(id).collect(),
         });
         Self {
@@ -131,6 +133,7 @@ impl Model {
                 preshared_key: PresharedKey::default(),
                 endpoint: None,
                 persistent_keepalive: 0,
+                name: String::new(),
                 nets: Vec::new(),
             });
             self.peers.len() - 1
@@ -142,6 +145,9 @@ impl Model {
         peer.endpoint = change.endpoint.or(peer.endpoint);
         peer.persistent_keepalive =
             change.persistent_keepalive.unwrap_or(peer.persistent_keepalive);
+        if let Some(name) = &change.name {
+            peer.name.clone_from(name);
+        }
         if change.replace_allowed_ips {
             peer.nets.clear();
         }
@@ -174,6 +180,7 @@ struct MirrorPeer {
     preshared_key: PresharedKey,
     endpoint: Option<SocketAddr>,
     persistent_keepalive: u16,
+    name: String,
 }
 
 impl Mirror {
@@ -191,6 +198,7 @@ impl Mirror {
                         preshared_key: PresharedKey::default(),
                         endpoint: None,
                         persistent_keepalive: 0,
+                        name: String::new(),
                     };
                     assert!(self.peers.insert(id.0, peer).is_none(), "the slot is free");
                 }
@@ -204,6 +212,7 @@ impl Mirror {
                 Effect::PersistentKeepalive { id, seconds } => {
                     self.peer(id).persistent_keepalive = seconds;
                 }
+                Effect::Name { id, name } => self.peer(id).name = name,
                 Effect::RoutingChanged => {}
             }
         }
@@ -223,6 +232,7 @@ impl Mirror {
             assert_eq!(known.preshared_key, peer.preshared_key);
             assert_eq!(known.endpoint, peer.endpoint);
             assert_eq!(known.persistent_keepalive, peer.persistent_keepalive);
+            assert_eq!(known.name, peer.name);
             assert_eq!(device.find(&peer.public_key), Some(id));
         }
     }
@@ -236,14 +246,15 @@ pub fn seeds() -> Vec<Vec<u8>> {
     let whole = format!(
         "private_key={}\nlisten_port=51820\nfwmark=31\nreplace_peers=true\n\
          public_key={a}\npreshared_key={b}\nprotocol_version=1\nendpoint=192.0.2.1:7\n\
-         persistent_keepalive_interval=25\nreplace_allowed_ips=true\nallowed_ip=10.0.0.0/8\n\
+         persistent_keepalive_interval=25\ntidegate_name=a laptop\nreplace_allowed_ips=true\nallowed_ip=10.0.0.0/8\n\
          allowed_ip=fd00::/8\npublic_key={b}\nendpoint=[fd00::1]:5\nallowed_ip=10.1.0.0/16\n",
         key(0x48)
     );
     let changes = format!(
         "\npublic_key={b}\nallowed_ip=10.0.0.0/8\nallowed_ip=-10.1.0.0/16\n\
          public_key={a}\nupdate_only=true\npublic_key={own}\nallowed_ip=::/0\n\n\
-         private_key={}\npublic_key={a}\nremove=true\npublic_key={a}\n",
+         private_key={}\npublic_key={a}\nremove=true\npublic_key={a}\n\
+         tidegate_name=\n",
         key(0)
     );
     let nearly =

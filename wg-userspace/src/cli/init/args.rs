@@ -1,0 +1,314 @@
+//! The arguments of `init`.
+
+use std::{
+    net::{IpAddr, Ipv6Addr, SocketAddr},
+    path::PathBuf,
+    str::FromStr,
+};
+
+use clap::{Args, Subcommand};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+
+use super::network::{self, Choice};
+use crate::{cli::name::InterfaceName, config::Endpoint};
+
+/// Which ends there are, and what they are to each other.
+#[derive(Debug, Subcommand)]
+pub enum Shape {
+    /// Clients reach one server, and the server its clients
+    Bridge(Bridge),
+    /// Clients send everything through a gateway, and the internet sees the gateway's address
+    Gateway(Gateway),
+    /// Clients reach a network that one server stands in
+    Jumpbox(Jumpbox),
+    /// All ends reach each other without one in the middle
+    Mesh(Mesh),
+}
+
+/// Arguments of every shape.
+#[derive(Args, Debug)]
+pub struct Common {
+    /// Where the files go, in a folder for each end
+    #[arg(value_name = "DIR", default_value = ".")]
+    pub dir: PathBuf,
+    /// IPv4 inside the tunnel, or `none`
+    #[arg(long, value_name = "NET", default_value = "10.9.0.0/24")]
+    pub network: Choice<Ipv4Net>,
+    /// IPv6 inside the tunnel, or `none` [default: one of your own, of the form fdxx:xxxx:xxxx::/64]
+    #[arg(long, value_name = "NET")]
+    pub network6: Option<Choice<Ipv6Net>>,
+    /// Port of an end whose endpoint names none
+    #[arg(long, value_name = "PORT", default_value_t = 51820,
+          value_parser = clap::value_parser!(u16).range(1..))]
+    pub port: u16,
+    /// Give each two ends a preshared key
+    #[arg(long)]
+    pub psk: bool,
+    /// Name of the interface, and of the files, at all ends
+    #[arg(long, value_name = "IF", default_value = "wg0")]
+    pub interface: InterfaceName,
+}
+
+/// Arguments of the shapes with one end in the middle.
+#[derive(Args, Debug)]
+pub struct Star {
+    /// Where clients find the end in the middle: a name or an address, and its UDP port
+    #[arg(long, value_name = "HOST[:PORT]")]
+    pub endpoint: HostPort,
+    /// Names of the clients
+    #[arg(long, value_name = "NAME,..", default_value = "laptop", value_delimiter = ',')]
+    pub clients: Vec<EndName>,
+    /// Whom clients ask for names while the tunnel is up
+    #[arg(long, value_name = "ADDR,..", value_delimiter = ',')]
+    pub dns: Vec<IpAddr>,
+}
+
+/// Arguments of `init bridge`.
+#[derive(Args, Debug)]
+pub struct Bridge {
+    #[command(flatten)]
+    pub common: Common,
+    #[command(flatten)]
+    pub star: Star,
+    /// Name of the end in the middle
+    #[arg(long, default_value = "server")]
+    pub name: EndName,
+}
+
+/// Arguments of `init gateway`.
+#[derive(Args, Debug)]
+pub struct Gateway {
+    #[command(flatten)]
+    pub common: Common,
+    #[command(flatten)]
+    pub star: Star,
+    /// Name of the end in the middle
+    #[arg(long, default_value = "gateway")]
+    pub name: EndName,
+    /// The gateway's interface to the internet
+    #[arg(long, value_name = "NIC", default_value = "eth0", value_parser = nic)]
+    pub out: String,
+}
+
+/// Arguments of `init jumpbox`.
+#[derive(Args, Debug)]
+pub struct Jumpbox {
+    #[command(flatten)]
+    pub common: Common,
+    #[command(flatten)]
+    pub star: Star,
+    /// Name of the end in the middle
+    #[arg(long, default_value = "jumpbox")]
+    pub name: EndName,
+    /// The networks behind the jumpbox
+    #[arg(long, value_name = "NET,..", required = true, value_delimiter = ',',
+          value_parser = network::network)]
+    pub vlan: Vec<IpNet>,
+    /// The jumpbox's interface to those networks
+    #[arg(long, value_name = "NIC", default_value = "eth1", value_parser = nic)]
+    pub out: String,
+}
+
+/// Arguments of `init mesh`.
+#[derive(Args, Debug)]
+pub struct Mesh {
+    #[command(flatten)]
+    pub common: Common,
+    /// The ends, and where the others find them; one of them may be without
+    #[arg(long, value_name = "NAME=HOST[:PORT],..", required = true, value_delimiter = ',')]
+    pub nodes: Vec<Node>,
+}
+
+/// The name of an end: its folder's name, and what others call it in their files.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct EndName(String);
+
+impl EndName {
+    /// The longest `#! Name`, in characters.
+    const LEN_MAX: usize = 63;
+
+    /// The name.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for EndName {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let is_good = (1..=Self::LEN_MAX).contains(&text.chars().count())
+            && text.chars().all(|c| c.is_alphanumeric() || matches!(c, '-' | '_' | '.'))
+            // Not hidden, not an option, and not the folder above.
+            && !text.starts_with(['.', '-']);
+        match is_good {
+            true => Ok(Self(text.to_owned())),
+            false => Err(format!(
+                "`{text}` is no name for an end: 1 to {} letters, digits or `_-.`",
+                Self::LEN_MAX
+            )),
+        }
+    }
+}
+
+/// A host, and a port if it is named.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct HostPort {
+    /// An address or a name.
+    pub host: String,
+    /// Not 0.
+    pub port: Option<u16>,
+}
+
+impl HostPort {
+    /// The address, if the host is one.
+    pub fn address(&self) -> Option<IpAddr> {
+        self.host.parse().ok()
+    }
+
+    /// The same for a file.
+    pub fn endpoint(&self, port_if_none: u16) -> Endpoint {
+        let port = self.port.unwrap_or(port_if_none);
+        match self.address() {
+            Some(address) => Endpoint::Address(SocketAddr::new(address, port)),
+            None => Endpoint::Host { host: self.host.clone(), port },
+        }
+    }
+}
+
+impl FromStr for HostPort {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        const FORM: &str = "write `host:port` or `[IPv6 address]:port`";
+        if text.contains("://") {
+            return Err(format!("`{text}` is a URL; {FORM}"));
+        }
+        let (host, port) = if let Some(rest) = text.strip_prefix('[') {
+            let (host, rest) = rest.split_once(']').ok_or(format!("`]` is missing; {FORM}"))?;
+            if host.parse::<Ipv6Addr>().is_err() {
+                return Err(format!("`{host}` is not an IPv6 address; {FORM}"));
+            }
+            let port = rest.strip_prefix(':').or(rest.is_empty().then_some(""));
+            (host, port.ok_or(format!("`:` is missing behind `]`; {FORM}"))?)
+        } else if text.parse::<Ipv6Addr>().is_ok() {
+            (text, "")
+        } else {
+            text.rsplit_once(':').unwrap_or((text, ""))
+        };
+        let has_port = !port.is_empty() || text.ends_with(':');
+        // `parse` takes a sign, too.
+        let is_number = port.bytes().all(|c| c.is_ascii_digit());
+        let number = port.parse().ok().filter(|&port: &u16| is_number && port != 0);
+        if has_port && number.is_none() {
+            return Err(format!("`{port}` is not a port: a number from 1 to 65535"));
+        }
+        let is_of_host = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'-' | b'.' | b'_');
+        let is_good = match host.parse::<IpAddr>() {
+            Ok(address) => !address.is_unspecified() && !address.is_multicast(),
+            Err(_) => {
+                !host.is_empty()
+                    && host.bytes().all(is_of_host)
+                    // Digits and dots only are a mistyped address.
+                    && !host.bytes().all(|c| c.is_ascii_digit() || c == b'.')
+            }
+        };
+        if !is_good {
+            return Err(format!("`{host}` is neither a host's name nor its address; {FORM}"));
+        }
+        Ok(Self { host: host.to_owned(), port: number })
+    }
+}
+
+/// An end of a mesh.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Node {
+    /// What it is called.
+    pub name: EndName,
+    /// Where it is found.
+    pub endpoint: Option<HostPort>,
+}
+
+impl FromStr for Node {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (name, endpoint) = match text.split_once('=') {
+            Some((name, endpoint)) => (name, Some(endpoint.parse()?)),
+            None => (text, None),
+        };
+        Ok(Self { name: name.parse()?, endpoint })
+    }
+}
+
+/// The name of a NIC. It goes into a shell's command.
+fn nic(text: &str) -> Result<String, String> {
+    let is_good = (1..=InterfaceName::LEN_MAX).contains(&text.len())
+        && text.bytes().all(|c| c.is_ascii_alphanumeric() || b"_.-".contains(&c))
+        && !text.starts_with(['-', '.']);
+    match is_good {
+        true => Ok(text.to_owned()),
+        false => Err(format!("`{text}` cannot be the name of a network interface")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn endpoints_are_hosts_with_or_without_a_port() {
+        for (text, host, port) in [
+            ("gw.example.org", "gw.example.org", None),
+            ("gw.example.org:443", "gw.example.org", Some(443)),
+            ("198.51.100.1", "198.51.100.1", None),
+            ("198.51.100.1:51820", "198.51.100.1", Some(51820)),
+            ("2001:db8::1", "2001:db8::1", None),
+            ("[2001:db8::1]", "2001:db8::1", None),
+            ("[2001:db8::1]:1", "2001:db8::1", Some(1)),
+        ] {
+            let expected = HostPort { host: host.to_owned(), port };
+            assert_eq!(text.parse(), Ok(expected), "{text}");
+        }
+        for (text, why) in [
+            ("", "neither a host"),
+            (":51820", "neither a host"),
+            ("gw:", "is not a port"),
+            ("gw:0", "is not a port"),
+            ("gw:+1", "is not a port"),
+            ("gw:65536", "is not a port"),
+            ("[2001:db8::1", "`]` is missing"),
+            ("[gw]:1", "not an IPv6"),
+            ("[2001:db8::1]1", "`:` is missing"),
+            ("2001:db8::g:1", "neither a host"),
+            ("198.51.100.300", "neither a host"),
+            ("0.0.0.0", "neither a host"),
+            ("https://gw", "a URL"),
+            ("a b", "neither a host"),
+            ("a\nb", "neither a host"),
+        ] {
+            let error = text.parse::<HostPort>().unwrap_err();
+            assert!(error.contains(why), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn names_of_ends_are_fit_for_folders() {
+        for good in ["laptop", "server-1", "a.b_c", "Müllers_Büro", &"x".repeat(63)] {
+            assert_eq!(good.parse::<EndName>().unwrap().as_str(), good);
+        }
+        for bad in ["", ".", "..", ".hidden", "-x", "a/b", "a b", "a\n", "a=b", &"x".repeat(64)] {
+            assert!(bad.parse::<EndName>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn names_of_nics_are_nothing_to_a_shell() {
+        for good in ["eth0", "enp3s0.20", "vlan_20", "wan-1"] {
+            assert_eq!(nic(good), Ok(good.to_owned()));
+        }
+        for bad in ["", "eth0;reboot", "$(x)", "a b", "-A", "sixteen-letters-", "`x`", "a|b"] {
+            assert!(nic(bad).is_err(), "{bad}");
+        }
+    }
+}
