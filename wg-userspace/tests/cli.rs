@@ -9,7 +9,10 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use wg_userspace::sys::netns::{may_make_netns, report_skipped};
+use wg_userspace::{
+    key::PublicKey,
+    sys::netns::{may_make_netns, report_skipped},
+};
 
 const TIDEGATE: &str = env!("CARGO_BIN_EXE_tidegate");
 
@@ -144,7 +147,7 @@ fn every_error_of_a_config_is_shown_with_its_position() {
 
 #[test]
 fn what_comes_later_is_refused_with_its_position() {
-    for line in ["#! Allow = tcp", "#! Nat = masquerade out=eth0"] {
+    for line in ["#! Allow = ::/0 -> ::/0 tcp", "#! Nat = masquerade out=eth0"] {
         let output = up(&format!("{INTERFACE}{line}\n"));
         let errors = stderr(&output);
         assert_eq!(code(&output), 3, "{line}: {errors}");
@@ -265,7 +268,17 @@ fn show_prints_what_wg_show_prints() {
         return;
     }
     let daemon = MockDaemon::start(device(), None);
-    for environment in ["", "WG_COLOR_MODE=always", "WG_HIDE_KEYS=never"] {
+    for environment in [
+        "",
+        "WG_COLOR_MODE=always",
+        "WG_COLOR_MODE=never",
+        "WG_COLOR_MODE=auto",
+        "WG_COLOR_MODE=Always",
+        "WG_HIDE_KEYS=never",
+        "WG_HIDE_KEYS=always",
+        "WG_HIDE_KEYS=Never",
+        "WG_COLOR_MODE=always WG_HIDE_KEYS=never",
+    ] {
         for what in ["show", "show wg0", "show interfaces"] {
             let print = |program: &str| {
                 let output = daemon.shell(&format!("{environment} {program} {what}"));
@@ -318,6 +331,55 @@ fn show_has_the_data_path_and_json() {
     assert_eq!(peer["rx_bytes"], 1024);
     assert_eq!(peer["has_preshared_key"], true);
     assert!(!json.to_string().contains("private_key"), "no secret key is shown: {json}");
+}
+
+#[test]
+fn show_has_names_and_what_is_wrong() {
+    if skips("show_has_names_and_what_is_wrong", without_root()) {
+        return;
+    }
+    let key = |byte: u8| PublicKey::from_bytes([byte; 32]).to_string();
+    let status = serde_json::json!({
+        "mode": "udp", "workers": 1, "drops": { "no_peer": 2, "later_reason": 1 }, "more_troubles": 3,
+        "troubles": [
+            { "kind": "no_peer", "count": 2, "since_s": 9, "last_s": 1, "address": "10.8.0.1" },
+            { "peer": key(2), "kind": "initiations_unanswered", "count": 8, "since_s": 40, "last_s": 2 },
+            { "peer": key(4), "kind": "source_not_allowed", "count": 1, "since_s": 0, "last_s": 0,
+              "address": "10.9.0.7", "public_key": key(2) },
+            { "peer": key(9), "kind": "no_endpoint", "count": 1, "since_s": 0, "last_s": 0 },
+        ],
+    });
+    let named = device().replace(
+        &format!("public_key={}\n", "02".repeat(32)),
+        &format!("public_key={}\ntidegate_name=laptop\n", "02".repeat(32)),
+    );
+    let daemon = MockDaemon::start(named, Some(status.to_string().leak()));
+    let text = daemon.shell("\"$TIDEGATE\" status wg0");
+    let text = stdout(&text);
+    for part in [
+        "\n  drops: later_reason 1, no_peer 2\n    no_peer: to addresses that no peer's AllowedIPs have\n",
+        "\n  trouble: 2 packets dropped, the last 1 second ago to 10.8.0.1: no peer has it in its AllowedIPs\n",
+        "\n  not listed: 3 more troubles with peers\n",
+        &format!("\npeer: {}\n  name: laptop\n", key(2)),
+        "\n  trouble: initiations unanswered for 40 seconds: its endpoint is wrong, the port is closed there, \
+         or our public key is unknown there\n",
+        "\n  trouble: 1 packet dropped, just now: it sends from 10.9.0.7, which AllowedIPs give to laptop\n",
+    ] {
+        assert!(text.contains(part), "{part} in {text}");
+    }
+    assert!(!text.contains("no endpoint"), "who is no peer is in no trouble: {text}");
+    let json = daemon.shell("\"$TIDEGATE\" show --json");
+    let json: serde_json::Value = serde_json::from_str(stdout(&json)).unwrap();
+    let interface = &json["interfaces"][0];
+    assert_eq!(interface["more_troubles"], 3);
+    assert_eq!(interface["troubles"][0]["kind"], "no_peer");
+    let laptop =
+        interface["peers"].as_array().unwrap().iter().find(|peer| peer["name"] == "laptop");
+    let trouble = &laptop.unwrap()["troubles"][0];
+    assert_eq!((&trouble["count"], &trouble["since_s"]), (&8.into(), &40.into()));
+    assert!(
+        trouble["text"].as_str().unwrap().starts_with("initiations unanswered for 40 seconds: ")
+    );
 }
 
 #[test]

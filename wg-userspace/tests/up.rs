@@ -473,6 +473,14 @@ fn a_dry_run_shows_the_steps_and_does_none() {
     assert_eq!(shown, expected);
     assert_eq!(sandbox.state(), before);
     assert_eq!(sandbox.read("called"), "");
+    // What `#!` lines were understood to say comes first.
+    sandbox.conf("tg0", "#!workers=1 # one", "10.1.0.0/16\n#! name =  a laptop");
+    let shown = sandbox.ok(&format!("{UP} --dry-run"));
+    let mut lines = shown.lines();
+    assert_eq!(lines.next(), Some("#! Workers = 1"));
+    let of_peer = lines.next().unwrap();
+    assert!(of_peer.starts_with("#! Name = a laptop, of peer "), "{shown}");
+    assert_eq!(lines.next(), Some("[#] tidegate run tg0"));
 }
 
 #[test]

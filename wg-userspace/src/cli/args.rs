@@ -10,7 +10,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 use wg_common::map::HEARTBEATS_LEN;
 
-use super::{init::Shape, name::InterfaceName};
+use super::{init::Shape, name::InterfaceName, peer};
 use crate::{
     config::Directives,
     daemon::{DEVICE_COUNT_MAX, Mode},
@@ -71,7 +71,11 @@ pub enum Command {
     },
     /// Look for everything that is wrong with config files, alone and as ends of the same tunnels
     Check(Check),
-    /// Show interfaces, their peers and the data path in use
+    /// Add, remove and list the peers of a config file
+    #[command(subcommand)]
+    Peer(peer::args::Peer),
+    /// Show interfaces, their peers and what is wrong with them, and the data path in use
+    #[command(visible_alias = "status")]
     Show(Show),
     /// End all keys of an interface and make none until it is resumed: for a snapshot of this machine
     Quiesce(Quiesce),
@@ -434,6 +438,16 @@ mod tests {
             "tidegate check",
             "tidegate check --strict",
             "tidegate pubkey key",
+            "tidegate peer",
+            "tidegate peer add wg0",
+            "tidegate peer add wg0 laptop --qr --out x",
+            "tidegate peer add wg0 laptop --route-all --routes 10.0.0.0/8",
+            "tidegate peer add wg0 laptop --public-key short",
+            "tidegate peer add wg0 laptop --endpoint http://x",
+            "tidegate peer add wg0 laptop --allowed-ips 10.9.0.300",
+            "tidegate peer add wg0 no#1",
+            "tidegate peer remove wg0",
+            "tidegate peer list",
             "tidegate quiesce",
             "tidegate quiesce a/b",
             "tidegate quiesce wg0 wg1",

@@ -460,6 +460,8 @@ mod tests {
             file("ListenPort = 8", &[(1, "AllowedIPs = 10.0.0.0/8"), (0, "AllowedIPs = ::/0")]),
             file("ListenPort = 8", &[(2, "AllowedIPs = 10.0.0.0/8\nEndpoint = 192.0.2.1:1")]),
             file("ListenPort = 7", &[(0, "PersistentKeepalive = 3"), (2, "AllowedIPs = ::/0")]),
+            file("ListenPort = 7", &[(0, "PersistentKeepalive = 3\n#! Name = a"), (2, "")]),
+            file("ListenPort = 7", &[(0, "#! Name = b"), (1, "#! Name = a")]),
             file("ListenPort = 9", &[]),
         ];
         let sorted = |device: &Device| {
@@ -489,6 +491,39 @@ mod tests {
                 assert_eq!(is, was);
             }
         }
+    }
+
+    #[test]
+    fn a_name_that_changes_is_all_that_changes() {
+        let rest =
+            "AllowedIPs = 10.0.0.1/32\nPresharedKey = IiIiIiIiIiIiIiIiIiIiIiIiIiIiIiIiIiIiIiIiIiI=";
+        let named = |name: &str| file("", &[(0, &format!("{rest}\n{name}"))]);
+        for (before, after, said) in [
+            ("", "#! Name = a", format!("~ peer a ({}): named", KEYS[0])),
+            (
+                "#! Name = a",
+                "# friendly_name = b",
+                format!("~ peer b ({}): renamed from a", KEYS[0]),
+            ),
+            ("#! Name = b", "", format!("~ peer {}: no more named b", KEYS[0])),
+        ] {
+            let mut device = device(&named(before));
+            let found = of_device(&running(&device), &named(after), None, &HashMap::new());
+            assert_eq!(found.lines, [said]);
+            let effects = device.apply(found.request);
+            assert!(matches!(effects[..], [Effect::Name { .. }]), "{effects:?}");
+            let effects = device.apply(found.back);
+            assert!(matches!(effects[..], [Effect::Name { .. }]), "{effects:?}");
+            let found = of_device(&running(&device), &named(before), None, &HashMap::new());
+            assert!(found.is_none());
+        }
+        let gone = of_device(
+            &running(&device(&named("#! Name = a"))),
+            &file("", &[]),
+            None,
+            &HashMap::new(),
+        );
+        assert_eq!(gone.lines, [format!("- peer a ({})", KEYS[0])]);
     }
 
     #[test]

@@ -19,7 +19,7 @@ use crate::{
 };
 
 /// Who may write the file, besides its group and others, who must not.
-const ROOT: u32 = 0;
+pub const ROOT: u32 = 0;
 /// As much of a file is looked at. The device's lines come before those of its peers.
 const LEN_MAX: u64 = 4 << 20;
 
@@ -51,9 +51,14 @@ impl Directives {
     }
 }
 
+/// The text of a file that is looked at for names only, if nobody but its owner may write it.
+pub fn text_for_names(path: &Path, owner: Option<u32>) -> Option<Zeroizing<String>> {
+    trusted(open(path).ok()?, owner).ok()?
+}
+
 fn read(path: &Path, owner: u32) -> (Directives, Vec<String>) {
     let name = path.display();
-    let text = match open(path).and_then(|file| trusted(file, owner)) {
+    let text = match open(path).and_then(|file| trusted(file, Some(owner))) {
         Ok(Some(text)) => text,
         Ok(None) => {
             let why = "its `#!` lines are ignored: it must be a file of root's that nobody else \
@@ -80,11 +85,13 @@ fn open(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).custom_flags(flags.cast_signed()).open(path)
 }
 
-/// The text of a file if nobody but its owner may write it. It says on which NICs XDP gets a program.
-fn trusted(file: File, owner: u32) -> io::Result<Option<Zeroizing<String>>> {
+/// The text of a file if nobody but its owner may write it: it says on which NICs XDP gets a program. Any
+/// owner will do if none is named.
+fn trusted(file: File, owner: Option<u32>) -> io::Result<Option<Zeroizing<String>>> {
     const WRITE_OF_OTHERS: u32 = 0o022;
     let metadata = file.metadata()?;
-    if !metadata.is_file() || metadata.uid() != owner || metadata.mode() & WRITE_OF_OTHERS != 0 {
+    let is_owned = owner.is_none_or(|owner| metadata.uid() == owner);
+    if !metadata.is_file() || !is_owned || metadata.mode() & WRITE_OF_OTHERS != 0 {
         return Ok(None);
     }
     let len = metadata.len().min(LEN_MAX);

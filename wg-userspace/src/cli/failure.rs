@@ -40,7 +40,8 @@ pub struct Failure {
 
 enum Shown {
     Line(String),
-    Report(Report),
+    /// What comes behind it may be empty.
+    Report(Report, String),
     /// The process that failed has said so already.
     Nothing,
 }
@@ -53,7 +54,7 @@ impl Failure {
 
     /// Errors in a config file.
     pub fn config(errors: impl Diagnostic + Send + Sync + 'static) -> Self {
-        Self { code: Code::Config as u8, shown: Shown::Report(Report::new(errors)) }
+        Self { code: Code::Config as u8, shown: Shown::Report(Report::new(errors), String::new()) }
     }
 
     /// A child process ended with this code, and printed why.
@@ -70,7 +71,7 @@ impl Failure {
     pub fn line(&self) -> String {
         match &self.shown {
             Shown::Line(line) => line.clone(),
-            Shown::Report(report) => report.to_string(),
+            Shown::Report(report, _) => report.to_string(),
             Shown::Nothing => String::new(),
         }
     }
@@ -87,7 +88,9 @@ impl Failure {
     pub fn and(mut self, what: impl fmt::Display) -> Self {
         match &mut self.shown {
             Shown::Line(line) => *line = format!("{line}; {what}"),
-            shown => *shown = Shown::Line(what.to_string()),
+            Shown::Report(_, rest) if rest.is_empty() => *rest = what.to_string(),
+            Shown::Report(_, rest) => *rest = format!("{rest}; {what}"),
+            Shown::Nothing => self.shown = Shown::Line(what.to_string()),
         }
         self
     }
@@ -97,7 +100,12 @@ impl Failure {
         match &self.shown {
             Shown::Line(line) => eprintln!("tidegate: {line}"),
             // Its `Debug` is miette's report for people, as the terminal can show it.
-            Shown::Report(report) => eprintln!("{report:?}"),
+            Shown::Report(report, rest) => {
+                eprintln!("{report:?}");
+                if !rest.is_empty() {
+                    eprintln!("tidegate: {rest}");
+                }
+            }
             Shown::Nothing => {}
         }
     }
@@ -201,5 +209,15 @@ mod tests {
     fn lines_grow_at_both_ends() {
         let failure = Failure::new(Code::Runtime, "no luck").within("wg0").and("rolled back");
         assert_eq!(failure.into_line(), (1, "wg0: no luck; rolled back".to_owned()));
+    }
+
+    #[test]
+    fn what_comes_behind_a_report_does_not_hide_it() {
+        let errors = crate::config::parse("wg0.conf", "[Pear]\n").unwrap_err();
+        let failure = Failure::config(errors).and("the file was left").and("nothing was done");
+        assert_eq!(failure.code, 3);
+        let Shown::Report(report, rest) = failure.shown else { panic!("it is shown as a report") };
+        assert!(format!("{report:?}").contains("did you mean [Peer]?"), "{report:?}");
+        assert_eq!(rest, "the file was left; nothing was done");
     }
 }

@@ -18,11 +18,11 @@ use crate::{
 const INPUT_LEN_MAX: u64 = 1024;
 
 pub fn genkey() -> Result<Code, Failure> {
-    print_secret(&PrivateKey::generate(&mut Rng).to_base64())
+    print_key(&PrivateKey::generate(&mut Rng).to_base64())
 }
 
 pub fn genpsk() -> Result<Code, Failure> {
-    print_secret(&PresharedKey::generate(&mut Rng).to_base64())
+    print_key(&PresharedKey::generate(&mut Rng).to_base64())
 }
 
 pub fn pubkey() -> Result<Code, Failure> {
@@ -37,20 +37,26 @@ pub fn pubkey() -> Result<Code, Failure> {
     Ok(Code::Ok)
 }
 
-/// Writes a key past the buffer of standard output, which nobody would wipe.
-fn print_secret(key: &str) -> Result<Code, Failure> {
+fn print_key(key: &str) -> Result<Code, Failure> {
+    print_secret(&Zeroizing::new([key, "\n"].concat()))?;
+    Ok(Code::Ok)
+}
+
+/// Writes a text with a key past the buffer of standard output, which nobody would wipe.
+///
+/// # Errors
+/// If not all of it can be written.
+pub fn print_secret(text: &str) -> Result<(), Failure> {
     let stdout = std::io::stdout();
     if is_world_readable_file(stdout.as_fd()) {
         eprintln!(
             "tidegate: warning: the key goes into a file that everybody may read; `umask 077` before the next one"
         );
     }
-    let line = Zeroizing::new(format!("{key}\n"));
     let mut out = std::fs::File::from(
         stdout.as_fd().try_clone_to_owned().context("writing to standard output")?,
     );
-    out.write_all(line.as_bytes()).context("writing to standard output")?;
-    Ok(Code::Ok)
+    Ok(out.write_all(text.as_bytes()).context("writing to standard output")?)
 }
 
 fn is_world_readable_file(fd: impl AsFd) -> bool {

@@ -316,6 +316,13 @@ impl Ledger {
         Ok(Some(Ledger { path, file, record }))
     }
 
+    /// What the file of an interface says, if there is one that can be read. It is not locked: others
+    /// may be changing it.
+    pub fn peek(interface: &InterfaceName) -> Option<Record> {
+        let path = Path::new(STATE_DIR).join(format!("{interface}.state"));
+        Record::parse(&fs::read_to_string(path).ok()?).ok()
+    }
+
     /// What the files of all other interfaces say, as far as they can be read. None is locked.
     pub fn others(interface: &InterfaceName) -> Vec<Record> {
         others_in(Path::new(STATE_DIR), interface)

@@ -22,15 +22,20 @@ mod launch;
 mod ledger;
 mod man;
 mod name;
+mod peer;
+mod peer_names;
 mod plan;
 mod programs;
 mod quiesce;
 mod reload;
 mod report;
 mod resolve;
+mod rewrite;
 mod run;
 mod running;
 mod save;
+#[cfg(test)]
+mod schema_tests;
 mod shortcut;
 mod show;
 mod socket;
@@ -38,6 +43,7 @@ mod steps;
 mod strip;
 mod tables;
 mod text;
+mod troubles;
 mod up;
 
 use std::{ffi::OsString, io::Write as _, process::ExitCode};
@@ -46,6 +52,7 @@ use args::Command;
 pub use failure::Code;
 use failure::Failure;
 pub use report::{DataPath, Interface, Nic, Peer, Quiesced, Report};
+pub use troubles::Trouble;
 
 /// The whole program: reads the arguments of this process, does what they say, prints errors.
 pub fn main() -> ExitCode {
@@ -66,6 +73,7 @@ pub fn main() -> ExitCode {
         Command::Down { what } => down::down(&what),
         Command::Reload(arguments) => reload::reload(&arguments),
         Command::Save { what } => save::save(&what),
+        Command::Peer(what) => peer::peer(what),
         Command::Strip { what } => strip::strip(&what),
         Command::Check(arguments) => check::check(&arguments),
         Command::Show(arguments) => show::show(&arguments),

@@ -40,9 +40,20 @@ use crate::{
 pub fn reload(arguments: &args::Reload) -> Result<Code, Failure> {
     let file = ConfigFile::which(&arguments.what, Path::exists)
         .map_err(|error| Failure::new(Code::Usage, error))?;
-    let interface = &file.interface;
     let text = up::read(&file.path)?;
-    let config = config::parse(&file.path.display().to_string(), &text).map_err(Failure::config)?;
+    follow(&file, &text, arguments.dry_run, print)
+}
+
+/// Tells people what differs; each line ends with `\n`.
+pub type Say = fn(&str) -> Result<(), Failure>;
+
+/// Makes an interface that is up what its file says, which is `text`.
+///
+/// # Errors
+/// If it cannot: all is as it was then, as far as the text of the error does not say otherwise.
+pub fn follow(file: &ConfigFile, text: &str, is_dry: bool, say: Say) -> Result<Code, Failure> {
+    let interface = &file.interface;
+    let config = config::parse(&file.path.display().to_string(), text).map_err(Failure::config)?;
     if let Some(errors) = ConfigErrors::new(config.unsupported()) {
         return Err(Failure::config(errors));
     }
@@ -61,13 +72,14 @@ pub fn reload(arguments: &args::Reload) -> Result<Code, Failure> {
 
     let runtime = runtime()?;
     let host = runtime.block_on(async { Host::new() })?;
-    let reload = Reload { interface, host: &host, path: &file.path, config: &config, plan: &plan };
+    let (path, host) = (&file.path, &host);
+    let reload = Reload { interface, host, path, config: &config, plan: &plan, say };
     let outcome = match ledger {
         Some(ledger) => {
             let state = State { ledger, running, known, endpoints };
-            runtime.block_on(reload.by_ledger(state, arguments.dry_run))
+            runtime.block_on(reload.by_ledger(state, is_dry))
         }
-        None => reload.device_only(&running, &endpoints, arguments.dry_run),
+        None => reload.device_only(&running, &endpoints, is_dry),
     };
     runtime.shutdown_background();
     outcome.map_err(|failure| failure.within(interface))
@@ -116,6 +128,7 @@ struct Reload<'a> {
     path: &'a Path,
     config: &'a Config,
     plan: &'a Plan,
+    say: Say,
 }
 
 /// All that differs.
@@ -189,9 +202,9 @@ impl Reload<'_> {
         let interface = self.interface;
         let text: String = lines.iter().map(|line| format!("{line}\n")).collect();
         if lines.is_empty() && left.is_empty() {
-            print(&format!("{interface}: nothing to do\n"))?;
+            (self.say)(&format!("{interface}: nothing to do\n"))?;
         } else {
-            print(&text)?;
+            (self.say)(&text)?;
         }
         for line in left {
             eprintln!("tidegate: {interface}: {line}");

@@ -4,6 +4,7 @@ use std::{collections::BTreeMap, str::FromStr};
 
 use serde::{Deserialize, Serialize, Serializer};
 
+use super::{peer_names, troubles::Trouble};
 use crate::{
     key::{PresharedKey, PrivateKey, PublicKey},
     sandbox,
@@ -11,6 +12,7 @@ use crate::{
 
 /// What `tidegate show --json` prints.
 #[derive(Debug, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Report {
     /// Sorted by name.
     pub interfaces: Vec<Interface>,
@@ -18,13 +20,16 @@ pub struct Report {
 
 /// A device and its peers. Keys are base64; fields that have no value are `null`.
 #[derive(Debug, Default, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Interface {
     /// The name.
     pub name: String,
     /// The public key; nothing if the device has no private key.
+    #[cfg_attr(test, schemars(with = "Option<String>"))]
     pub public_key: Option<PublicKeyText>,
     /// The private key; left out unless `WG_HIDE_KEYS=never`.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(test, schemars(with = "Option<String>"))]
     pub private_key: Option<SecretText>,
     /// The UDP port.
     pub listen_port: u16,
@@ -34,17 +39,26 @@ pub struct Interface {
     pub peers: Vec<Peer>,
     /// The data path; nothing if the daemon is not Tidegate's.
     pub data_path: Option<DataPath>,
+    /// What is wrong with the interface, but not with a peer of it.
+    pub troubles: Vec<Trouble>,
+    /// Troubles with peers that are not listed with them, since there are too many.
+    pub more_troubles: usize,
 }
 
 /// A peer of a device.
 #[derive(Debug, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Peer {
     /// The public key.
+    #[cfg_attr(test, schemars(with = "String"))]
     pub public_key: PublicKeyText,
+    /// Its name, if the daemon or a config file has one.
+    pub name: Option<String>,
     /// Whether there is a preshared key.
     pub has_preshared_key: bool,
     /// The preshared key; left out unless `WG_HIDE_KEYS=never`.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(test, schemars(with = "Option<String>"))]
     pub preshared_key: Option<SecretText>,
     /// The current outer address and port.
     pub endpoint: Option<String>,
@@ -58,11 +72,14 @@ pub struct Peer {
     pub tx_bytes: u64,
     /// Seconds between persistent keepalives.
     pub persistent_keepalive_s: Option<u16>,
+    /// What is wrong with it, the most urgent first.
+    pub troubles: Vec<Trouble>,
 }
 
 /// The data path that a daemon of ours uses: its answer to `tidegate=status`.
 #[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(default)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct DataPath {
     /// How datagrams come in: `native` or `udp`.
     pub mode: String,
@@ -97,6 +114,7 @@ pub struct DataPath {
 /// A pause without keys.
 #[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(default)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Quiesced {
     /// Seconds that are left of it; nothing if it lasts until somebody resumes.
     pub seconds_left: Option<u64>,
@@ -105,6 +123,7 @@ pub struct Quiesced {
 /// A NIC from which XDP steers.
 #[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(default)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Nic {
     /// Its name.
     pub name: String,
@@ -196,6 +215,7 @@ impl Peer {
     fn new(public_key: PublicKey) -> Self {
         Self {
             public_key: PublicKeyText(public_key),
+            name: None,
             has_preshared_key: false,
             preshared_key: None,
             endpoint: None,
@@ -204,6 +224,7 @@ impl Peer {
             rx_bytes: 0,
             tx_bytes: 0,
             persistent_keepalive_s: None,
+            troubles: Vec::new(),
         }
     }
 
@@ -215,6 +236,7 @@ impl Peer {
                 let show = show_keys && self.has_preshared_key;
                 self.preshared_key = show.then(|| SecretText(preshared.to_base64()));
             }
+            "tidegate_name" => self.name = peer_names::printable(value),
             "endpoint" => self.endpoint = Some(value.to_owned()),
             "allowed_ip" => self.allowed_ips.push(value.to_owned()),
             "last_handshake_time_sec" => self.latest_handshake_unix_s = nonzero(value)?,

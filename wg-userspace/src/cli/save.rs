@@ -1,10 +1,8 @@
 //! `save`, and `SaveConfig = true`: what changed while an interface was up is written into its file.
 
 use std::{
-    fs::{self, File},
-    io::{self, Write},
-    os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, fchown},
-    path::{Path, PathBuf},
+    fs, io,
+    path::Path,
     process::{Command, Stdio},
 };
 
@@ -20,6 +18,7 @@ use super::{
     ledger::{Ledger, Record},
     name::{ConfigFile, InterfaceName},
     print,
+    rewrite::{Lock, replace},
     running::{Running, RunningPeer},
     show,
     socket::Socket,
@@ -107,8 +106,10 @@ impl Saving<'_> {
         let socket =
             Socket::find(self.interface)?.ok_or_else(|| show::not_found(self.interface))?;
         let running = Running::ask(self.interface, &socket)?;
-        let is_there = self.path.try_exists();
-        let text = match is_there.with_context(|| format!("reading {}", self.path.display()))? {
+        let doing = || format!("reading {}", self.path.display());
+        let is_there = self.path.try_exists().with_context(doing)?;
+        let mut lock = is_there.then(|| Lock::of(self.path)).transpose().with_context(doing)?;
+        let text = match is_there {
             true => up::read(self.path)?,
             false => skeleton(&running)?,
         };
@@ -122,7 +123,11 @@ impl Saving<'_> {
         let is_new = !self.path.exists() || edited != text;
         if is_new {
             let doing = || format!("writing {}", self.path.display());
-            replace(self.path, edited.as_bytes()).with_context(doing)?;
+            let written = match &mut lock {
+                Some(lock) => lock.replace(edited.as_bytes()),
+                None => replace(self.path, edited.as_bytes()),
+            };
+            written.with_context(doing)?;
         }
         let known = self.record.and_then(|record| record.applied.as_ref());
         let applied = known.map(|known| self.applied(&config, &running, known));
@@ -249,57 +254,9 @@ fn skeleton(running: &Running) -> Result<Zeroizing<String>, Failure> {
     Ok(Zeroizing::new(["[Interface]\nPrivateKey = ", &key.to_base64(), "\n"].concat()))
 }
 
-/// Puts another text in a file's place at once: whoever reads it finds all of the one or of the other.
-fn replace(path: &Path, text: &[u8]) -> io::Result<()> {
-    // The file itself, not a link to it.
-    let path = match path.canonicalize() {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => std::path::absolute(path)?,
-        path => path?,
-    };
-    let name = path.file_name().ok_or(io::ErrorKind::InvalidFilename)?.to_string_lossy();
-    let folder = path.parent().ok_or(io::ErrorKind::InvalidFilename)?;
-    let beside = folder.join(format!(".{name}.{}.tmp", std::process::id()));
-    let outcome = write_beside(&path, &beside, text);
-    if outcome.is_err() {
-        let _ = fs::remove_file(&beside);
-        return outcome;
-    }
-    File::open(folder)?.sync_all()
-}
-
-fn write_beside(path: &PathBuf, beside: &Path, text: &[u8]) -> io::Result<()> {
-    let mut file = File::options().write(true).create_new(true).mode(0o600).open(beside)?;
-    match path.metadata() {
-        Ok(before) => {
-            fchown(&file, Some(before.uid()), Some(before.gid()))?;
-            file.set_permissions(fs::Permissions::from_mode(before.mode() & 0o7777))?;
-        }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        Err(error) => return Err(error),
-    }
-    file.write_all(text)?;
-    file.sync_all()?;
-    fs::rename(beside, path)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_file_is_replaced_behind_its_link_with_its_mode() {
-        let folder = tempfile::tempdir().unwrap();
-        let (file, link) = (folder.path().join("wg0.conf"), folder.path().join("link.conf"));
-        replace(&file, b"one").unwrap();
-        assert_eq!(file.metadata().unwrap().mode() & 0o777, 0o600, "a new one is its owner's");
-        fs::set_permissions(&file, fs::Permissions::from_mode(0o640)).unwrap();
-        std::os::unix::fs::symlink("wg0.conf", &link).unwrap();
-        replace(&link, b"two").unwrap();
-        assert!(link.is_symlink());
-        assert_eq!(fs::read(&file).unwrap(), b"two");
-        assert_eq!(file.metadata().unwrap().mode() & 0o777, 0o640);
-        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2, "nothing is left beside it");
-    }
 
     #[test]
     fn servers_and_domains_are_words_of_one_list() {

@@ -1,17 +1,19 @@
 //! `show`: what daemons answer, as text like `wg show` or as JSON.
 
-use std::io::IsTerminal;
+use std::{collections::HashMap, io::IsTerminal};
 
 use anyhow::Context;
+use serde::Deserialize;
 
 use super::{
     Code, Failure,
     args::Show,
     name::InterfaceName,
-    print,
-    report::{Interface, Report},
+    peer_names, print,
+    report::{DataPath, Interface, Report},
     socket::{self, Socket},
     text::{self, Paint},
+    troubles::{Told, Troubles},
 };
 use crate::sys::clock;
 
@@ -93,14 +95,49 @@ pub fn ask(name: &InterfaceName, socket: &Socket, show_keys: bool) -> Result<Int
     }
     let mut interface = Interface::parse(name.as_str(), answer.lines(), show_keys)
         .map_err(|error| Failure::new(Code::Runtime, error).within(name))?;
-    interface.data_path = status(socket)?.and_then(|json| {
+    peer_names::fill(&mut interface, name);
+    let answered = status(socket)?.and_then(|json| {
         let parsed = serde_json::from_str(&json);
         // A daemon of another version; everything else is still worth showing.
         parsed
             .inspect_err(|error| eprintln!("tidegate: {name}: no data path to show: {error}"))
             .ok()
     });
+    if let Some(Status { data_path, troubles }) = answered {
+        interface.data_path = Some(data_path);
+        tell(&mut interface, troubles);
+    }
     Ok(interface)
+}
+
+/// The answer of a daemon of ours to `tidegate=status`.
+#[derive(Deserialize)]
+struct Status {
+    #[serde(flatten)]
+    data_path: DataPath,
+    #[serde(flatten)]
+    troubles: Troubles,
+}
+
+/// Puts each trouble where it belongs.
+fn tell(interface: &mut Interface, Troubles { troubles, more_troubles }: Troubles) {
+    let keys = interface.peers.iter().enumerate();
+    let places: HashMap<String, usize> =
+        keys.map(|(place, peer)| (peer.public_key.0.to_string(), place)).collect();
+    interface.more_troubles = more_troubles;
+    for Told { peer, trouble } in troubles {
+        let name = |key: &str| interface.peers[*places.get(key)?].name.clone();
+        let trouble = trouble.in_words(name);
+        match peer {
+            None => interface.troubles.push(trouble),
+            // Who is gone by now is in no trouble.
+            Some(key) => {
+                if let Some(&place) = places.get(&key) {
+                    interface.peers[place].troubles.push(trouble);
+                }
+            }
+        }
+    }
 }
 
 /// What a daemon of ours says of its data path, as JSON; nothing if it is another

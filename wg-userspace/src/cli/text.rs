@@ -1,8 +1,10 @@
-//! A [`Report`](super::Report) as text: word for word what `wg show` prints, and the data path.
+//! A [`Report`](super::Report) as text: word for word what `wg show` prints, and with it names, the data
+//! path, and what is wrong.
 
 use std::fmt;
 
 use super::report::{DataPath, Interface, Peer};
+use super::troubles::{Trouble, why_dropped};
 use crate::sandbox;
 
 /// Colours, or none.
@@ -28,6 +30,11 @@ impl Paint {
     fn heading(self, colour: &str, word: &str, name: &str) -> String {
         let word = self.on(&format!("{colour}{BOLD}"), word);
         format!("{word}: {}\n", self.on(colour, name))
+    }
+
+    fn trouble(self, trouble: &Trouble) -> String {
+        let word = self.on(&format!("{RED}{BOLD}"), "trouble");
+        format!("  {word}: {}\n", trouble.text)
     }
 
     fn line(self, word: &str, value: &str) -> String {
@@ -56,6 +63,13 @@ pub fn interface(interface: &Interface, paint: Paint, now_unix_s: u64) -> String
     if let Some(path) = &interface.data_path {
         text += &data_path(path, paint);
     }
+    for trouble in &interface.troubles {
+        text += &paint.trouble(trouble);
+    }
+    if interface.more_troubles != 0 {
+        let more = plural(interface.more_troubles as u64, "more trouble");
+        text += &paint.line("not listed", &format!("{more} with peers"));
+    }
     for each in &interface.peers {
         text.push('\n');
         text += &peer(each, paint, now_unix_s);
@@ -65,6 +79,9 @@ pub fn interface(interface: &Interface, paint: Paint, now_unix_s: u64) -> String
 
 fn peer(peer: &Peer, paint: Paint, now_unix_s: u64) -> String {
     let mut text = paint.heading(YELLOW, "peer", &peer.public_key.0.to_string());
+    if let Some(name) = &peer.name {
+        text += &paint.line("name", name);
+    }
     if peer.has_preshared_key {
         let preshared_key = peer.preshared_key.as_ref().map_or("(hidden)", |key| key.expose());
         text += &paint.line("preshared key", preshared_key);
@@ -89,6 +106,9 @@ fn peer(peer: &Peer, paint: Paint, now_unix_s: u64) -> String {
     if let Some(interval) = peer.persistent_keepalive_s {
         let every = format!("every {}", duration(interval.into(), paint));
         text += &paint.line("persistent keepalive", &every);
+    }
+    for trouble in &peer.troubles {
+        text += &paint.trouble(trouble);
     }
     text
 }
@@ -119,8 +139,23 @@ fn data_path(path: &DataPath, paint: Paint) -> String {
         if !counted.is_empty() {
             text += &paint.line(word, &counted.join(", "));
         }
+        if word == "drops" {
+            text += &explanations(path);
+        }
     }
     text
+}
+
+/// What reasons of drops mean, a line each.
+fn explanations(path: &DataPath) -> String {
+    let mut reasons: Vec<&str> = Vec::new();
+    for (name, _) in path.steer.iter().chain(&path.drops).filter(|&(_, &count)| count != 0) {
+        if !reasons.contains(&name.as_str()) {
+            reasons.push(name);
+        }
+    }
+    let explained = reasons.into_iter().filter_map(|name| Some((name, why_dropped(name)?)));
+    explained.map(|(name, why)| format!("    {name}: {why}\n")).collect()
 }
 
 /// What the process that opens packets may still do.
@@ -166,7 +201,8 @@ impl fmt::Display for DataPath {
     }
 }
 
-fn ago(then: u64, paint: Paint, now: u64) -> String {
+/// `2 minutes, 1 second ago`.
+pub fn ago(then: u64, paint: Paint, now: u64) -> String {
     match now.checked_sub(then) {
         Some(0) => "Now".to_owned(),
         Some(age) => format!("{} ago", duration(age, paint)),
@@ -178,7 +214,7 @@ fn ago(then: u64, paint: Paint, now: u64) -> String {
 }
 
 /// `1 hour, 1 minute, 40 seconds`.
-fn duration(mut seconds: u64, paint: Paint) -> String {
+pub fn duration(mut seconds: u64, paint: Paint) -> String {
     const UNITS: [(&str, u64); 5] = [
         ("year", 365 * 24 * 60 * 60),
         ("day", 24 * 60 * 60),
@@ -252,7 +288,9 @@ mod tests {
             interface(&device, PLAIN, 0),
             "interface: wg0\n  listening port: 51820\n  data path: native, eth0 (4 queues, zero-copy), \
              eth1 (1 queue, copy), 2 workers (1 stuck), under load\n  \
-             received by: xsk 12\n  steer: steered 7\n  drops: bad_tag 1, replay 3\n"
+             received by: xsk 12\n  steer: steered 7\n  drops: bad_tag 1, replay 3\n    \
+             bad_tag: altered on their way, or sealed with a key of another session\n    \
+             replay: came twice, or very late\n"
         );
     }
 

@@ -4,6 +4,8 @@
 //! Comments, `#!` lines, order, spacing and line ends stay. A peer that is gone takes its section
 //! along, with the comments in it and those right above it; a new one comes last.
 
+mod peers;
+
 use std::collections::{HashMap, HashSet};
 use std::fmt::Write;
 use std::net::SocketAddr;
@@ -12,6 +14,7 @@ use std::ops::Range;
 use ipnet::IpNet;
 use zeroize::Zeroizing;
 
+pub use self::peers::{NewPeer, add_peer, remove_peer};
 use super::keys::{Directive, Key, Section};
 use super::lines::{Line, lines};
 use super::{Config, ConfigErrors, Endpoint, PeerConfig, Spanned, parse};
@@ -578,7 +581,8 @@ mod tests {
              #! Allow = 10.9.0.7/24  -> 0.0.0.0/0 TCP 22, 80-90\n#!Metrics = [::1]:9\n\
              #! Xdp = eth0 ,eth1 queues=2 mode=zerocopy\n#!workers=2\n";
         let of_peer = "#! LIMIT = 1.5 gbit\n#!Name=a laptop # old\n";
-        let text = FILE.replacen("[Peer]\n", &format!("[Peer]\n{of_peer}"), 1);
+        let text = FILE.replace("#! Xdp = eth0\n", "").replace("#! Name = laptop\n", "");
+        let text = text.replacen("[Peer]\n", &format!("[Peer]\n{of_peer}"), 1);
         let text = text.replacen("[Interface]\n", &format!("[Interface]\n{ours}"), 1);
         assert!(text.contains(ours) && text.contains(of_peer), "{text}");
         let mut wanted = said(&text);

@@ -23,6 +23,11 @@ impl<'a> Text<'a> {
         Self { raw, shown, at: 0 }
     }
 
+    /// A text that stands alone and holds no secret.
+    pub fn whole(text: &'a str) -> Self {
+        Self::new(text, text)
+    }
+
     pub fn span(self) -> Span {
         Span::new(self.at.into(), self.raw.len())
     }

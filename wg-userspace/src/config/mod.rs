@@ -27,8 +27,10 @@ mod values;
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::fmt;
 use std::net::SocketAddr;
 use std::ops::Deref;
+use std::str::FromStr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
@@ -79,6 +81,8 @@ pub struct Interface {
     pub hooks: Vec<Spanned<Hook>>,
     /// `SaveConfig`
     pub save_config: Option<Spanned<bool>>,
+    /// `#! Endpoint`: where peers reach this device, for files that are written for them.
+    pub endpoint: Option<Spanned<Endpoint>>,
     /// `#! Xdp`
     pub xdp: Option<Spanned<Xdp>>,
     /// `#! Workers`, at least 1.
@@ -127,6 +131,40 @@ pub enum Endpoint {
         /// The port, which is not 0.
         port: u16,
     },
+}
+
+/// Why a text is no endpoint.
+#[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
+#[error("{0}")]
+pub struct EndpointError(String);
+
+impl FromStr for Endpoint {
+    type Err = EndpointError;
+
+    fn from_str(text: &str) -> Result<Self, EndpointError> {
+        values::endpoint(Text::whole(text).trim())
+            .map_err(|mistake| EndpointError(mistake.in_a_line()))
+    }
+}
+
+impl Endpoint {
+    /// The port, which is not 0.
+    pub const fn port(&self) -> u16 {
+        match self {
+            Self::Address(address) => address.port(),
+            Self::Host { port, .. } => *port,
+        }
+    }
+}
+
+impl fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Address(address) => address.fmt(f),
+            Self::Host { host, port } if host.contains(':') => write!(f, "[{host}]:{port}"),
+            Self::Host { host, port } => write!(f, "{host}:{port}"),
+        }
+    }
 }
 
 /// Which routing table gets the routes of allowed IPs.
@@ -395,6 +433,7 @@ struct InterfaceDraft {
     table: Option<Spanned<Table>>,
     hooks: Vec<Spanned<Hook>>,
     save_config: Option<Spanned<bool>>,
+    endpoint: Option<Spanned<Endpoint>>,
     xdp: Option<Spanned<Xdp>>,
     workers: Option<Spanned<usize>>,
     nat: Vec<Spanned<Nat>>,
@@ -725,6 +764,7 @@ impl Parser {
             table: draft.table,
             hooks: draft.hooks,
             save_config: draft.save_config,
+            endpoint: draft.endpoint,
             xdp: draft.xdp,
             workers: draft.workers,
             nat: draft.nat,
@@ -801,6 +841,9 @@ impl InterfaceDraft {
     fn directive(&mut self, directive: Directive, value: Text<'_>) -> Result<(), Mistake> {
         let span = value.span();
         match directive {
+            Directive::Endpoint => {
+                self.endpoint = Some(Spanned::new(values::endpoint(value)?, span));
+            }
             Directive::Xdp => self.xdp = Some(Spanned::new(values::xdp(value)?, span)),
             Directive::Workers => self.workers = Some(Spanned::new(values::workers(value)?, span)),
             Directive::Nat => self.nat.push(Spanned::new(read::nat(value)?, span)),

@@ -46,6 +46,14 @@ impl Mistake {
         self.help = Some(help.into());
     }
 
+    /// What is wrong and why, without a place.
+    pub fn in_a_line(&self) -> String {
+        let why = self.labels.first().and_then(LabeledSpan::label);
+        let why = why.map(|why| format!(": {why}")).unwrap_or_default();
+        let help = self.help.as_ref().map(|help| format!("; {help}")).unwrap_or_default();
+        format!("{}{why}{help}", self.message)
+    }
+
     /// Where its first label starts; its place in the order of the file.
     pub fn offset(&self) -> usize {
         self.labels.first().map_or(0, LabeledSpan::offset)

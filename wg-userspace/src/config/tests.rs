@@ -185,6 +185,25 @@ fn endpoints_are_addresses_or_names_with_a_port() {
 }
 
 #[test]
+fn an_endpoint_of_our_own_is_an_instruction() {
+    let endpoint = interface("#! Endpoint = gw.example.org:7 # since May").endpoint.unwrap();
+    assert_eq!(endpoint.value, Endpoint::Host { host: "gw.example.org".to_owned(), port: 7 });
+    assert!(interface("").endpoint.is_none());
+    let complaint = complaint(&file("#! Endpoint = gw.example.org", ""));
+    assert!(complaint.contains("the port is missing"), "{complaint}");
+}
+
+#[test]
+fn an_endpoint_is_written_as_it_can_be_read() {
+    for text in ["198.51.100.1:7", "[2001:db8::1]:7", "gw.example.org:7", "[fe80::1%eth0]:7"] {
+        let endpoint: Endpoint = text.parse().unwrap();
+        assert_eq!((endpoint.to_string(), endpoint.port()), (text.to_owned(), 7));
+    }
+    let error = "gw.example.org".parse::<Endpoint>().unwrap_err().to_string();
+    assert!(error.starts_with("`gw.example.org` is not an endpoint: the port is missing; write"));
+}
+
+#[test]
 fn networks_have_a_prefix_or_are_hosts() {
     assert_eq!(values(&peer("AllowedIPs =").allowed_ips), []);
     assert_eq!(

@@ -20,7 +20,7 @@ use super::names::Names;
 use super::pull::Pulling;
 use super::quiesce;
 use super::remember::Remembering;
-use super::status::{Nic, Quiesced, Status};
+use super::status::{Nic, PEER_TROUBLES_MAX, Quiesced, Status, TroubleStatus};
 use super::watchdog::Watchdog;
 use crate::counters::{Path, Totals};
 use crate::datapath::shared::PEER_COUNT_MAX;
@@ -488,6 +488,8 @@ impl uapi::Handler for Control {
         let totals = Totals::sum(workers.chain([self.handshakes.drops()]).chain(of_nobody));
         let counted = self.keeper.as_ref().and_then(|keeper| keeper.steer_counters());
         let count = self.shared.workers.len();
+        let (of_peers, more_troubles, of_device) = self.handshakes.troubles(PEER_TROUBLES_MAX, now);
+        let troubles = of_device.iter().chain(&of_peers);
         let status = Status {
             mode: self.mode.name().to_owned(),
             reason: self.mode.reason.clone(),
@@ -503,6 +505,8 @@ impl uapi::Handler for Control {
             drops: totals.drops().map(|(reason, count)| (reason.name(), count)).collect(),
             peer_source: self.pulling.as_ref().map(Pulling::status).unwrap_or_default(),
             quiesced: Quiesced::of(self.shared.quiesced_until(), now),
+            troubles: troubles.map(|trouble| TroubleStatus::new(trouble, now)).collect(),
+            more_troubles,
             sessions_cleared: self.clearings.borrow().clone(),
             steer: counted
                 .map(|counted| {

@@ -4,6 +4,7 @@ use serde::Serialize;
 use std::collections::BTreeMap;
 use wg_common::time::Now;
 
+use crate::handshake::Trouble;
 use crate::sandbox;
 
 /// What a daemon says of its data path.
@@ -37,6 +38,47 @@ pub struct Status {
     pub peer_source: BTreeMap<&'static str, u64>,
     /// What the steer program counted: events, and drops by reason (without zeros).
     pub steer: BTreeMap<&'static str, u64>,
+    /// What is wrong, the most urgent first: of the device, then of its peers.
+    pub troubles: Vec<TroubleStatus>,
+    /// How many more peers' troubles there are.
+    pub more_troubles: usize,
+}
+
+/// Most troubles with peers that are told at once.
+pub const PEER_TROUBLES_MAX: usize = 64;
+
+/// Something that is wrong.
+#[derive(Clone, Debug, Serialize)]
+pub struct TroubleStatus {
+    /// The peer's public key in base64; none if it is the device's.
+    pub peer: Option<String>,
+    /// The name of the kind.
+    pub kind: &'static str,
+    /// How often it has happened.
+    pub count: u32,
+    /// Seconds since the first time.
+    pub since_s: u64,
+    /// Seconds since the last time.
+    pub last_s: u64,
+    /// The address that it is about, if it is about one.
+    pub address: Option<String>,
+    /// The public key that it is about, if it is about one, in base64.
+    pub public_key: Option<String>,
+}
+
+impl TroubleStatus {
+    /// How it is at `now`.
+    pub fn new(trouble: &Trouble, now: Now) -> Self {
+        Self {
+            peer: trouble.peer.map(|key| key.to_string()),
+            kind: trouble.kind.name(),
+            count: trouble.spell.count(),
+            since_s: trouble.spell.since_s_ago(now),
+            last_s: trouble.spell.last_s_ago(now),
+            address: trouble.address.clone(),
+            public_key: trouble.public_key.map(|key| key.to_string()),
+        }
+    }
 }
 
 /// A pause without keypairs.

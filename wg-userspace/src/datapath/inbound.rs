@@ -168,7 +168,8 @@ impl Inbound {
         for candidate in accepted {
             let packet = inner(&arrivals[candidate.arrival]);
             if !packet.is_empty()
-                && let Err(reason) = self.deliver(packet, &groups[candidate.group], &routing, tun)
+                && let Err(reason) =
+                    self.deliver(packet, &groups[candidate.group], &routing, tun, now)
             {
                 self.counters().drop(reason, 1);
             }
@@ -307,9 +308,11 @@ impl Inbound {
         group: &Group,
         routing: &RoutingTable,
         tun: &impl PacketSink,
+        now: Now,
     ) -> Result<(), DropReason> {
         let inner = inner_packet(packet)?;
         if routing.lookup(inner.src) != Some(group.peer.id) {
+            group.peer.note_refused(inner.src, now);
             return Err(DropReason::SourceNotAllowed);
         }
         tun.write(&packet[..inner.len]).map_err(|error| {

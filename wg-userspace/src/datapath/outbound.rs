@@ -298,9 +298,11 @@ impl Outbound {
             counters(&self.shared, self.id).drop(reason, 1);
             if matches!(reason, DropReason::NoPeer | DropReason::NoEndpoint) {
                 let start = slot * SLOT_LEN + SLOT_HEADROOM;
-                if let Some(answer) =
-                    self.answers.unreachable(&self.slab[start..start + lens[slot]], now)
-                {
+                let packet = &self.slab[start..start + lens[slot]];
+                if reason == DropReason::NoPeer {
+                    self.shared.note_no_peer(packet, now);
+                }
+                if let Some(answer) = self.answers.unreachable(packet, now) {
                     tun.answer(answer);
                 }
             }
@@ -393,6 +395,9 @@ impl Outbound {
             }
         }
         if failed == datagrams.len() {
+            for group in groups.iter().filter(|group| group.sent_bytes > 0) {
+                group.peer.note_unsent(group.endpoint.remote, now);
+            }
             return;
         }
         for group in groups.iter().filter(|group| group.sent_bytes > 0) {
@@ -429,7 +434,13 @@ fn group_of(
     behind_staged: bool,
     now: Now,
 ) -> Result<usize, DropReason> {
-    let endpoint = **peer.endpoint.load().as_ref().ok_or(DropReason::NoEndpoint)?;
+    let endpoint = match peer.endpoint.load().as_deref() {
+        Some(endpoint) => *endpoint,
+        None => {
+            peer.note_no_endpoint(now);
+            return Err(DropReason::NoEndpoint);
+        }
+    };
     let keypair = if behind_staged { None } else { shared.sealing_keypair(peer, now) };
     groups.push(Group {
         peer: Arc::clone(peer),

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use arc_swap::{ArcSwap, ArcSwapOption};
 use hashbrown::HashSet;
+use wg_common::headers::inner_destination;
 use wg_common::id::{DeviceId, PeerId, ReceiverIndex, ShardId, WorkerId};
 use wg_common::index::IndexPermutation;
 use wg_common::outcome::DropReason;
@@ -18,7 +19,7 @@ use super::crew::Crew;
 use super::handoff::{ParcelPool, Work};
 use crate::counters::Counters;
 use crate::routing::RoutingTable;
-use crate::session::{Break, Continuity, HotPeer, Keypair, SlotTable};
+use crate::session::{Break, Continuity, HotPeer, Keypair, Noted, SlotTable};
 use crate::sys::SharedWords;
 use crate::tun::TunQueue;
 use crate::udp::UdpSockets;
@@ -76,6 +77,8 @@ pub struct Shared {
     break_seen: AtomicU64,
     /// Boot time in nanoseconds until which there are to be no keypairs; 0 if there may be.
     quiesced_until: AtomicU64,
+    /// Packets to addresses that no peer owns, with the last of those.
+    pub no_peer: Noted<IpAddr>,
     work: Arc<WorkQueue>,
 }
 
@@ -158,6 +161,7 @@ impl Shared {
             latest_break: ArcSwapOption::empty(),
             break_seen: AtomicU64::new(0),
             quiesced_until: AtomicU64::new(0),
+            no_peer: Noted::default(),
             work: Arc::clone(&work),
         };
         Ok((Arc::new(shared), work))
@@ -318,6 +322,20 @@ impl Shared {
     /// Whether there are to be no keypairs.
     pub fn is_quiesced(&self, now: Now) -> bool {
         now < self.quiesced_until()
+    }
+
+    /// Takes note of a packet of this host that is for no peer. What goes to a group or stays on a link is
+    /// none: systems send that to each interface of their own accord.
+    #[cold]
+    pub fn note_no_peer(&self, packet: &[u8], now: Now) {
+        let Ok(destination) = inner_destination(packet) else { return };
+        let is_of_link = match destination {
+            IpAddr::V4(to) => to.is_multicast() || to.is_broadcast() || to.is_link_local(),
+            IpAddr::V6(to) => to.is_multicast() || to.is_unicast_link_local(),
+        };
+        if !is_of_link {
+            self.no_peer.note(destination, now);
+        }
     }
 
     /// Wakes every worker: something it must look at has changed.

@@ -3,10 +3,12 @@
 
 mod devices;
 mod link;
+mod troubles;
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::io;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;

@@ -94,7 +94,10 @@ impl<O: Outside> Handshakes<O> {
         match answer {
             // It waited for its turn before, and has proved who made it.
             Answer::Known => self.count(self.receive(&waiting.datagram, now)),
-            Answer::Unknown => self.drops.drop_shared(DropReason::UnknownPeer, 1),
+            Answer::Unknown => {
+                self.strangers.note_unknown(&waiting.datagram, *key, now);
+                self.drops.drop_shared(DropReason::UnknownPeer, 1);
+            }
             Answer::Replayed => self.drops.drop_shared(DropReason::OldTimestamp, 1),
             // It was counted when it came.
             Answer::Failed => {}

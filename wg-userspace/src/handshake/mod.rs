@@ -28,6 +28,9 @@ pub mod source;
 mod timers;
 #[cfg(test)]
 mod timers_tests;
+mod troubles;
+#[cfg(test)]
+mod troubles_tests;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
@@ -43,6 +46,7 @@ use self::index::IndexTable;
 use self::knock::Gate;
 use self::lanes::Lanes;
 use self::timers::{Alarms, Pace, Place};
+use self::troubles::StrangerNotes;
 use crate::aead::{BatchAead, Job};
 use crate::counters::Counters;
 use crate::datapath::encap::transport_header;
@@ -56,6 +60,7 @@ use crate::sys::SharedWords;
 pub use knock::{Notice, Notify};
 pub use outside::{Os, Outside};
 pub use pool::Pool;
+pub use troubles::Trouble;
 
 /// Messages that one turn looks at before it handles one. As a look costs a hundredth of a handshake,
 /// they do not pile up in the queue before them.
@@ -82,6 +87,7 @@ pub struct Handshakes<O = Os> {
     drops: Counters,
     /// What becomes of unknown senders, if there is a source to look them up in.
     gate: Option<Gate>,
+    strangers: StrangerNotes,
 }
 
 #[derive(Default)]
@@ -180,6 +186,7 @@ impl<O: Outside> Handshakes<O> {
             unanswered: Mutex::default(),
             drops: Counters::default(),
             gate: None,
+            strangers: StrangerNotes::default(),
         }
     }
 
@@ -506,6 +513,7 @@ impl<O: Outside> Handshakes<O> {
                     if self.outside.send(worker, message, to, HANDSHAKE_TOS) {
                         cell.hot.transfer.sent(message.len() as u64);
                     } else {
+                        cell.hot.note_unsent(to.remote, now);
                         self.drops.drop_shared(DropReason::SocketSend, 1);
                     }
                 }
@@ -536,6 +544,7 @@ impl<O: Outside> Handshakes<O> {
             peer.transfer.sent(message.len() as u64);
             peer.activity.keepalive_sent(now);
         } else {
+            peer.note_unsent(endpoint.remote, now);
             self.drops.drop_shared(DropReason::SocketSend, 1);
         }
     }

@@ -34,6 +34,9 @@ impl<O: Outside> Handshakes<O> {
             return self.owner(index)?.session().handle_cookie_reply(bytes, now);
         }
         if !check_mac1(&identity, message) {
+            if kind == Message::Initiation {
+                self.strangers.note_other_key(&datagram, now);
+            }
             return Err(DropReason::BadMac1);
         }
         if let Message::Response(index) = kind {
@@ -72,8 +75,13 @@ impl<O: Outside> Handshakes<O> {
             Message::Initiation => {
                 let bytes = message.first_chunk().ok_or(DropReason::BadLength)?;
                 let opened = open_initiation(&identity, bytes).map_err(|e| e.drop_reason())?;
-                let Some(cell) = self.cell_by_key(&opened.sender()) else {
-                    return Err(self.unknown_sender(&identity, opened, datagram, now));
+                let sender = opened.sender();
+                let Some(cell) = self.cell_by_key(&sender) else {
+                    let reason = self.unknown_sender(&identity, opened, datagram, now);
+                    if reason == DropReason::UnknownPeer {
+                        self.strangers.note_unknown(datagram, sender, now);
+                    }
+                    return Err(reason);
                 };
                 let mut session = self.session_for_handshake(&cell, now)?;
                 let remote = session.remote().ok_or(DropReason::BadHandshake)?;

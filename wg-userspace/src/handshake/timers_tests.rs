@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -27,15 +27,17 @@ use crate::datapath::handoff::HandshakeDatagram;
 use crate::noise::{RemoteStatic, Timestamp};
 use crate::session::{Continuity, TICK};
 
-const START: Now = Now::from_boot_ns(1_000_000_000_000);
-const SECOND: Duration = Duration::from_secs(1);
+pub(super) const START: Now = Now::from_boot_ns(1_000_000_000_000);
+pub(super) const SECOND: Duration = Duration::from_secs(1);
 const MS: Duration = Duration::from_millis(1);
 
 /// A world that writes down what is sent, and when by the wall clock.
 #[derive(Default)]
-struct World {
+pub(super) struct World {
     seed: AtomicU64,
-    wall_ns: AtomicU64,
+    pub(super) wall_ns: AtomicU64,
+    /// Nothing can be sent.
+    pub(super) is_cut: AtomicBool,
     sent: Mutex<Vec<(Now, Vec<u8>, SocketAddr)>>,
 }
 
@@ -52,6 +54,9 @@ impl Outside for Arc<World> {
     }
 
     fn send(&self, _: WorkerId, message: &[u8], to: &Endpoint, _: u8) -> bool {
+        if self.is_cut.load(Ordering::Relaxed) {
+            return false;
+        }
         let at = Now::from_boot_ns(self.wall_ns.load(Ordering::Relaxed));
         self.sent.lock().unwrap().push((at, message.to_vec(), to.remote));
         true
@@ -59,18 +64,18 @@ impl Outside for Arc<World> {
 }
 
 /// A device without workers.
-struct Host {
-    handshakes: Handshakes<Arc<World>>,
-    shared: Arc<Shared>,
+pub(super) struct Host {
+    pub(super) handshakes: Handshakes<Arc<World>>,
+    pub(super) shared: Arc<Shared>,
     queue: Arc<WorkQueue>,
-    world: Arc<World>,
-    key: PrivateKey,
-    now: Now,
+    pub(super) world: Arc<World>,
+    pub(super) key: PrivateKey,
+    pub(super) now: Now,
     calls: usize,
 }
 
 impl Host {
-    fn new(number: u8) -> Self {
+    pub(super) fn new(number: u8) -> Self {
         let sockets = SocketGroup { port: 51820, of_worker: Vec::new() };
         let indexes = IndexPermutation::new([1, 2, 3, 4], IndexLayout::DEFAULT);
         let (shared, queue) =
@@ -85,13 +90,18 @@ impl Host {
         host
     }
 
-    fn set_now(&mut self, now: Now) {
+    pub(super) fn set_now(&mut self, now: Now) {
         self.now = now;
         self.world.wall_ns.store(now.boot_ns(), Ordering::Relaxed);
         self.shared.beat(WorkerId(0), now);
     }
 
-    fn add(&self, id: u32, key: PublicKey, endpoint: Option<SocketAddr>) -> Arc<HotPeer> {
+    pub(super) fn add(
+        &self,
+        id: u32,
+        key: PublicKey,
+        endpoint: Option<SocketAddr>,
+    ) -> Arc<HotPeer> {
         let hot = Arc::new(HotPeer::new(PeerId(id), DeviceId(0), key));
         hot.endpoint.store(endpoint.map(|addr| Arc::new(Endpoint::configured(addr))));
         self.handshakes.add_peer(Arc::clone(&hot));
@@ -107,7 +117,7 @@ impl Host {
     }
 
     /// Lets time pass, and calls what wants to be called.
-    fn run(&mut self, time: Duration) {
+    pub(super) fn run(&mut self, time: Duration) {
         let until = self.now + time;
         while let Some(next) = self.handshakes.next_timeout().filter(|next| *next <= until) {
             self.set_now(next.max(self.now));
@@ -121,21 +131,21 @@ impl Host {
         self.handshakes.take_unanswered()
     }
 
-    fn take_sent(&self) -> Vec<(Now, Vec<u8>, SocketAddr)> {
+    pub(super) fn take_sent(&self) -> Vec<(Now, Vec<u8>, SocketAddr)> {
         std::mem::take(&mut *self.world.sent.lock().unwrap())
     }
 
-    fn receive(&self, message: &[u8], from: SocketAddr) {
+    pub(super) fn receive(&self, message: &[u8], from: SocketAddr) {
         let from = Endpoint::configured(from);
         let datagram = HandshakeDatagram::new(DeviceId(0), message, from, WorkerId(0)).unwrap();
         self.handshakes.work(&Work::Datagram(datagram), self.now);
     }
 
-    fn initiate(&self, id: u32) {
+    pub(super) fn initiate(&self, id: u32) {
         self.handshakes.work(&Work::Initiate(DeviceId(0), PeerId(id)), self.now);
     }
 
-    fn hot(&self, id: u32) -> Arc<HotPeer> {
+    pub(super) fn hot(&self, id: u32) -> Arc<HotPeer> {
         self.shared.peers.get(id as usize).unwrap()
     }
 
@@ -148,7 +158,7 @@ impl Host {
     }
 }
 
-fn addr(host: u8) -> SocketAddr {
+pub(super) fn addr(host: u8) -> SocketAddr {
     SocketAddr::from(([192, 0, 2, host], 51820))
 }
 
@@ -160,7 +170,7 @@ fn public_key(number: u32) -> PublicKey {
 }
 
 /// Two hosts that are peer 0 of each other.
-fn pair() -> (Host, Host) {
+pub(super) fn pair() -> (Host, Host) {
     let (a, b) = (Host::new(1), Host::new(2));
     a.add(0, b.key.public_key(), Some(addr(2)));
     b.add(0, a.key.public_key(), None);
@@ -168,7 +178,7 @@ fn pair() -> (Host, Host) {
 }
 
 /// Carries a handshake from `a` to `b` and back; `a` has begun it.
-fn shake_hands(a: &Host, b: &Host) {
+pub(super) fn shake_hands(a: &Host, b: &Host) {
     for (_, message, _) in a.take_sent() {
         b.receive(&message, addr(1));
     }

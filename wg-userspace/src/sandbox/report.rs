@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 /// How this process is confined.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Report {
     /// Effective user.
     pub uid: u32,
@@ -29,6 +30,7 @@ pub struct Report {
 
 /// Sets of capabilities, as bits.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Capabilities {
     /// Those in force.
     pub effective: u64,
@@ -44,6 +46,7 @@ pub struct Capabilities {
 
 /// Whether system calls are filtered.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Seccomp {
     /// They are not.
@@ -54,6 +57,7 @@ pub enum Seccomp {
 
 /// How much of what was asked for Landlock does.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Landlock {
     /// The kernel has none.

@@ -12,14 +12,16 @@ use wg_common::endpoint::Endpoint;
 use wg_common::id::{ReceiverIndex, ShardId};
 use wg_common::outcome::DropReason;
 use wg_common::protocol::{
-    COOKIE_REPLY_LEN, INITIATION_INTERVAL_MIN, INITIATION_LEN, KEEPALIVE_TIMEOUT, RESPONSE_LEN,
+    COOKIE_REPLY_LEN, INITIATION_INTERVAL_MIN, INITIATION_LEN, KEEPALIVE_TIMEOUT, REKEY_TIMEOUT,
+    RESPONSE_LEN,
 };
 use wg_common::time::Now;
 
 use super::cookie::PeerCookie;
 use super::handover::Handover;
 use super::timers::{Due, Timers};
-use super::{HotPeer, Keypair, Keypairs};
+use super::troubles::HandshakeNotes;
+use super::{HotPeer, Keypair, Keypairs, Spell, TroubleKind};
 use crate::key::PresharedKey;
 use crate::noise::{
     AuthenticInitiation, Established, HandshakeError, Identity, Initiator, RemoteStatic, Timestamp,
@@ -124,7 +126,7 @@ struct Pending {
 /// A peer as control sees it. Everything that happens to it is a call; what is to be done about it
 /// comes back as [`Action`]s.
 ///
-/// A peer that rests costs no time, and some four hundred bytes of memory.
+/// A peer that rests costs no time, and less than five hundred bytes of memory.
 #[derive(Debug)]
 pub struct Session {
     pub(super) peer: Arc<HotPeer>,
@@ -150,6 +152,7 @@ pub struct Session {
     answers_spent: Now,
     pub(super) last_handshake: Option<Timestamp>,
     pub(super) handover: Handover,
+    notes: HandshakeNotes,
 }
 
 impl Session {
@@ -170,6 +173,7 @@ impl Session {
             answers_spent: Now::default(),
             last_handshake: None,
             handover: Handover::No,
+            notes: HandshakeNotes::default(),
         }
     }
 
@@ -221,6 +225,40 @@ impl Session {
     /// completed.
     pub fn unanswered_count(&self) -> u32 {
         self.timers.unanswered_count()
+    }
+
+    /// What goes wrong with the peer's handshakes, the most telling first.
+    pub fn troubles(&self, now: Now) -> ArrayVec<(TroubleKind, Spell), 3> {
+        let mut troubles = ArrayVec::new();
+        let notes = &self.notes;
+        if notes.unreadable.is_fresh(now) {
+            // Who answers is there, and what is wrong with the answer is why none is good.
+            troubles.push((TroubleKind::ResponsesUnreadable, notes.unreadable));
+        } else if notes.unanswered.is_fresh(now) {
+            let kind = if self.timers.is_trying() {
+                TroubleKind::InitiationsUnanswered
+            } else {
+                TroubleKind::HandshakeGivenUp
+            };
+            troubles.push((kind, notes.unanswered));
+        }
+        // One that was just answered may be confirmed yet.
+        let is_late = notes.unconfirmed.since_s_ago(now) >= REKEY_TIMEOUT.as_secs();
+        if notes.unconfirmed.is_fresh(now) && is_late {
+            troubles.push((TroubleKind::ResponsesUnconfirmed, notes.unconfirmed));
+        }
+        // While there is a keypair, it is rather the network that has sent something twice.
+        let has_keypair = self.keypairs_until.is_some_and(|until| now < until);
+        if notes.old.is_fresh(now) && !has_keypair {
+            troubles.push((TroubleKind::TimestampsOld, notes.old));
+        }
+        troubles
+    }
+
+    /// Whether [`troubles`](Self::troubles) has something to say, or may have without anything more
+    /// being noted.
+    pub fn has_notes(&self, now: Now) -> bool {
+        self.notes.is_fresh(now)
     }
 
     /// Whether there is a timer that runs. An idle peer has none, and needs no calls.
@@ -276,7 +314,7 @@ impl Session {
     /// # Errors
     /// [`DropReason::HandedOver`], [`DropReason::OldTimestamp`] for a replay, [`DropReason::InitiationFlood`] if the last one was
     /// answered just now, or too many were of late, [`DropReason::NoIndex`] if no index is free, and what [`HandshakeError`]s
-    /// count as. Nothing has changed then.
+    /// count as. Nothing has changed then but a note.
     pub fn handle_initiation<R: CryptoRng, I: Indexes>(
         &mut self,
         initiation: AuthenticInitiation,
@@ -290,6 +328,8 @@ impl Session {
         let remote = self.remote.as_ref().ok_or(DropReason::NoPrivateKey)?;
         let timestamp = initiation.timestamp();
         if timestamp <= self.greatest_timestamp {
+            self.notes.old.note(now);
+            self.peer.in_trouble.store(true, Relaxed);
             return Err(DropReason::OldTimestamp);
         }
         if now.since(self.answered) < INITIATION_INTERVAL_MIN {
@@ -312,6 +352,9 @@ impl Session {
         self.cookie.message_sent(index, &message, from.remote.ip());
         (self.greatest_timestamp, self.answered) = (timestamp, now);
         self.answers_spent = spent + ANSWER_INTERVAL;
+        self.notes.old = Spell::default();
+        self.notes.unconfirmed.note(now);
+        self.peer.in_trouble.store(true, Relaxed);
         self.timers.response_sent(ctx.rng, now);
         self.peer.activity.authenticated_received(now);
         self.peer.activity.authenticated_sent(now);
@@ -329,7 +372,7 @@ impl Session {
     ///
     /// # Errors
     /// [`DropReason::UnknownIndex`] if it answers nothing that we wait for, and what
-    /// [`HandshakeError`]s count as. Nothing has changed then: the right one may still come.
+    /// [`HandshakeError`]s count as. Nothing has changed then but a note: the right one may still come.
     pub fn handle_response<R: CryptoRng, I: Indexes>(
         &mut self,
         message: &[u8; RESPONSE_LEN],
@@ -338,10 +381,16 @@ impl Session {
     ) -> Result<Vec<Action>, DropReason> {
         let (pending, remote) =
             self.pending.as_ref().zip(self.remote.as_ref()).ok_or(DropReason::UnknownIndex)?;
-        let established = pending
-            .initiator
-            .finish(ctx.identity, remote, message)
-            .map_err(HandshakeError::drop_reason)?;
+        let established = match pending.initiator.finish(ctx.identity, remote, message) {
+            Ok(established) => established,
+            Err(error) => {
+                if error == HandshakeError::Decrypt {
+                    self.notes.unreadable.note(now);
+                    self.peer.in_trouble.store(true, Relaxed);
+                }
+                return Err(error.drop_reason());
+            }
+        };
         let begun = pending.begun;
         // Its index is the keypair's from now on.
         self.pending = None;
@@ -398,11 +447,13 @@ impl Session {
         while let Some(due) = self.timers.take_due(&self.peer.activity, now) {
             match due {
                 Due::Retransmit => {
+                    self.note_unanswered(now);
                     self.peer.handshake_wanted.store(false, Relaxed);
                     self.peer.forget_local_source();
                     self.send_initiation(ctx, &mut actions, now);
                 }
                 Due::GiveUp => {
+                    self.note_unanswered(now);
                     self.abandon(ctx.indexes);
                     actions.push(Action::DropStaged);
                 }
@@ -442,6 +493,8 @@ impl Session {
             remote.set_preshared_key(preshared_key.clone());
         }
         self.preshared_key = preshared_key;
+        // What follows is another story.
+        (self.notes.unreadable, self.notes.unconfirmed) = (Spell::default(), Spell::default());
     }
 
     /// Replaces who the peer is to us, since our own identity has changed or gone. Ends what the old
@@ -469,6 +522,7 @@ impl Session {
         self.awaited = None;
         self.abandon(indexes);
         self.timers.cleared();
+        self.notes = HandshakeNotes::default();
         self.retire(indexes);
     }
 
@@ -491,6 +545,12 @@ impl Session {
             self.timers.completed();
         }
         self.retire(indexes);
+    }
+
+    /// An initiation was not answered within Rekey-Timeout.
+    fn note_unanswered(&mut self, now: Now) {
+        self.notes.unanswered.note_late(REKEY_TIMEOUT, now);
+        self.peer.in_trouble.store(true, Relaxed);
     }
 
     /// Begins a handshake, if there is none and it is time.
@@ -618,6 +678,7 @@ impl Session {
     fn complete<R, I: Indexes>(&mut self, ctx: &mut Context<'_, R, I>) {
         self.last_handshake = Some(ctx.timestamp);
         self.timers.completed();
+        self.notes = HandshakeNotes::default();
         self.abandon(ctx.indexes);
     }
 

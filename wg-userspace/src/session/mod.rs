@@ -36,6 +36,7 @@ mod slot_table;
 #[cfg(test)]
 mod tests;
 mod timers;
+mod troubles;
 mod wheel;
 
 /// The atomics that [`gates`] uses.
@@ -52,4 +53,5 @@ pub use keypairs::Keypairs;
 pub use peer::{HotPeer, SharedKeypairs, Transfer};
 pub use replay::ReplayWindow;
 pub use slot_table::SlotTable;
+pub use troubles::{Noted, PeerNotes, Spell, TROUBLE_FADES_AFTER, TroubleKind};
 pub use wheel::{TICK, Token, Wheel};

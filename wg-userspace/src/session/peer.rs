@@ -1,14 +1,16 @@
 //! The half of a peer that workers read.
 
 use std::fmt;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, Ordering::Relaxed};
 
 use arc_swap::{ArcSwap, ArcSwapOption, Guard};
 use wg_common::endpoint::Endpoint;
 use wg_common::id::{DeviceId, PeerId};
+use wg_common::time::Now;
 
-use super::{Activity, Keypair, Keypairs};
+use super::{Activity, Keypair, Keypairs, PeerNotes};
 use crate::key::PublicKey;
 
 /// What workers know of a peer. Read and moved by atomics; nobody ever waits for anybody.
@@ -41,6 +43,9 @@ pub struct HotPeer {
     /// Number of the worker at which the last authentic packet arrived; [`HotPeer::NO_WORKER`] before
     /// the first.
     pub last_worker: AtomicU16,
+    /// Something was noted of the peer: whoever asks for troubles looks at those for whom this is set.
+    pub in_trouble: AtomicBool,
+    notes: ArcSwapOption<PeerNotes>,
 }
 
 impl HotPeer {
@@ -62,6 +67,8 @@ impl HotPeer {
             handshake_wanted: AtomicBool::new(false),
             name: ArcSwapOption::empty(),
             last_worker: AtomicU16::new(Self::NO_WORKER),
+            in_trouble: AtomicBool::new(false),
+            notes: ArcSwapOption::empty(),
         }
     }
 
@@ -86,6 +93,40 @@ impl HotPeer {
     /// Says what people call it; nothing if that is empty.
     pub fn set_name(&self, name: String) {
         self.name.store((!name.is_empty()).then(|| Arc::new(name)));
+    }
+
+    /// What workers have noted, if anything.
+    pub fn notes(&self) -> Option<Arc<PeerNotes>> {
+        self.notes.load_full()
+    }
+
+    /// A packet for the peer is dropped, since no endpoint is known.
+    #[cold]
+    pub fn note_no_endpoint(&self, now: Now) {
+        self.note(|notes| notes.no_endpoint.note((), now));
+    }
+
+    /// The kernel did not take a datagram to the peer.
+    #[cold]
+    pub fn note_unsent(&self, to: SocketAddr, now: Now) {
+        self.note(|notes| notes.unsent.note(to, now));
+    }
+
+    /// The peer has sent a packet, and does not own its source.
+    #[cold]
+    pub fn note_refused(&self, source: IpAddr, now: Now) {
+        self.note(|notes| notes.refused.note(source, now));
+    }
+
+    fn note(&self, note: impl FnOnce(&PeerNotes)) {
+        let notes = self.notes.load_full().unwrap_or_else(|| {
+            let new = Arc::new(PeerNotes::default());
+            let none: Option<Arc<PeerNotes>> = None;
+            let before = self.notes.compare_and_swap(&none, Some(Arc::clone(&new)));
+            before.clone().unwrap_or(new)
+        });
+        note(&notes);
+        self.in_trouble.store(true, Relaxed);
     }
 
     /// Lets the routing table choose anew which address of ours the next datagram leaves from.

@@ -622,7 +622,7 @@ fn an_idle_peer_sleeps() {
     let side = lonely();
     assert_eq!(side.session.poll_timeout(), None);
     assert!(!side.session.is_awake());
-    assert!(size_of::<Session>() <= 448, "{} bytes", size_of::<Session>());
+    assert!(size_of::<Session>() <= 480, "{} bytes", size_of::<Session>());
 }
 
 // ---------------------------------------------------------------------------------------------

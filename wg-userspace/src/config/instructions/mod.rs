@@ -122,6 +122,8 @@ impl Interface {
     /// Its `#!` lines, as text that says the same, in the order of the file.
     pub fn instructions(&self) -> Vec<Spanned<String>> {
         let mut all = Vec::new();
+        let endpoint = self.endpoint.as_ref();
+        all.extend(endpoint.map(|endpoint| line(Directive::Endpoint, endpoint)));
         all.extend(self.xdp.as_ref().map(|xdp| line(Directive::Xdp, xdp)));
         all.extend(self.workers.as_ref().map(|workers| line(Directive::Workers, workers)));
         all.extend(self.nat.iter().map(|nat| line(Directive::Nat, nat)));
