@@ -339,6 +339,56 @@ fn a_reload_that_fails_leaves_everything_as_it_was() {
     assert!(gateway.reload().ends_with(": nothing to do\n"));
 }
 
+/// Has the program of the filter fail once, when there is a file `fail`.
+fn failing_filter(lab: &Lab) {
+    fs::create_dir(lab.path("programs")).unwrap();
+    let name = if find_program("nft").is_some() { "nft" } else { "iptables-restore" };
+    let real = find_program(name).unwrap();
+    let script = format!(
+        "#!/bin/sh\nif rm {} 2>/dev/null; then exit 9; fi\nexec {} \"$@\"\n",
+        lab.path("fail").display(),
+        real.display()
+    );
+    let program = lab.write(&format!("programs/{name}"), &script).unwrap();
+    fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
+}
+
+#[test]
+fn a_reload_that_fails_after_its_request_ends_no_session() {
+    let test = "a_reload_that_fails_after_its_request_ends_no_session";
+    let Some(lab) = lab(test) else { return };
+    if find_program("iptables").is_none() {
+        eprintln!("SKIPPED {test}: needs iptables");
+        return;
+    }
+    failing_filter(&lab);
+    let other = format!("\n[Peer]\nPublicKey = {}\nAllowedIPs = 0.0.0.0/0\n", key(7));
+    let gateway = Gateway::up(&lab, &format!("{GATEWAY_CONF}{other}"));
+    let _client = client(&lab);
+    let (before, was) = (gateway.state(), gateway.dump());
+    assert_ne!(was[1][4], "0", "no handshake");
+
+    // The client leaves, and the filter has another address to name.
+    let (interface, _) = GATEWAY_CONF.split_once("[Peer]").unwrap();
+    let without = format!("{}{other}", interface.replace("10.9.0.1/24", "10.9.0.5/24"));
+    gateway.write(&without);
+    lab.write("fail", "").unwrap();
+    let output = gateway.tidegate(&["reload", gateway.path()]);
+    let said = errors(&output);
+    assert!(said.contains("everything is as it was before"), "{said}");
+    assert!(!lab.path("fail").exists() && said.contains("ended with exit code 9"), "{said}");
+    assert_eq!(gateway.state(), before, "{said}");
+    let is = gateway.dump();
+    assert_eq!(is[1][..5], was[1][..5], "it has lost its session");
+    let received = |dump: &[Vec<String>]| dump[1][5].parse::<u64>().unwrap();
+    assert!(received(&is) >= received(&was));
+    assert_eq!(lab.client.ping(GATEWAY_INNER[0], 3, &[]).unwrap().answered, 3);
+    assert_eq!(gateway.dump()[1][4], was[1][4], "no other handshake was needed");
+
+    assert!(gateway.reload().contains("- peer "));
+    assert_eq!(gateway.dump().len(), 2);
+}
+
 #[test]
 fn what_only_a_start_can_do_is_said() {
     let Some(lab) = lab("what_only_a_start_can_do_is_said") else { return };

@@ -210,7 +210,8 @@ fn a_default_route_goes_through_the_tunnel_and_not_round_in_it() {
     // Link-local addresses of the other links come when they like.
     let state = "{ ip rule; ip -6 rule; ip route show table all; ip -6 route show table all; } | \
                  grep -v -e fe80:: -e ff00::; \
-                 iptables-save | grep wg-quick; ip6tables-save | grep wg-quick; true";
+                 iptables-save | grep wg-quick; ip6tables-save | grep wg-quick; \
+                 command -v nft > /dev/null && nft list tables | grep wg-quick; true";
     let before = host.bash(state);
     let conf: String = CLIENT_CONF
         .lines()

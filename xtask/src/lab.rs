@@ -63,6 +63,16 @@ pub const LAN: &str = "lan";
 const GRACE: Duration = Duration::from_secs(3);
 const POLL_EVERY: Duration = Duration::from_millis(20);
 
+/// What a bash that has a mount namespace of its own, and a folder `$F`, does to have no `nft`, so that
+/// programs use iptables.
+pub const HIDE_NFT: &str = r#"
+    while nft=$(type -P nft); do
+        hides=$(mktemp -d -p "$F") folder=$(dirname "$nft")
+        mknod "$hides/nft" c 0 0
+        mount -t overlay tidegate-test -o "lowerdir=$hides:$folder" "$folder"
+        hash -r
+    done"#;
+
 static SIGNALLED: LazyLock<Arc<AtomicBool>> = LazyLock::new(Arc::default);
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 static LABS_MADE: AtomicU32 = AtomicU32::new(0);

@@ -25,7 +25,7 @@ const PROGRAMS: &[(&str, &str)] = &[
 
 /// What tests need on top.
 pub const FOR_TESTS: &[(&str, &str)] =
-    &[("wireguard-go", "wireguard-go"), ("iptables", "iptables")];
+    &[("wireguard-go", "wireguard-go"), ("iptables", "iptables"), ("nft", "nftables")];
 
 /// Debian's Rust with a `core` for the BPF target; LLVM's development files come on top.
 const EBPF_PACKAGES: &[&str] = &["rustc-web", "libstd-rust-web-dev-bpf"];

@@ -730,6 +730,8 @@ pub fn state(space: &Space) -> Result<Vec<String>> {
         for save in iptables-save ip6tables-save; do
             command -v $save > /dev/null && $save | grep '^-' | sed "s/^/$save /"
         done
+        # Those of iptables stay, with nothing in them.
+        command -v nft > /dev/null && nft list tables | grep -e wg-quick- -e tidegate-
         grep -v ^nsfs /proc/self/mounts | sed 's/^/mount /'
         find /run/wireguard /run/tidegate /etc/wireguard ! -type d 2> /dev/null
         echo src_valid_mark $(cat /proc/sys/net/ipv4/conf/all/src_valid_mark)

@@ -9,6 +9,7 @@ use crate::{
     config::{Config, Endpoint},
     device::SetRequest,
     key::PublicKey,
+    uapi::EndpointName,
 };
 
 /// A file that was carried out, as far as the device and the host do not show it.
@@ -77,6 +78,20 @@ impl Applied {
     pub fn endpoint(&self, key: &PublicKey) -> Option<&AppliedEndpoint> {
         self.endpoints.get(&key.to_string())
     }
+
+    /// Those of its endpoints that are names.
+    pub fn names(&self) -> Vec<EndpointName> {
+        let name = |(key, endpoint): (&String, &AppliedEndpoint)| {
+            let is_address = endpoint.written.parse::<SocketAddr>().is_ok();
+            let (host, port) = endpoint.written.rsplit_once(':').filter(|_| !is_address)?;
+            Some(EndpointName {
+                public_key: PublicKey::from_base64(key).ok()?,
+                host: host.to_owned(),
+                port: port.parse().ok()?,
+            })
+        };
+        self.endpoints.iter().filter_map(name).collect()
+    }
 }
 
 /// The endpoints of a file with what they mean.
@@ -110,5 +125,39 @@ impl AtStart {
             mode,
             workers: config.interface.workers.as_deref().copied(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_told_from_addresses() {
+        let endpoints = [
+            Endpoint::Address("192.0.2.1:7".parse().unwrap()),
+            Endpoint::Address("[fe80::1%3]:7".parse().unwrap()),
+            Endpoint::Host { host: "fe80::1%eth0".to_owned(), port: 8 },
+            Endpoint::Host { host: "server.test".to_owned(), port: 9 },
+        ];
+        let key = |number| PublicKey::from_bytes([number; 32]);
+        let endpoints = (1..).zip(&endpoints).map(|(number, endpoint)| {
+            let endpoint = AppliedEndpoint { written: written(endpoint), resolved: None };
+            (key(number).to_string(), endpoint)
+        });
+        let applied = Applied {
+            config: "wg0.conf".into(),
+            down_hooks: Vec::new(),
+            endpoints: endpoints.collect(),
+            fwmark: None,
+            mtu: None,
+            at_start: AtStart::default(),
+        };
+        let name = |number, host: &str, port| EndpointName {
+            public_key: key(number),
+            host: host.to_owned(),
+            port,
+        };
+        assert_eq!(applied.names(), [name(3, "fe80::1%eth0", 8), name(4, "server.test", 9)]);
     }
 }

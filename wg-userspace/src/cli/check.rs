@@ -9,11 +9,14 @@ mod host;
 mod json;
 mod text;
 
-use std::{collections::HashMap, path::Path};
+use std::{
+    collections::{HashMap, HashSet},
+    path::Path,
+};
 
 use self::files::File;
 use super::{Code, Failure, args, down::runtime, print, show, text::Paint};
-use crate::check::{self, Finding, Place, Rule, Severity, Subject};
+use crate::check::{self, Finding, Rule, Severity, Subject};
 
 /// All that was found.
 struct Outcome {
@@ -89,33 +92,30 @@ fn look(mut files: Vec<File>, is_offline: bool) -> Result<Outcome, Failure> {
 }
 
 /// Takes away from what was found in single files what shows of files together as well, where more is
-/// known about it: one cause, one finding. Errors stay.
+/// known about it: one cause, one finding.
 fn leave_out_what_is_said_again(alone: &mut Vec<Finding>, together: &[Finding]) {
-    let place = |place: &Place| (place.file, place.span.offset());
-    let mut by_place: HashMap<(usize, usize), Vec<&Finding>> = HashMap::new();
+    let place = |finding: &Finding| (finding.places[0].file, finding.places[0].span.offset());
+    let mut said = HashMap::new();
     for finding in together {
-        for at in &finding.places {
-            by_place.entry(place(at)).or_default().push(finding);
-        }
+        let severity = said.entry(place(finding)).or_insert(finding.severity);
+        *severity = finding.severity.max(*severity);
     }
-    alone.retain(|finding| {
-        let first = place(&finding.places[0]);
-        // Their first place is the value itself, and not what stands for the file.
-        let is_of_value = matches!(
-            finding.rule,
-            Rule::AddressOfPeer
-                | Rule::AllowedIpsHostBits
-                | Rule::AllowedIpsMissing
-                | Rule::EndpointRepeated
-        );
-        let says_so = |other: &&Finding| {
-            let has = |at: &Place| other.places.iter().any(|known| place(known) == place(at));
-            let is_same = is_of_value && place(&other.places[0]) == first
-                || finding.places.len() > 1 && finding.places.iter().all(has);
-            other.severity >= finding.severity && is_same
-        };
-        finding.severity == Severity::Error
-            || !by_place.get(&first).is_some_and(|others| others.iter().any(says_so))
+    // Who cannot be found, and that this is so, has several places.
+    let unreachable: HashSet<usize> = together
+        .iter()
+        .filter(|finding| matches!(finding.rule, Rule::NobodyStarts | Rule::NoListenPort))
+        .flat_map(|finding| finding.places.iter().map(|place| place.file))
+        .collect();
+    alone.retain(|finding| match finding.rule {
+        Rule::ListenPortMissing => !unreachable.contains(&finding.places[0].file),
+        Rule::AddressOfPeer
+        | Rule::AllowedIpsHostBits
+        | Rule::AllowedIpsMissing
+        | Rule::AllowedIpsSame
+        | Rule::EndpointRepeated => {
+            said.get(&place(finding)).is_none_or(|&severity| severity < finding.severity)
+        }
+        _ => true,
     });
 }
 
@@ -136,25 +136,30 @@ mod tests {
 
     #[test]
     fn what_files_together_say_is_not_said_of_one_again() {
-        let at = |offset: usize| Span::new(offset.into(), 1);
-        let warning = |rule, places: &[usize]| {
-            let finding = Finding::new(Severity::Warning, rule, "");
-            places.iter().fold(finding, |finding, &offset| finding.at(0, at(offset), ""))
+        let found = |severity, rule, file, offset: usize| {
+            Finding::new(severity, rule, "").at(file, Span::new(offset.into(), 1), "")
         };
-        let error = Finding::new(Severity::Error, Rule::AllowedIpsSame, "").at(0, at(5), "");
+        use Severity::{Error, Note, Warning};
         let mut alone = vec![
-            warning(Rule::EndpointRepeated, &[1, 2]),
-            warning(Rule::AddressOfPeer, &[5]),
-            warning(Rule::AllowedIpsMissing, &[2]),
-            warning(Rule::AddressMissing, &[5]),
-            error.clone(),
+            found(Warning, Rule::EndpointRepeated, 0, 1),
+            found(Warning, Rule::EndpointRepeated, 0, 2),
+            found(Error, Rule::AllowedIpsSame, 0, 3),
+            found(Error, Rule::AllowedIpsSame, 0, 4),
+            found(Warning, Rule::MtuTooLarge, 0, 1),
+            found(Warning, Rule::ListenPortMissing, 0, 9),
+            found(Warning, Rule::ListenPortMissing, 1, 9),
         ];
-        let together = [warning(Rule::Syntax, &[3, 2, 1]), error];
+        let together = [
+            found(Warning, Rule::SameEndpoint, 0, 1),
+            found(Error, Rule::DroppedSource, 0, 3),
+            found(Note, Rule::DroppedSource, 0, 4),
+            found(Error, Rule::NobodyStarts, 1, 5),
+        ];
         leave_out_what_is_said_again(&mut alone, &together);
-        let left: Vec<_> = alone.iter().map(|finding| finding.rule).collect();
-        let expected = [Rule::AllowedIpsMissing, Rule::AddressMissing, Rule::AllowedIpsSame];
-        assert_eq!(left, expected);
+        let left: Vec<_> = alone.iter().map(|finding| finding.places[0].span.offset()).collect();
+        assert_eq!(left, [2, 4, 1, 9]);
+        assert_eq!(alone[3].places[0].file, 0);
         leave_out_what_is_said_again(&mut alone, &[]);
-        assert_eq!(alone.len(), 3);
+        assert_eq!(alone.len(), 4);
     }
 }

@@ -23,9 +23,13 @@ use crate::{
 /// What is to change on a device.
 #[derive(Debug, Default, Eq, PartialEq)]
 pub struct DeviceDifference {
-    /// The request that does it; it holds only what differs.
+    /// The request that does it, but for peers that leave; it holds only what differs.
     pub request: SetRequest,
-    /// The request that takes it back. Sessions of peers that were removed are lost all the same.
+    /// The request that lets peers leave. With them their sessions are lost for good, so that it comes
+    /// when nothing can fail any more.
+    pub removal: SetRequest,
+    /// The request that takes both back, whether or not the second was made. Sessions under a private
+    /// key that was changed are lost all the same.
     pub back: SetRequest,
     /// The same for people.
     pub lines: Vec<String>,
@@ -63,11 +67,11 @@ pub fn of_device(
         found.line(format!("~ fwmark: {:#x} → {mark:#x}", running.fwmark));
     }
     let in_file: HashSet<PublicKey> = config.peers.iter().map(|peer| *peer.public_key).collect();
-    // First, so that what they own is free; and back after what was added is gone.
+    // What they own and is others' in the file goes over to these before that, and back afterwards.
     let gone = running.peers.iter().filter(|peer| !in_file.contains(&peer.public_key));
     for peer in gone.filter(|peer| !peer.is_pulled) {
         let remove = PeerChange { remove: true, ..PeerChange::new(peer.public_key) };
-        found.request.peers.push(remove);
+        found.removal.peers.push(remove);
         found.back.peers.push(whole(peer));
         found.line(format!("- peer {}", label(&peer.name, &peer.public_key)));
     }
@@ -119,7 +123,13 @@ fn whole(peer: &RunningPeer) -> PeerChange {
 impl DeviceDifference {
     /// Whether the device is as the file has it.
     pub fn is_none(&self) -> bool {
-        self.request == SetRequest::default()
+        self.request == SetRequest::default() && self.removal == SetRequest::default()
+    }
+
+    /// Both requests in one, for a device of which nothing else is changed.
+    pub fn at_once(&self) -> SetRequest {
+        let peers = [self.removal.peers.as_slice(), &self.request.peers].concat();
+        SetRequest { peers, ..self.request.clone() }
     }
 
     fn line(&mut self, line: String) {
@@ -211,6 +221,12 @@ impl DeviceDifference {
         }
         if !facts.is_empty() {
             self.line(format!("~ peer {}{}", Label(peer), list(&facts)));
+            // No request takes an endpoint away. Who had none had no session to lose, either.
+            if change.endpoint.is_some() && before.endpoint.is_none() {
+                let remove = PeerChange { remove: true, ..PeerChange::new(before.public_key) };
+                self.back.peers.push(remove);
+                back = whole(before);
+            }
             self.request.peers.push(change);
             self.back.peers.push(back);
         }
@@ -243,17 +259,46 @@ pub struct HostDifference {
     pub add: Vec<Step>,
     /// Steps that are done already, by somebody else, and are ours from now on.
     pub adopt: Vec<Step>,
-    /// Steps to be undone, in this order.
+    /// Begun, and there.
+    pub confirm: Vec<Noted>,
+    /// Steps to be undone, in this order. Those that are not done were begun, and cannot be seen.
     pub remove: Vec<Noted>,
     /// Noted, but there no more.
     pub forget: Vec<Noted>,
 }
 
+/// What the interface has, whoever gave it that.
+#[derive(Debug, Default)]
+pub struct Present {
+    /// Its addresses.
+    pub addresses: Vec<IpNet>,
+    /// What is routed to it, with the table. Nothing is known of the routes of an interface that is down.
+    pub routes: Option<HashSet<(IpNet, u32)>>,
+}
+
+impl Present {
+    /// Whether what a step does is there, if that can be seen.
+    fn has(&self, step: &Step) -> Option<bool> {
+        match step {
+            Step::Address(net) => Some(self.addresses.contains(net)),
+            Step::Route { prefix, table } => {
+                self.routes.as_ref().map(|routes| routes.contains(&(*prefix, *table)))
+            }
+            _ => None,
+        }
+    }
+
+    /// Whether a noted step is done, as far as is known.
+    fn is_done(&self, noted: &Noted) -> bool {
+        self.has(&noted.step).unwrap_or(noted.done)
+    }
+}
+
 /// Compares what was done with what a file asks for.
 ///
-/// `present` are the addresses of the interface. Only addresses, name servers, routes, rules and
-/// filters are looked at, and the mark, as far as it goes with them.
-pub fn of_host(noted: &[Noted], wanted: &[Step], present: &[IpNet]) -> HostDifference {
+/// Only addresses, name servers, routes, rules and filters are looked at, and the mark, as far as it
+/// goes with them.
+pub fn of_host(noted: &[Noted], wanted: &[Step], present: &Present) -> HostDifference {
     let mut found = HostDifference::default();
     let mut seen: Vec<&Step> = Vec::new();
     for step in wanted.iter().filter(|step| is_compared(step)) {
@@ -261,25 +306,24 @@ pub fn of_host(noted: &[Noted], wanted: &[Step], present: &[IpNet]) -> HostDiffe
             continue;
         }
         seen.push(step);
-        let is_noted = noted.iter().any(|noted| noted.done && is_same(&noted.step, step));
+        let is_ours =
+            noted.iter().any(|noted| present.is_done(noted) && is_same(&noted.step, step));
         match step {
-            Step::Address(net) if present.contains(net) != is_noted => {
-                if is_noted { &mut found.add } else { &mut found.adopt }.push(step.clone());
-            }
-            _ if is_noted => {}
+            _ if is_ours => {}
+            Step::Address(net) if present.addresses.contains(net) => found.adopt.push(step.clone()),
             step => found.add.push(step.clone()),
         }
     }
     for noted in noted.iter().rev().filter(|noted| is_compared(&noted.step)) {
-        let is_there = match &noted.step {
-            Step::Address(net) => present.contains(net),
-            _ => true,
-        };
-        let is_wanted = noted.done && seen.iter().any(|step| is_same(&noted.step, step));
-        if !is_there {
-            found.forget.push(noted.clone());
-        } else if !is_wanted {
-            found.remove.push(noted.clone());
+        let is_wanted =
+            present.is_done(noted) && seen.iter().any(|step| is_same(&noted.step, step));
+        match (present.has(&noted.step), is_wanted) {
+            (Some(false), _) => found.forget.push(noted.clone()),
+            (_, false) => {
+                found.remove.push(Noted { done: present.is_done(noted), ..noted.clone() });
+            }
+            (_, true) if !noted.done => found.confirm.push(noted.clone()),
+            (_, true) => {}
         }
     }
     found
@@ -475,20 +519,24 @@ mod tests {
                 let mut changed = device(before);
                 let was = sorted(&changed);
                 let found = of_device(&was, after, None, &endpoints(after));
-                changed.apply(found.request);
+                changed.apply(found.request.clone());
+                changed.apply(found.removal.clone());
                 let mut is = sorted(&changed);
+                let mut at_once = device(before);
+                at_once.apply(found.at_once());
+                assert_eq!(sorted(&at_once), is);
                 let mut expected = sorted(&device(after));
                 for peer in is.peers.iter_mut().chain(&mut expected.peers) {
                     // No file takes an endpoint away.
                     peer.endpoint = None;
                 }
                 assert_eq!(is, expected);
-                changed.apply(found.back);
-                let mut is = sorted(&changed);
-                for (peer, was) in is.peers.iter_mut().zip(&was.peers) {
-                    peer.endpoint = was.endpoint;
-                }
-                assert_eq!(is, was);
+                changed.apply(found.back.clone());
+                assert_eq!(sorted(&changed), was);
+                let mut without_removal = device(before);
+                without_removal.apply(found.request);
+                without_removal.apply(found.back);
+                assert_eq!(sorted(&without_removal), was);
             }
         }
     }
@@ -545,7 +593,7 @@ mod tests {
         assert_eq!(found.request.peers.len(), 1);
         running.peers[0].is_pulled = false;
         let found = of_device(&running, &before, None, &HashMap::new());
-        assert!(found.request.peers[0].remove);
+        assert!(found.removal.peers[0].remove && found.request.peers.is_empty());
     }
 
     #[test]
@@ -583,6 +631,10 @@ mod tests {
             .collect()
     }
 
+    fn of_addresses(addresses: &[IpNet]) -> Present {
+        Present { addresses: addresses.to_vec(), routes: None }
+    }
+
     fn steps(noted: &[Noted]) -> Vec<&Step> {
         noted.iter().map(|noted| &noted.step).collect()
     }
@@ -604,15 +656,44 @@ mod tests {
             route("10.3.0.0/16"),
         ];
         let present = ["10.0.0.1/24", "10.0.0.3/24"].map(net);
-        let found = of_host(&before, &wanted, &present);
+        let found = of_host(&before, &wanted, &of_addresses(&present));
         assert_eq!(found.add, [address("10.0.0.2/24"), route("10.3.0.0/16")]);
         assert_eq!(steps(&found.remove), [&route("10.1.0.0/16"), &address("10.0.0.3/24")]);
         assert!(found.adopt.is_empty() && found.forget.is_empty());
         // By hand somebody took one address and gave another.
-        let found = of_host(&before, &wanted, &["10.0.0.1/24", "10.0.0.2/24"].map(net));
+        let found =
+            of_host(&before, &wanted, &of_addresses(&["10.0.0.1/24", "10.0.0.2/24"].map(net)));
         assert_eq!(found.adopt, [address("10.0.0.2/24")]);
         assert_eq!(steps(&found.forget), [&address("10.0.0.3/24")]);
         assert_eq!(steps(&found.remove), [&route("10.1.0.0/16")]);
+    }
+
+    #[test]
+    fn a_route_that_has_vanished_is_added_again() {
+        let before = noted(&[route("10.1.0.0/16"), route("10.2.0.0/16"), route("10.3.0.0/16")]);
+        let wanted = [route("10.1.0.0/16"), route("10.2.0.0/16")];
+        let routes = [(net("10.1.0.0/16"), MAIN_TABLE), (net("10.2.0.0/16"), 7)];
+        let present = Present { addresses: Vec::new(), routes: Some(routes.into()) };
+        let found = of_host(&before, &wanted, &present);
+        assert_eq!(found.add, [route("10.2.0.0/16")]);
+        assert_eq!(steps(&found.forget), [&route("10.3.0.0/16"), &route("10.2.0.0/16")]);
+        assert!(found.remove.is_empty() && found.adopt.is_empty());
+    }
+
+    #[test]
+    fn what_was_begun_and_can_be_seen_is_not_done_anew() {
+        let address = |text| Step::Address(net(text));
+        let all = [address("10.0.0.1/24"), address("10.0.1.1/24"), route("10.2.0.0/16")];
+        let mut before = noted(&all);
+        before.iter_mut().for_each(|noted| noted.done = false);
+        let routes = Some([(net("10.2.0.0/16"), MAIN_TABLE)].into());
+        let present = Present { addresses: vec![net("10.0.0.1/24")], routes };
+        let found = of_host(&before, &all, &present);
+        assert_eq!(steps(&found.confirm), [&all[2], &all[0]]);
+        assert_eq!((found.add, steps(&found.forget)), (vec![all[1].clone()], vec![&all[1]]));
+        assert!(found.remove.is_empty() && found.adopt.is_empty());
+        let found = of_host(&before, &[], &present);
+        assert_eq!(steps(&found.remove), [&all[2], &all[0]]);
     }
 
     #[test]
@@ -622,12 +703,12 @@ mod tests {
             kind: RuleKind::MainWithoutDefault,
             priority,
         };
-        let found = of_host(&noted(&[rule(Some(7))]), &[rule(None)], &[]);
+        let found = of_host(&noted(&[rule(Some(7))]), &[rule(None)], &Present::default());
         assert!(found.add.is_empty() && found.remove.is_empty());
         // What was begun and is not known to be done is done anew.
         let mut before = noted(&[rule(Some(7))]);
         before[0].done = false;
-        let found = of_host(&before, &[rule(None)], &[]);
+        let found = of_host(&before, &[rule(None)], &Present::default());
         assert_eq!((found.add.len(), found.remove.len()), (1, 1));
     }
 

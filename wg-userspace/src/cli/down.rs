@@ -165,12 +165,11 @@ impl<'a> TakeDown<'a> {
             return Err(failure.and("the interface was left as it is"));
         }
         let context = Context { interface: self.interface, host: self.host, endpoints: &[] };
-        let mut goes_with_the_device = Vec::new();
         for noted in record.steps().rev() {
             if noted.step.goes_with_the_device() {
-                goes_with_the_device.push(noted.id);
                 continue;
             }
+            self.ledger.undoing(noted.id).context("noting what is undone")?;
             let undone = match &noted.step {
                 Step::Daemon => self.end_device().await,
                 step => steps::undo(step, &context).await,
@@ -234,12 +233,24 @@ impl<'a> TakeDown<'a> {
             }
             tokio::time::sleep(POLL_EVERY).await;
         }
+        // Of a daemon that was killed, a thread may still be about to let go of the socket.
+        let started = clock::boot_now();
+        while Socket::find(interface)?.is_some()
+            && host.link(interface.as_str()).await?.is_none()
+            && clock::boot_now().since(started) < END_TIMEOUT
+        {
+            tokio::time::sleep(POLL_EVERY).await;
+        }
         if Socket::find(interface)?.is_none() {
-            // A daemon that was killed leaves its socket; mostly there is none.
-            let _ = std::fs::remove_file(socket::path(interface));
+            remove_socket(interface);
         }
         Ok(())
     }
+}
+
+/// A daemon that was killed leaves its socket; mostly there is none.
+fn remove_socket(interface: &InterfaceName) {
+    let _ = std::fs::remove_file(socket::path(interface));
 }
 
 /// Deletes a device that was made by `tidegate run`.
@@ -280,5 +291,6 @@ fn ended(interface: &InterfaceName, daemon: Option<Pid>) -> Result<(), Failure> 
         }
         std::thread::sleep(POLL_EVERY);
     }
+    remove_socket(interface);
     Ok(())
 }

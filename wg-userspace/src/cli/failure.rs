@@ -20,7 +20,8 @@ pub enum Code {
     Config = 3,
     /// A privilege is missing.
     Privilege = 4,
-    /// What was named does not exist, or what was to be made does already.
+    /// What was named does not exist, what was to be made does already, or another process is at work
+    /// on it.
     Existence = 5,
     /// It works, but not as well as was asked for.
     Degraded = 6,

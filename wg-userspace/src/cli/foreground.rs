@@ -16,7 +16,7 @@ use crate::host::Host;
 const POLL_EVERY: Duration = Duration::from_millis(50);
 
 /// Calls `ready`, and stays until a signal comes, the daemon ends, or somebody else takes the
-/// interface down. At the end everything is undone.
+/// interface down. At the end everything is undone. `daemon` is the process that holds the device open.
 ///
 /// # Errors
 /// If the daemon ended while nobody wanted it to, or something could not be undone.
@@ -24,10 +24,10 @@ pub async fn stay(
     interface: &InterfaceName,
     host: &Host,
     background: Option<Background>,
+    daemon: Option<Process>,
     mut interruption: Interruption,
     ready: impl FnOnce(),
 ) -> Result<(), Failure> {
-    let daemon = daemon_of(interface)?;
     ready();
     let is_interrupted = tokio::select! {
         () = interruption.wait() => true,
@@ -57,12 +57,6 @@ pub async fn stay(
     }
     let line = "its daemon has ended; everything else was undone";
     Err(Failure::new(Code::Runtime, line).within(interface))
-}
-
-/// The process that holds the device open; nothing if it has ended already.
-fn daemon_of(interface: &InterfaceName) -> Result<Option<Process>, Failure> {
-    let ledger = Ledger::open(interface)?;
-    Ok(ledger.and_then(|ledger| ledger.record().keeper).filter(|keeper| keeper.is_alive()))
 }
 
 async fn ended(daemon: Option<Process>) {

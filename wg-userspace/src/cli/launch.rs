@@ -130,26 +130,62 @@ fn command(options: &daemon::Options, log: Option<&str>) -> std::io::Result<Comm
 /// child, before anything else.
 pub fn leave_session() -> Result<(), Failure> {
     rustix::process::setsid().context("starting a session of its own")?;
+    orphaned_by_a_test("begin");
     rustix::process::set_parent_process_death_signal(Some(Signal::TERM))
         .context("asking to end with the parent process")?;
+    // Of one that has ended before, no signal tells.
+    if !is_waited_for() {
+        return Err(Failure::new(Code::Runtime, "who started the daemon has ended"));
+    }
+    orphaned_by_a_test("middle");
     // A working directory would keep its file system mounted.
     std::env::set_current_dir("/").context("changing to the root directory")?;
     Ok(())
 }
 
-/// Says that the daemon is ready and lets go of the standard streams. For the child.
-pub fn tell_ready() -> anyhow::Result<()> {
+/// Whether somebody still has the other end of our standard output, if that is a pipe.
+fn is_waited_for() -> bool {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    let stdout = std::io::stdout();
+    let mut fds = [PollFd::new(&stdout, PollFlags::empty())];
+    let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
+    let found = poll(&mut fds, Some(&at_once));
+    found.is_err() || !fds[0].revents().contains(PollFlags::ERR)
+}
+
+/// Says that the daemon is ready and lets go of the standard streams. For the child. False if whoever
+/// waited for that has ended: then nobody will ever know of this daemon, and it is to end, too.
+pub fn tell_ready() -> anyhow::Result<bool> {
+    // Who hears that it is ready may end at once.
     rustix::process::set_parent_process_death_signal(None)
         .context("staying when the parent process ends")?;
+    orphaned_by_a_test("end");
     let mut out = std::io::stdout().lock();
-    // Who started us may have gone; the daemon runs on all the same.
-    let _ = out.write_all(READY_LINE.as_bytes()).and_then(|()| out.flush());
+    let is_told = out.write_all(READY_LINE.as_bytes()).and_then(|()| out.flush()).is_ok();
     let null = null()?;
     rustix::stdio::dup2_stdin(&null)
         .and_then(|()| rustix::stdio::dup2_stdout(&null))
         .and_then(|()| rustix::stdio::dup2_stderr(&null))
-        .context("letting go of the standard streams")
+        .context("letting go of the standard streams")?;
+    Ok(is_told)
 }
+
+/// A hook for tests: kills the parent process at the point that `TIDEGATE_TEST_ORPHAN_AT` names.
+#[cfg(debug_assertions)]
+fn orphaned_by_a_test(point: &str) {
+    use rustix::process::{getppid, kill_process};
+    if std::env::var("TIDEGATE_TEST_ORPHAN_AT").is_ok_and(|wanted| wanted == point)
+        && let Some(parent) = getppid()
+    {
+        let _ = kill_process(parent, Signal::KILL);
+        while getppid() == Some(parent) {
+            std::thread::yield_now();
+        }
+    }
+}
+
+#[cfg(not(debug_assertions))]
+fn orphaned_by_a_test(_: &str) {}
 
 /// What takes everything and has nothing.
 pub fn null() -> anyhow::Result<File> {

@@ -1,7 +1,7 @@
 //! What was done for an interface, written down before it is done.
 //!
 //! `/run/tidegate/IF.state` has a line of JSON for each entry: a header, the steps, and what became
-//! of them. Whoever changes the host for an interface holds the file's lock meanwhile, so that a
+//! of them, written before it is done or undone. Whoever changes the host for an interface holds the file's lock meanwhile, so that a
 //! process which is killed leaves a file that says what there is to undo, and that nobody uses.
 
 use std::{
@@ -135,7 +135,7 @@ fn state_and_start(stat: &str) -> Option<(char, u64)> {
 }
 
 /// The place of a step in a ledger.
-#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Deserialize, Eq, Ord, PartialEq, PartialOrd, Serialize)]
 pub struct StepId(usize);
 
 /// A step that was noted and not forgotten.
@@ -145,7 +145,7 @@ pub struct Noted {
     pub id: StepId,
     /// The step.
     pub step: Step,
-    /// Whether it is known to be done. If not, it may be undone, done, or done in part.
+    /// Whether it is known to be there. If not, it may be undone, done, or done in part.
     pub done: bool,
 }
 
@@ -155,9 +155,11 @@ pub struct Noted {
 enum Entry {
     Step(Step),
     Done(StepId),
+    Undoing(StepId),
     Forgotten(StepId),
     Keeper(Process),
     Table(u32),
+    Applying(Box<Applied>),
     Applied(Box<Applied>),
     Up,
 }
@@ -173,6 +175,8 @@ pub struct Record {
     pub table: Option<u32>,
     /// What the config file said when it was carried out last.
     pub applied: Option<Applied>,
+    /// What a reload that did not come to its end was about to carry out: some of it may be there.
+    pub applying: Option<Applied>,
     /// Whether `up` came to its end.
     pub is_up: bool,
     steps: Vec<Option<Noted>>,
@@ -180,7 +184,15 @@ pub struct Record {
 
 impl Record {
     fn new(header: Header) -> Record {
-        Record { header, keeper: None, table: None, applied: None, is_up: false, steps: Vec::new() }
+        Record {
+            header,
+            keeper: None,
+            table: None,
+            applied: None,
+            applying: None,
+            is_up: false,
+            steps: Vec::new(),
+        }
     }
 
     /// The steps that are not forgotten, in the order in which they were noted.
@@ -204,6 +216,11 @@ impl Record {
                     noted.done = true;
                 }
             }
+            Entry::Undoing(id) => {
+                if let Some(Some(noted)) = self.steps.get_mut(id.0) {
+                    noted.done = false;
+                }
+            }
             Entry::Forgotten(id) => {
                 if let Some(noted) = self.steps.get_mut(id.0) {
                     *noted = None;
@@ -211,7 +228,9 @@ impl Record {
             }
             Entry::Keeper(keeper) => self.keeper = Some(keeper),
             Entry::Table(table) => self.table = Some(table),
+            Entry::Applying(applied) => self.applying = Some(*applied),
             Entry::Applied(applied) => {
+                self.applying = None;
                 self.header.config.clone_from(&applied.config);
                 self.header.down_hooks.clone_from(&applied.down_hooks);
                 self.applied = Some(*applied);
@@ -270,7 +289,9 @@ impl Ledger {
         match rustix::fs::linkat(CWD, &from, CWD, &path, AtFlags::SYMLINK_FOLLOW) {
             Ok(()) => Ok(Ledger { path, file, record: Record::new(header) }),
             Err(Errno::EXIST) => {
-                let line = format_args!("{} exists already", path.display());
+                // Who looks for one to be undone comes here only if there was none a moment ago.
+                let line =
+                    format_args!("another `tidegate` has begun: {} exists already", path.display());
                 Err(Failure::new(Code::Existence, line))
             }
             Err(error) => Err(anyhow::Error::new(error).context(doing()).into()),
@@ -288,24 +309,25 @@ impl Ledger {
     fn open_in(folder: &Path, interface: &InterfaceName) -> Result<Option<Ledger>, Failure> {
         let path = folder.join(format!("{interface}.state"));
         let doing = || format!("reading {}", path.display());
-        let mut file = match File::options().read(true).append(true).open(&path) {
-            Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(anyhow::Error::new(error).context(doing()).into()),
-        };
-        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
-            Err(Errno::WOULDBLOCK) => {
-                let line =
-                    "another `tidegate` is bringing it up or down: try again when it is done";
-                return Err(Failure::new(Code::Runtime, line));
+        let mut file = loop {
+            let file = match File::options().read(true).append(true).open(&path) {
+                Ok(file) => file,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+                Err(error) => return Err(anyhow::Error::new(error).context(doing()).into()),
+            };
+            match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => {}
+                Err(Errno::WOULDBLOCK) => {
+                    let line = "another `tidegate` is at work on it: try again when it is done";
+                    return Err(Failure::new(Code::Existence, line));
+                }
+                Err(error) => return Err(anyhow::Error::new(error).context(doing()).into()),
             }
-            Err(error) => return Err(anyhow::Error::new(error).context(doing()).into()),
-        }
-        if file.metadata().with_context(doing)?.nlink() == 0 {
-            // It was removed while we opened it.
-            return Ok(None);
-        }
+            // One that was removed while we opened it may have a successor already.
+            if file.metadata().with_context(doing)?.nlink() > 0 {
+                break file;
+            }
+        };
         let mut text = String::new();
         file.read_to_string(&mut text).with_context(doing)?;
         let record = Record::parse(&text).with_context(doing)?;
@@ -364,6 +386,14 @@ impl Ledger {
         self.write(Entry::Done(id))
     }
 
+    /// Notes that a step is about to be undone.
+    ///
+    /// # Errors
+    /// If it cannot be written; then it must not be undone.
+    pub fn undoing(&mut self, id: StepId) -> io::Result<()> {
+        self.write(Entry::Undoing(id))
+    }
+
     /// Notes that a step is undone.
     ///
     /// # Errors
@@ -386,6 +416,14 @@ impl Ledger {
     /// If it cannot be written.
     pub fn takes_table(&mut self, table: u32) -> io::Result<()> {
         self.write(Entry::Table(table))
+    }
+
+    /// Notes what the config file says that is about to be carried out.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn is_to_apply(&mut self, applied: Applied) -> io::Result<()> {
+        self.write(Entry::Applying(Box::new(applied)))
     }
 
     /// Notes what the config file said that is now carried out. The hooks of `down` are its own from
@@ -453,6 +491,7 @@ fn others_in(folder: &Path, interface: &InterfaceName) -> Vec<Record> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cli::applied::AtStart;
 
     fn name(text: &str) -> InterfaceName {
         text.parse().unwrap()
@@ -522,11 +561,41 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let ledger = create(folder.path(), "wg0");
         let (code, line) = refusal(Ledger::open_in(folder.path(), &name("wg0")));
-        assert!(code == 1 && line.contains("another `tidegate`"), "{line}");
+        assert!(code == 5 && line.contains("another `tidegate`"), "{line}");
         let (code, line) = refusal(Ledger::create_in(folder.path(), header("wg0")));
         assert!(code == 5 && line.ends_with("wg0.state exists already"), "{line}");
         drop(ledger);
         assert!(open(folder.path(), "wg0").is_some());
+    }
+
+    #[test]
+    fn what_is_about_to_be_undone_or_applied_is_in_doubt() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut ledger = create(folder.path(), "wg0");
+        let step = ledger.note(Step::LinkUp).unwrap();
+        ledger.done(step).unwrap();
+        ledger.undoing(step).unwrap();
+        let applied = Applied {
+            config: "/etc/wireguard/wg0.conf".into(),
+            down_hooks: Vec::new(),
+            endpoints: [].into(),
+            fwmark: Some(7),
+            mtu: None,
+            at_start: AtStart::default(),
+        };
+        ledger.is_to_apply(applied.clone()).unwrap();
+        drop(ledger);
+        let mut ledger = open(folder.path(), "wg0").unwrap();
+        let record = ledger.record();
+        assert!(!record.steps().next().unwrap().done);
+        assert_eq!((&record.applied, &record.applying), (&None, &Some(applied.clone())));
+        assert_eq!(record.header.down_hooks.len(), 1, "they are those of before");
+        ledger.applies(applied.clone()).unwrap();
+        drop(ledger);
+        let ledger = open(folder.path(), "wg0").unwrap();
+        let record = ledger.record();
+        assert_eq!((&record.applied, &record.applying), (&Some(applied), &None));
+        assert!(record.header.down_hooks.is_empty());
     }
 
     #[test]

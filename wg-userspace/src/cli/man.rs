@@ -34,7 +34,11 @@ const VARIABLES: [(&str, &[&str], &str); 4] = [
     ),
     ("WG_PROCESS_FOREGROUND", &["run"], "If 1, the daemon stays in the foreground."),
     ("WG_HIDE_KEYS", &["show"], "If `never`, secret keys are shown."),
-    ("WG_COLOR_MODE", &["show"], "`always`, `never` or `auto`: whether output has colours."),
+    (
+        "WG_COLOR_MODE",
+        &["show", "check"],
+        "`always`, `never` or `auto`: whether output has colours.",
+    ),
 ];
 
 pub fn man(dir: &Path) -> Result<Code, Failure> {

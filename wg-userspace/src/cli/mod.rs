@@ -25,6 +25,7 @@ mod name;
 mod peer;
 mod peer_names;
 mod plan;
+mod points;
 mod programs;
 mod quiesce;
 mod reload;

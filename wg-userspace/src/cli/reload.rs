@@ -2,25 +2,29 @@
 //!
 //! What can fail and disturbs nobody comes first: addresses, routes, the MTU, filters, name servers.
 //! Then one request changes the device, then rules lead to new default routes, then what the file has
-//! no more is undone. If something fails, everything is taken back in reverse.
+//! no more is undone. Peers leave last, for their sessions do not come back. If something fails,
+//! everything is taken back in reverse. Each step is noted before it is done, and what is about to be
+//! undone as well, so that another reload knows what one that was killed has left in doubt.
+
+mod change;
 
 use std::{
-    collections::HashMap,
-    fs,
+    collections::{HashMap, HashSet},
     net::{IpAddr, SocketAddr},
-    path::{Path, PathBuf},
+    path::Path,
 };
 
 use anyhow::Context as _;
 use ipnet::IpNet;
 
+use self::change::Work;
 use super::{
     Code, Failure,
     applied::{self, Applied, AppliedEndpoint, AtStart},
     args::{self, DataPathArgs},
-    difference::{self, DeviceDifference, HostDifference, Label, described, is_same},
+    difference::{self, DeviceDifference, HostDifference, Label, Present, described, is_same},
     down::runtime,
-    ledger::{Ledger, Noted},
+    ledger::{Ledger, Noted, Record},
     name::{ConfigFile, InterfaceName},
     plan::{Plan, RoutesTo},
     print, resolve,
@@ -58,17 +62,22 @@ pub fn follow(file: &ConfigFile, text: &str, is_dry: bool, say: Say) -> Result<C
         return Err(Failure::config(errors));
     }
     let plan = Plan::new(interface, &config, &DataPathArgs::default())?;
-    let socket = Socket::find(interface)?.ok_or_else(|| show::not_found(interface))?;
     let ledger = Ledger::open(interface).map_err(|failure| failure.within(interface))?;
     let ledger = ledger.filter(|ledger| !ledger.record().is_left_over());
+    let socket = Socket::find(interface)?.ok_or_else(|| show::not_found(interface))?;
     if ledger.as_ref().is_some_and(|ledger| !ledger.record().header.is_of_this_netns()) {
         let line = "it was brought up in another network namespace: reload it there";
         return Err(Failure::new(Code::Existence, line).within(interface));
     }
+    if ledger.as_ref().is_some_and(|ledger| !ledger.record().is_up) {
+        let line =
+            "an `up` that was killed has brought up a part of it: use `tidegate down`, then `up`";
+        return Err(Failure::new(Code::Existence, line).within(interface));
+    }
     let running = Running::ask(interface, &socket).map_err(|failure| failure.within(interface))?;
-    let known = ledger.as_ref().and_then(|ledger| ledger.record().applied.clone());
+    let known = ledger.as_ref().map_or_else(Known::default, |ledger| Known::of(ledger.record()));
     // A name service may take long, and nothing has begun yet: signals end this process as ever.
-    let endpoints = new_endpoints(&config, &running, known.as_ref())?;
+    let endpoints = new_endpoints(&config, &running, &known)?;
 
     let runtime = runtime()?;
     let host = runtime.block_on(async { Host::new() })?;
@@ -90,7 +99,7 @@ pub fn follow(file: &ConfigFile, text: &str, is_dry: bool, say: Say) -> Result<C
 fn new_endpoints(
     config: &Config,
     running: &Running,
-    known: Option<&Applied>,
+    known: &Known,
 ) -> Result<HashMap<PublicKey, SocketAddr>, Failure> {
     let now: HashMap<PublicKey, Option<SocketAddr>> =
         running.peers.iter().map(|peer| (peer.public_key, peer.endpoint)).collect();
@@ -99,7 +108,7 @@ fn new_endpoints(
         let Some(endpoint) = peer.endpoint.as_deref() else { continue };
         let has_none = now.get(&*peer.public_key).copied().flatten().is_none();
         let written = applied::written(endpoint);
-        let is_new = known.is_some_and(|known| {
+        let is_new = known.either(|known| {
             known.endpoint(&peer.public_key).is_none_or(|before| before.written != written)
         });
         if has_none || is_new {
@@ -114,11 +123,31 @@ fn new_endpoints(
     Ok(endpoints)
 }
 
+/// What was carried out before.
+#[derive(Default)]
+struct Known {
+    /// What is in force.
+    applied: Option<Applied>,
+    /// What a reload that was killed had begun: any of it may be in force instead.
+    begun: Option<Applied>,
+}
+
+impl Known {
+    fn of(record: &Record) -> Known {
+        Known { applied: record.applied.clone(), begun: record.applying.clone() }
+    }
+
+    /// Whether something can be said of what may be in force.
+    fn either(&self, is_so: impl Fn(&Applied) -> bool) -> bool {
+        self.applied.iter().chain(&self.begun).any(is_so)
+    }
+}
+
 /// What is known before anything changes.
 struct State {
     ledger: Ledger,
     running: Running,
-    known: Option<Applied>,
+    known: Known,
     endpoints: HashMap<PublicKey, SocketAddr>,
 }
 
@@ -156,7 +185,7 @@ impl Reload<'_> {
         let mark = self.config.interface.fwmark.as_deref().copied();
         let found = difference::of_device(running, self.config, mark, endpoints);
         if !is_dry && !found.is_none() {
-            up::configure(self.interface, &found.request)?;
+            up::configure(self.interface, &found.at_once())?;
         }
         if !is_dry {
             up::tell_names(self.interface, self.config);
@@ -172,14 +201,9 @@ impl Reload<'_> {
 
     async fn by_ledger(&self, mut state: State, is_dry: bool) -> Result<Code, Failure> {
         let mut interruption = Interruption::new()?;
-        let found = self.difference(&state).await?;
+        let found = self.difference(&mut state, is_dry).await?;
         if !is_dry {
-            let leaving = found.host.remove.iter().filter_map(|noted| address_of(&noted.step));
-            let new: Vec<IpAddr> =
-                found.host.add.iter().filter_map(address_of).map(|net| net.addr()).collect();
-            let leaving = leaving.map(|net| net.addr()).filter(|ip| !new.contains(ip)).collect();
-            let ledger = &mut state.ledger;
-            let mut work = Work { reload: self, ledger, leaving, done: Vec::new() };
+            let mut work = Work::new(self, &mut state, &found);
             let outcome = tokio::select! {
                 outcome = work.run(&found) => outcome,
                 () = interruption.wait() => Err(Failure::new(Code::Runtime, "interrupted")),
@@ -193,7 +217,6 @@ impl Reload<'_> {
                 }));
             }
             up::tell_names(self.interface, self.config);
-            state.ledger.applies(found.applied).context("noting what was done")?;
         }
         self.tell(&found.lines, &found.left)
     }
@@ -212,26 +235,33 @@ impl Reload<'_> {
         Ok(if left.is_empty() { Code::Ok } else { Code::Degraded })
     }
 
-    async fn difference(&self, state: &State) -> Result<Difference, Failure> {
+    async fn difference(&self, state: &mut State, is_dry: bool) -> Result<Difference, Failure> {
         let (plan, config) = (self.plan, self.config);
-        let record = state.ledger.record();
-        let noted: Vec<Noted> = record.steps().cloned().collect();
+        let noted: Vec<Noted> = state.ledger.record().steps().cloned().collect();
         let automatic = noted.iter().find_map(|noted| match noted.step {
             Step::Mark(mark) => Some(mark),
             _ => None,
         });
-        let table = match automatic.or(record.table) {
+        let table = match automatic.or(state.ledger.record().table) {
             Some(table) => Some(table),
             None if plan.needs_policy_table() => {
-                Some(up::free_table(self.interface, self.host).await?)
+                // It is not given to two interfaces at once, nor another one to this if it is killed.
+                let _choosing = Ledger::choose().context("waiting for another `tidegate`")?;
+                let table = up::free_table(self.interface, self.host).await?;
+                if !is_dry {
+                    state.ledger.takes_table(table).context("noting a routing table")?;
+                }
+                Some(table)
             }
             None => None,
         };
+        let state = &*state;
+        let record = state.ledger.record();
         let link = self.link().await?;
-        let present = self.addresses(&link).await?;
+        let present = self.present(&link).await?;
         let mut left = Vec::new();
         let mut wanted = plan.steps(table.filter(|_| plan.needs_policy_table()));
-        wanted.extend(addresses_kept_for_routes(&noted, &wanted, &present, &mut left));
+        wanted.extend(addresses_kept_for_routes(&noted, &wanted, &present.addresses, &mut left));
         let is_wanted_address = |net: &IpNet| wanted.contains(&Step::Address(*net));
         if plan.routes_to == RoutesTo::Auto {
             let addresses: Vec<IpNet> = wanted.iter().filter_map(address_of).collect();
@@ -254,21 +284,7 @@ impl Reload<'_> {
         let mark = self.mark(state, automatic, table);
         let device = difference::of_device(&state.running, config, mark, &state.endpoints);
         let mtu = self.mtu(state, &link).await?;
-
-        let changes: Vec<IpNet> = host
-            .add
-            .iter()
-            .chain(host.remove.iter().map(|noted| &noted.step))
-            .filter_map(address_of)
-            .collect();
-        let filters = noted.iter().filter(|noted| match &noted.step {
-            Step::Firewall { family, .. } => {
-                changes.iter().any(|net| Family::of(*net) == *family)
-                    && wanted.iter().any(|step| is_same(step, &noted.step))
-            }
-            _ => false,
-        });
-        let filters: Vec<Noted> = filters.cloned().collect();
+        let filters = filters_to_renew(&noted, &wanted, &present.addresses, &host);
 
         let mut lines = device.lines.clone();
         let is_told = |step: &&Step| !matches!(step, Step::Mark(_));
@@ -293,7 +309,8 @@ impl Reload<'_> {
             lines.push("~ PreUp and PostUp: not run now, but by the next `up`".into());
         }
         let at_start = AtStart::of(config);
-        if let Some(known) = state.known.as_ref().filter(|known| known.at_start != at_start) {
+        if let Some(known) = state.known.applied.as_ref().filter(|known| known.at_start != at_start)
+        {
             let differs = [
                 ("Xdp", known.at_start.xdp != at_start.xdp),
                 ("mode", known.at_start.mode != at_start.mode),
@@ -332,14 +349,14 @@ impl Reload<'_> {
         }
         // Of a device without the file's mark it is not known who has set it; but these were ours.
         let running = Some(state.running.fwmark);
-        let before = state.known.as_ref().and_then(|known| known.fwmark);
         let is_off = self.config.interface.fwmark.is_some();
-        (is_off || running == automatic || running == before).then_some(0)
+        let is_ours = running == automatic || state.known.either(|known| known.fwmark == running);
+        (is_off || is_ours).then_some(0)
     }
 
     /// The MTU to set: the file's, or what it would be of itself if the file has none any more.
     async fn mtu(&self, state: &State, link: &Link) -> Result<Option<(Step, u32)>, Failure> {
-        let had_one = state.known.as_ref().is_some_and(|known| known.mtu.is_some());
+        let had_one = state.known.either(|known| known.mtu.is_some());
         let step = match self.plan.mtu {
             Some(mtu) => Step::Mtu(Some(mtu)),
             None if had_one => {
@@ -360,12 +377,12 @@ impl Reload<'_> {
         let mut applied = Applied::new(self.path, self.config, self.plan, &SetRequest::default())
             .context("noting what was done")?;
         let resolved = |key: &PublicKey| {
-            let before = state.known.as_ref().and_then(|known| known.endpoint(key));
+            let before = state.known.applied.as_ref().and_then(|known| known.endpoint(key));
             let before = before.and_then(|before: &AppliedEndpoint| before.resolved);
             state.endpoints.get(key).copied().or(before)
         };
         applied.endpoints = applied::endpoints(self.config, resolved);
-        if let Some(known) = &state.known {
+        if let Some(known) = &state.known.applied {
             applied.at_start = known.at_start.clone();
         }
         Ok(applied)
@@ -381,6 +398,15 @@ impl Reload<'_> {
         Ok(link.ok_or_else(|| HostError::NoLink(name.to_owned()))?)
     }
 
+    async fn present(&self, link: &Link) -> Result<Present, Failure> {
+        let addresses = self.addresses(link).await?;
+        let routes = match link.is_up {
+            true => Some(self.host.routes_of_all_tables(link.index).await?.into_iter().collect()),
+            false => None,
+        };
+        Ok(Present { addresses, routes })
+    }
+
     async fn addresses(&self, link: &Link) -> Result<Vec<IpNet>, Failure> {
         let all = self.host.addresses().await?;
         let ours = all.iter().filter(|address| address.link_index == link.index);
@@ -391,20 +417,23 @@ impl Reload<'_> {
     /// the last one.
     async fn mend(&self, noted: &[Noted]) -> Result<(), Failure> {
         let link = self.link().await?;
-        for noted in noted {
-            let outcome = match &noted.step {
-                Step::Address(net) => self.host.add_address(link.index, *net).await,
-                Step::Route { prefix, table } => {
-                    self.host.add_route(link.index, *prefix, *table).await
-                }
-                _ => continue,
-            };
-            match outcome {
-                Err(HostError::Exists { .. }) => {}
-                outcome => outcome?,
-            }
+        for noted in noted.iter().filter(|noted| noted.done) {
+            self.add_unless_there(link.index, &noted.step).await?;
         }
         Ok(())
+    }
+
+    /// Adds an address or a route; false for other steps.
+    async fn add_unless_there(&self, link_index: u32, step: &Step) -> Result<bool, HostError> {
+        let outcome = match step {
+            Step::Address(net) => self.host.add_address(link_index, *net).await,
+            Step::Route { prefix, table } => self.host.add_route(link_index, *prefix, *table).await,
+            _ => return Ok(false),
+        };
+        match outcome {
+            Ok(()) | Err(HostError::Exists { .. }) => Ok(true),
+            Err(error) => Err(error),
+        }
     }
 }
 
@@ -412,6 +441,42 @@ fn address_of(step: &Step) -> Option<IpNet> {
     match step {
         Step::Address(net) => Some(*net),
         _ => None,
+    }
+}
+
+/// Filters that stay and do not name the addresses that the interface is to have.
+fn filters_to_renew(
+    noted: &[Noted],
+    wanted: &[Step],
+    present: &[IpNet],
+    host: &HostDifference,
+) -> Vec<Noted> {
+    let leaves = |net: &&IpNet| {
+        host.remove.iter().any(|noted| address_of(&noted.step).as_ref() == Some(*net))
+    };
+    let stay = present.iter().filter(|net| !leaves(net)).copied();
+    let addresses: HashSet<IpAddr> = stay
+        .chain(host.add.iter().filter_map(address_of))
+        .map(|net| net.addr())
+        .filter(is_filtered)
+        .collect();
+    let is_other = |noted: &&Noted| match &noted.step {
+        Step::Firewall { family, addresses: named, .. } => {
+            let named: HashSet<IpAddr> = named.iter().copied().filter(is_filtered).collect();
+            let of_family = |ip: &&IpAddr| ip.is_ipv4() == (*family == Family::V4);
+            named != addresses.iter().filter(of_family).copied().collect()
+        }
+        _ => false,
+    };
+    let stays = |noted: &&Noted| noted.done && wanted.iter().any(|step| is_same(step, &noted.step));
+    noted.iter().filter(stays).filter(is_other).cloned().collect()
+}
+
+/// The kernel gives an interface addresses of this link by itself, and when it likes.
+fn is_filtered(address: &IpAddr) -> bool {
+    match address {
+        IpAddr::V4(_) => true,
+        IpAddr::V6(v6) => !v6.is_unicast_link_local(),
     }
 }
 
@@ -441,217 +506,4 @@ fn addresses_kept_for_routes(
          start does that safely (`tidegate down`, then `up`)"
     ));
     Some(Step::Address(last))
-}
-
-/// What was done, to be taken back.
-enum Done {
-    Added(Noted),
-    Removed(Step),
-    Requested(SetRequest),
-    Mtu(u32),
-}
-
-struct Work<'a> {
-    reload: &'a Reload<'a>,
-    ledger: &'a mut Ledger,
-    /// Addresses that the interface loses.
-    leaving: Vec<IpAddr>,
-    done: Vec<Done>,
-}
-
-impl Work<'_> {
-    async fn run(&mut self, found: &Difference) -> Result<(), Failure> {
-        // What a process that was killed has begun.
-        let (begun, vanished): (Vec<&Noted>, Vec<&Noted>) =
-            found.host.remove.iter().partition(|noted| !noted.done);
-        for noted in begun {
-            self.remove(noted).await?;
-        }
-        for noted in &found.host.forget {
-            self.ledger.forget(noted.id).context("noting a step")?;
-        }
-        for step in &found.host.adopt {
-            let id = self.ledger.note(step.clone()).context("noting a step")?;
-            self.ledger.done(id).context("noting a step")?;
-        }
-        // A rule leads to the table only when the device's own datagrams have their mark.
-        let is_rule = |step: &&Step| matches!(step, Step::Rule { .. } | Step::Mark(_));
-        let mut vanished = vanished;
-        for step in found.host.add.iter().filter(|step| !is_rule(step)) {
-            // An interface has an IPv6 address once, however long its prefix.
-            let is_other = |noted: &&Noted| match (address_of(&noted.step), address_of(step)) {
-                (Some(IpNet::V6(before)), Some(IpNet::V6(after))) => before.addr() == after.addr(),
-                _ => false,
-            };
-            if let Some(at) = vanished.iter().position(is_other) {
-                self.remove(vanished.remove(at)).await?;
-            }
-            self.add(step).await?;
-        }
-        if let Some((step, before)) = &found.mtu {
-            self.done.push(Done::Mtu(*before));
-            self.carry_out(step).await?;
-        }
-        if !found.device.is_none() {
-            up::configure(self.reload.interface, &found.device.request)?;
-            self.done.push(Done::Requested(found.device.back.clone()));
-        }
-        for step in found.host.add.iter().filter(is_rule) {
-            self.add(step).await?;
-        }
-        let loses_address = vanished.iter().any(|noted| address_of(&noted.step).is_some());
-        let promotion = loses_address.then(|| Promotion::of(self.reload.interface));
-        for noted in vanished {
-            // There is but one record; the new one has taken its place.
-            let is_replaced = matches!(noted.step, Step::Dns { .. })
-                && found.host.add.iter().any(|step| matches!(step, Step::Dns { .. }));
-            if is_replaced {
-                self.ledger.forget(noted.id).context("noting a step")?;
-                self.done.push(Done::Removed(noted.step.clone()));
-            } else {
-                self.remove(noted).await?;
-            }
-        }
-        if loses_address {
-            let noted: Vec<Noted> = self.ledger.record().steps().cloned().collect();
-            self.reload.mend(&noted).await?;
-        }
-        drop(promotion);
-        for noted in &found.filters {
-            self.remove(noted).await?;
-            let Step::Firewall { family, mark, .. } = noted.step else { continue };
-            let addresses = Vec::new();
-            self.add(&Step::Firewall { tool: None, family, mark, addresses }).await?;
-        }
-        Ok(())
-    }
-
-    async fn add(&mut self, step: &Step) -> Result<(), Failure> {
-        // Priorities are not given to two interfaces at once.
-        let choosing = matches!(step, Step::Rule { .. })
-            .then(Ledger::choose)
-            .transpose()
-            .context("waiting for another `tidegate`")?;
-        let context = self.reload.context(&[]);
-        let Some(mut step) = steps::settle(step.clone(), &context).await? else { return Ok(()) };
-        if let Step::Firewall { addresses, .. } = &mut step {
-            addresses.retain(|address| !self.leaving.contains(address));
-        }
-        if let Step::Mark(table) = step {
-            self.ledger.takes_table(table).context("noting a routing table")?;
-        }
-        let id = self.ledger.note(step.clone()).context("noting a step")?;
-        self.done.push(Done::Added(Noted { id, step: step.clone(), done: true }));
-        // The request of the whole device has set it.
-        if !matches!(step, Step::Mark(_)) {
-            self.carry_out(&step).await?;
-        }
-        self.ledger.done(id).context("noting a step")?;
-        drop(choosing);
-        tokio::task::yield_now().await;
-        Ok(())
-    }
-
-    async fn remove(&mut self, noted: &Noted) -> Result<(), Failure> {
-        self.done.push(Done::Removed(noted.step.clone()));
-        steps::undo(&noted.step, &self.reload.context(&[])).await?;
-        self.ledger.forget(noted.id).context("noting a step")?;
-        tokio::task::yield_now().await;
-        Ok(())
-    }
-
-    async fn carry_out(&self, step: &Step) -> Result<(), Failure> {
-        steps::carry_out(step, &self.reload.context(&[])).await
-    }
-
-    /// Takes back what was done, the last first; false if not all of it could be. What fails is told.
-    async fn take_back(&mut self) -> bool {
-        let mut is_back = true;
-        let mut loses_address = false;
-        let mut has_other_dns = false;
-        while let Some(done) = self.done.pop() {
-            if let Done::Added(Noted { step, .. }) | Done::Removed(step) = &done {
-                loses_address |= address_of(step).is_some();
-                has_other_dns |= matches!(step, Step::Dns { .. });
-            }
-            if let Err(failure) = self.take_back_one(done).await {
-                failure.within(self.reload.interface).print();
-                is_back = false;
-            }
-        }
-        let noted: Vec<Noted> = self.ledger.record().steps().cloned().collect();
-        let mut mended = Vec::new();
-        if loses_address {
-            mended.push(self.reload.mend(&noted).await);
-        }
-        // There is but one record of name servers: whoever took the new one back took all.
-        for noted in noted.iter().filter(|noted| matches!(noted.step, Step::Dns { .. })) {
-            if has_other_dns {
-                mended.push(self.carry_out(&noted.step).await);
-            }
-        }
-        for failure in mended.into_iter().filter_map(Result::err) {
-            failure.within(self.reload.interface).print();
-            is_back = false;
-        }
-        is_back
-    }
-
-    async fn take_back_one(&mut self, done: Done) -> Result<(), Failure> {
-        match done {
-            Done::Added(noted) => {
-                // One that the kernel refused it refuses to remove, too.
-                let is_refused = match address_of(&noted.step) {
-                    Some(net) => {
-                        !self.reload.addresses(&self.reload.link().await?).await?.contains(&net)
-                    }
-                    None => false,
-                };
-                if is_refused {
-                    return Ok(self.ledger.forget(noted.id).context("noting a step")?);
-                }
-                steps::undo(&noted.step, &self.reload.context(&[])).await?;
-                self.ledger.forget(noted.id).context("noting a step")?;
-            }
-            Done::Removed(step) => {
-                // Perhaps it was not removed yet.
-                let _ = steps::undo(&step, &self.reload.context(&[])).await;
-                let noted = self.ledger.record().steps().find(|noted| noted.step == step);
-                let id = match noted.map(|noted| noted.id) {
-                    Some(id) => id,
-                    None => self.ledger.note(step.clone()).context("noting a step")?,
-                };
-                self.carry_out(&step).await?;
-                self.ledger.done(id).context("noting a step")?;
-            }
-            Done::Requested(back) => up::configure(self.reload.interface, &back)?,
-            Done::Mtu(before) => self.carry_out(&Step::Mtu(Some(before))).await?,
-        }
-        Ok(())
-    }
-}
-
-/// While it lives, an address of a network stays when the first one of that network goes.
-struct Promotion {
-    path: PathBuf,
-    before: Option<String>,
-}
-
-impl Promotion {
-    fn of(interface: &InterfaceName) -> Promotion {
-        let path =
-            PathBuf::from(format!("/proc/sys/net/ipv4/conf/{interface}/promote_secondaries"));
-        let before = fs::read_to_string(&path).ok();
-        // Without it they go and are put back.
-        let _ = fs::write(&path, "1");
-        Promotion { path, before }
-    }
-}
-
-impl Drop for Promotion {
-    fn drop(&mut self) {
-        if let Some(before) = &self.before {
-            let _ = fs::write(&self.path, before.trim());
-        }
-    }
 }

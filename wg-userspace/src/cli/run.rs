@@ -36,10 +36,11 @@ pub fn run(mut arguments: args::Run) -> Result<Code, Failure> {
         // What is worth a warning before the daemon is ready reaches the terminal it was
         // started from.
         let log = log.unwrap_or("warn").to_owned();
-        let ready = || {
-            if let Err(error) = launch::tell_ready() {
-                tracing::warn!("{error:#}");
-            }
+        let ready = || match launch::tell_ready() {
+            Ok(true) => {}
+            // As the signal would have done that tells of a parent's end.
+            Ok(false) => end_oneself(),
+            Err(error) => tracing::warn!("{error:#}"),
         };
         keep(&options, Launch { log, with_time: false, in_background: true }, ready)?;
     } else if arguments.foreground || wants_foreground() {
@@ -67,6 +68,14 @@ fn keep(options: &daemon::Options, launch: Launch, ready: impl FnOnce()) -> Resu
             None => Err(error.into()),
         },
         Ok(()) => Ok(()),
+    }
+}
+
+/// Begins the end of this process in good order.
+fn end_oneself() {
+    use rustix::process::{Signal, getpid, kill_process};
+    if let Err(error) = kill_process(getpid(), Signal::TERM) {
+        tracing::error!(%error, "nobody knows of this daemon, and it does not end");
     }
 }
 

@@ -128,9 +128,11 @@ pub async fn settle(step: Step, context: &Context<'_>) -> Result<Option<Step>, F
     let Context { interface, host, endpoints } = *context;
     Ok(Some(match step {
         Step::Mtu(None) => {
+            // While a reload that was killed has left a part of the rules, a way may be the tunnel's own.
+            let tunnel = host.link(interface.as_str()).await?.map_or(0, |link| link.index);
             let mut paths = Vec::new();
             for endpoint in endpoints {
-                paths.extend(host.path_mtu(endpoint.ip()).await?);
+                paths.extend(host.path_mtu_but_by(tunnel, endpoint.ip()).await?);
             }
             Step::Mtu(Some(tunnel_mtu(&paths, host.default_route_mtu().await?)))
         }

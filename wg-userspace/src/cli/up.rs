@@ -24,6 +24,7 @@ use super::{
     ledger::{Header, Ledger, Process},
     name::{ConfigFile, InterfaceName},
     plan::{Configuration, POLICY_TABLE, Plan, RoutesTo},
+    points::Points,
     print, resolve, shortcut, show,
     socket::Socket,
     steps::{self, Context, Step},
@@ -75,7 +76,7 @@ fn bring_up(
     }
 
     if runtime.block_on(host.link(interface.as_str()))?.is_some() {
-        return Err(Failure::new(Code::Existence, "the interface exists already").within(interface));
+        return Err(exists().within(interface));
     }
     check_shortcut(interface, plan, arguments.bypass_firewall)?;
     runtime.block_on(undo_left_overs(&host, interface));
@@ -87,7 +88,7 @@ fn bring_up(
         .context("noting what is done")?;
     let ledger = Ledger::create(header).map_err(|failure| failure.within(interface))?;
     let mut work =
-        Work { interface, host: &host, plan, ledger, background: None, stop_at: StopAt::default() };
+        Work { interface, host: &host, plan, ledger, background: None, points: Points::default() };
     let done = runtime.block_on(async {
         tokio::select! {
             done = work.run(Arc::new(config)) => done,
@@ -109,12 +110,20 @@ fn bring_up(
             });
         }
     };
+    let daemon = ledger.record().keeper;
     // `down` may come.
     drop(ledger);
     let code = summarize(interface, plan, mtu, clock::boot_now().since(started))?;
     if arguments.foreground {
         let ready = || notify::ready(None);
-        runtime.block_on(foreground::stay(interface, &host, background, interruption, ready))?;
+        runtime.block_on(foreground::stay(
+            interface,
+            &host,
+            background,
+            daemon,
+            interruption,
+            ready,
+        ))?;
     } else {
         notify::ready(background.as_ref().map(Background::pid));
     }
@@ -195,6 +204,10 @@ pub fn shortcut_refusal(plan: &Plan, bypasses_firewall: bool) -> Option<String> 
     ))
 }
 
+fn exists() -> Failure {
+    Failure::new(Code::Existence, "the interface exists already")
+}
+
 /// How long a daemon whose interface is gone may take to end, and how often is looked.
 const ENDING_MAX: Duration = Duration::from_secs(5);
 const ENDING_POLL: Duration = Duration::from_millis(10);
@@ -206,6 +219,10 @@ async fn make_room(interface: &InterfaceName, host: &Host) -> Result<(), Failure
     let started = clock::boot_now();
     // One whose interface is gone is about to end.
     while !record.is_left_over() && clock::boot_now().since(started) < ENDING_MAX {
+        if host.link(interface.as_str()).await?.is_some() {
+            // Another `up` was faster.
+            return Err(exists());
+        }
         tokio::time::sleep(ENDING_POLL).await;
     }
     if !record.is_left_over() {
@@ -252,7 +269,7 @@ struct Work<'a> {
     plan: &'a Plan,
     ledger: Ledger,
     background: Option<Background>,
-    stop_at: StopAt,
+    points: Points,
 }
 
 impl Work<'_> {
@@ -292,9 +309,9 @@ impl Work<'_> {
             if let Step::Mtu(settled) = step {
                 mtu = settled;
             }
-            self.stop_at.pass();
+            self.points.pass()?;
             let id = self.ledger.note(step.clone()).context("noting a step")?;
-            self.stop_at.pass();
+            self.points.pass()?;
             match &step {
                 Step::Daemon => self.start_daemon()?,
                 Step::Configure => {
@@ -308,14 +325,14 @@ impl Work<'_> {
                 }
                 step => steps::carry_out(step, &context).await?,
             }
-            self.stop_at.pass();
+            self.points.pass()?;
             self.ledger.done(id).context("noting a step")?;
             drop(choosing);
             // Steps that only wait for the kernel would not hear of a signal.
             tokio::task::yield_now().await;
         }
         self.ledger.is_up().context("noting the end")?;
-        self.stop_at.pass();
+        self.points.pass()?;
         Ok(mtu)
     }
 
@@ -384,7 +401,7 @@ pub fn configure(interface: &InterfaceName, request: &SetRequest) -> Result<(), 
 }
 
 /// Tells the daemon which endpoints the file gives as names, so that it looks for peers that are not there
-/// any more. A daemon that does not know of such things is told nothing but that there are none.
+/// any more.
 pub fn tell_names(interface: &InterfaceName, config: &Config) {
     let names = config.peers.iter().filter_map(|peer| match peer.endpoint.as_deref()? {
         Endpoint::Address(_) => None,
@@ -393,10 +410,15 @@ pub fn tell_names(interface: &InterfaceName, config: &Config) {
             Some(EndpointName { public_key: *peer.public_key, host, port: *port })
         }
     });
-    let names: Vec<_> = names.collect();
+    tell_these_names(interface, &names.collect::<Vec<_>>());
+}
+
+/// As [`tell_names`], of names that are known. A daemon that does not know of such things is told nothing
+/// but that there are none.
+pub fn tell_these_names(interface: &InterfaceName, names: &[EndpointName]) {
     let tell = || -> Result<(), Failure> {
         let Some(socket) = Socket::find(interface)? else { return Ok(()) };
-        let answer = socket.request(&uapi::format_names(&names))?;
+        let answer = socket.request(&uapi::format_names(names))?;
         answer.error().map_or(Ok(()), |error| Err(anyhow::Error::new(error).into()))
     };
     if let Err(failure) = tell()
@@ -405,30 +427,6 @@ pub fn tell_names(interface: &InterfaceName, config: &Config) {
         let what = "warning: the names of endpoints are not looked up again";
         failure.within(what).within(interface).print();
     }
-}
-
-/// Kills this process on its way, at a point that a test names.
-#[derive(Default)]
-struct StopAt {
-    #[cfg(debug_assertions)]
-    passed: u32,
-}
-
-impl StopAt {
-    #[cfg(debug_assertions)]
-    fn pass(&mut self) {
-        self.passed += 1;
-        let wanted = std::env::var("TIDEGATE_TEST_STOP_AT").ok();
-        if wanted.and_then(|number| number.parse().ok()) == Some(self.passed) {
-            let _ = rustix::process::kill_process(
-                rustix::process::getpid(),
-                rustix::process::Signal::KILL,
-            );
-        }
-    }
-
-    #[cfg(not(debug_assertions))]
-    fn pass(&mut self) {}
 }
 
 /// What would be done, a line for each step, as far as it can be told without doing it.

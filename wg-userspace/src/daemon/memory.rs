@@ -61,6 +61,8 @@ enum Kind {
 pub struct Known {
     /// Where it was last, if that is known.
     pub endpoint: Option<SocketAddr>,
+    /// Whether its name has led there.
+    pub is_by_name: bool,
     /// The greatest timestamp of its initiations.
     pub greatest_timestamp: Timestamp,
     /// Whether there were keypairs.
@@ -405,11 +407,15 @@ const ENTRY_LEN: usize = KEY_LEN + TIMESTAMP_LEN + 1 + 1 + 2 + 16 + 4;
 const HAD_SESSION: u8 = 1;
 const IS_V4: u8 = 2;
 const IS_V6: u8 = 4;
+const IS_BY_NAME: u8 = 8;
 
 fn to_entry(key: &PublicKey, known: &Known) -> [u8; ENTRY_LEN] {
     let (mut flags, mut port, mut address, mut scope) = (0, 0, [0; 16], 0);
     if known.had_session {
         flags |= HAD_SESSION;
+    }
+    if known.is_by_name {
+        flags |= IS_BY_NAME;
     }
     match known.endpoint {
         Some(SocketAddr::V4(v4)) => {
@@ -464,6 +470,7 @@ fn from_entry(entry: &[u8]) -> Option<(PublicKey, Known)> {
     };
     let known = Known {
         endpoint: endpoint.filter(|addr| addr.port() != 0),
+        is_by_name: flags & IS_BY_NAME != 0,
         greatest_timestamp: Timestamp::from_bytes(*timestamp),
         had_session: flags & HAD_SESSION != 0,
     };

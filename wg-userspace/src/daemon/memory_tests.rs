@@ -129,10 +129,10 @@ fn any_step() -> impl Strategy<Value = Step> {
         let peers = peers.into_iter().filter(|peer| seen.insert(peer.public_key)).collect();
         Step::Set(SetRequest { private_key, listen_port, fwmark, replace_peers, peers })
     });
-    let known = (0..6_u8, option::of(any_endpoint()), any::<[u8; 12]>(), prop::bool::ANY);
-    let known = known.prop_map(|(number, endpoint, timestamp, had_session)| {
+    let known = (0..6_u8, option::of(any_endpoint()), any::<[u8; 12]>(), any::<[bool; 2]>());
+    let known = known.prop_map(|(number, endpoint, timestamp, [is_by_name, had_session])| {
         let greatest_timestamp = Timestamp::from_bytes(timestamp);
-        (key(number), Known { endpoint, greatest_timestamp, had_session })
+        (key(number), Known { endpoint, is_by_name, greatest_timestamp, had_session })
     });
     prop_oneof![
         4 => set,

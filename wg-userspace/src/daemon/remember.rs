@@ -68,13 +68,19 @@ impl Control {
         if routing_changed {
             self.carry_out(Effect::RoutingChanged);
         }
+        self.fwmark.set(self.device.borrow().fwmark());
+        if let Err(error) = self.replace_names(remembered.names.list()) {
+            tracing::error!(%error, "the names of endpoints are lost");
+        }
         let device = self.device.borrow();
-        self.fwmark.set(device.fwmark());
         let mut reach = VecDeque::new();
         for (id, peer) in device.peers() {
             let known = remembered.known(&peer.public_key);
             if let (Some(addr), Some(cell)) = (known.endpoint, self.handshakes.cell(id)) {
                 cell.hot.endpoint.store(Some(Arc::new(Endpoint::configured(addr))));
+                if known.is_by_name {
+                    self.names.borrow_mut().led(&peer.public_key, addr);
+                }
             }
             // Persistent keepalives begin by themselves.
             if known.had_session && peer.persistent_keepalive == 0 {
@@ -83,9 +89,6 @@ impl Control {
         }
         let peer_count = device.peer_count();
         drop(device);
-        if let Err(error) = self.replace_names(remembered.names.list()) {
-            tracing::error!(%error, "the names of endpoints are lost");
-        }
         tracing::info!(
             peers = peer_count,
             had_sessions = reach.len(),
@@ -240,8 +243,11 @@ impl Control {
 
     fn known(&self, peer: PeerId) -> Option<Known> {
         let cell = self.handshakes.cell(peer)?;
+        let endpoint = cell.hot.endpoint.load().as_ref().map(|endpoint| endpoint.remote);
+        let has_led = |to| self.names.borrow().has_led(&cell.hot.public_key, to);
         Some(Known {
-            endpoint: cell.hot.endpoint.load().as_ref().map(|endpoint| endpoint.remote),
+            endpoint,
+            is_by_name: endpoint.is_some_and(has_led),
             greatest_timestamp: cell.greatest_timestamp(),
             had_session: cell.hot.keypairs.load().iter().next().is_some(),
         })
@@ -393,6 +399,7 @@ mod tests {
         device.apply(SetRequest { fwmark: Some(7), ..request((1..=3).map(peer).collect()) });
         let known = Known {
             endpoint: Some(([127, 0, 0, 3], 9).into()),
+            is_by_name: false,
             greatest_timestamp: Timestamp::from_unix(1_800_000_000, 0),
             had_session,
         };
@@ -451,6 +458,26 @@ mod tests {
         assert_eq!(control.names.borrow().list().len(), 2, "it is no request that sets it");
         control.resolved("a.test", 9, &[before]);
         assert_eq!(remote(1), elsewhere, "nobody has asked");
+    }
+
+    #[test]
+    fn a_successor_knows_which_peers_are_where_their_names_have_led() {
+        let control = control();
+        let (kept, hand_over) = kept();
+        control.remember(hand_over).unwrap();
+        control.set(request(vec![peer(1), peer(2)])).unwrap();
+        control.set_names(vec![name(1, "a.test"), name(2, "b.test")]).unwrap();
+        let now = clock::boot_now();
+        assert!(control.names.borrow_mut().ask(&key(1), now).is_some());
+        let elsewhere = ([127, 0, 0, 2], 9).into();
+        control.resolved("a.test", 9, &[elsewhere]);
+        control.remember_tick(now + LOOK_EVERY);
+        assert!(latest(&kept).known(&key(1)).is_by_name);
+        let successor = self::control();
+        successor.recall(&latest(&kept));
+        let names = successor.names.borrow();
+        assert!(names.has_led(&key(1), elsewhere));
+        assert!(!names.has_led(&key(2), ([127, 0, 0, 1], 9).into()), "it was given like this");
     }
 
     #[test]

@@ -11,8 +11,8 @@ use wg_common::protocol::REKEY_ATTEMPT_TIME;
 use super::Trouble;
 use super::timers_tests::{Host, SECOND, START, addr, pair, shake_hands};
 use crate::datapath::handoff::Work;
+use crate::device::{AllowedIpChange, Device, PeerChange, SetRequest};
 use crate::key::{PresharedKey, PublicKey};
-use crate::routing::AllowedIps;
 use crate::session::{TROUBLE_FADES_AFTER, TroubleKind};
 
 fn told(host: &Host) -> (Vec<Trouble>, usize, Vec<Trouble>) {
@@ -217,6 +217,21 @@ fn an_initiation_for_another_public_key_is_told() {
     assert_eq!(of_device[0].public_key, None, "nobody can read who it was");
 }
 
+/// Gives the first peer and the second these prefixes.
+fn allow(host: &Host, prefixes: [&[&str]; 2]) {
+    let mut device = Device::default();
+    let change = |(id, prefixes): (u32, &[&str])| PeerChange {
+        allowed_ips: prefixes
+            .iter()
+            .map(|prefix| AllowedIpChange::Add(prefix.parse().unwrap()))
+            .collect(),
+        ..PeerChange::new(host.hot(id).public_key)
+    };
+    let peers = (0..).zip(prefixes).map(change).collect();
+    device.apply(SetRequest { peers, ..SetRequest::default() });
+    host.shared.routing.store(device.allowed_ips().snapshot());
+}
+
 #[test]
 fn what_workers_note_is_told_until_it_is_mended() {
     let (mut a, _) = pair();
@@ -236,18 +251,15 @@ fn what_workers_note_is_told_until_it_is_mended() {
     assert_eq!(of_device[0].address.as_deref(), Some("10.1.0.1"));
 
     // Somebody else has it.
-    let mut allowed_ips = AllowedIps::default();
-    allowed_ips.insert("10.0.0.0/8".parse().unwrap(), PeerId(1));
-    a.shared.routing.store(allowed_ips.snapshot());
+    allow(&a, [&[], &["10.0.0.0/8"]]);
     let (of_peers, _, of_device) = told(&a);
     assert_eq!(of_peers[1].public_key, Some(other.public_key));
     assert_eq!(of_device, []);
 
-    allowed_ips.insert("10.9.0.7/32".parse().unwrap(), PeerId(0));
-    a.shared.routing.store(allowed_ips.snapshot());
+    allow(&a, [&["10.9.0.7/32"], &["10.0.0.0/8"]]);
     other.endpoint.store(Some(Arc::new(Endpoint::configured(addr(7)))));
     assert_eq!(peers(&a), []);
-    a.shared.routing.store(AllowedIps::default().snapshot());
+    allow(&a, [&[], &[]]);
     assert_eq!(kinds(&a).0, [TroubleKind::SourceNotAllowed], "and if it is taken away again");
     a.run(TROUBLE_FADES_AFTER + SECOND);
     assert_eq!(peers(&a), []);

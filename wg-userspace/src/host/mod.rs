@@ -307,12 +307,53 @@ impl Host {
         Ok(prefixes)
     }
 
+    /// Prefixes that any table routes to a link, with the tables.
+    ///
+    /// # Errors
+    /// When the kernel does not answer.
+    pub async fn routes_of_all_tables(
+        &self,
+        link_index: u32,
+    ) -> Result<Vec<(IpNet, u32)>, HostError> {
+        let mut found = Vec::new();
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            let routes = self.all_routes(family).await?;
+            let ours = routes.iter().filter(|route| output_link(route) == Some(link_index));
+            found.extend(
+                ours.filter_map(|route| Some((destination(route)?, policy::table_of(route)))),
+            );
+        }
+        Ok(found)
+    }
+
     /// MTU in bytes of the way to `destination`: the route's own if it has one, else that of
     /// the link it leaves by; nothing if there is no route.
     ///
     /// # Errors
     /// When the kernel does not answer.
     pub async fn path_mtu(&self, destination: IpAddr) -> Result<Option<u32>, HostError> {
+        match self.way_to(destination).await? {
+            Some(route) => self.route_mtu(&route).await,
+            None => Ok(None),
+        }
+    }
+
+    /// As [`path_mtu`](Self::path_mtu); nothing if the way is by this link.
+    ///
+    /// # Errors
+    /// When the kernel does not answer.
+    pub async fn path_mtu_but_by(
+        &self,
+        link_index: u32,
+        destination: IpAddr,
+    ) -> Result<Option<u32>, HostError> {
+        match self.way_to(destination).await? {
+            Some(route) if output_link(&route) != Some(link_index) => self.route_mtu(&route).await,
+            _ => Ok(None),
+        }
+    }
+
+    async fn way_to(&self, destination: IpAddr) -> Result<Option<RouteMessage>, HostError> {
         let query = match destination {
             IpAddr::V4(ip) => {
                 RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(ip, 32).build()
@@ -322,8 +363,7 @@ impl Host {
             }
         };
         match self.handle.route().get(query).execute().boxed().try_next().await {
-            Ok(Some(route)) => self.route_mtu(&route).await,
-            Ok(None) => Ok(None),
+            Ok(found) => Ok(found),
             // Unreachable, prohibited, or a family the host does not speak: no way there.
             Err(rtnetlink::Error::NetlinkError(_)) => Ok(None),
             Err(error) => {
@@ -372,20 +412,16 @@ impl Host {
     }
 
     async fn main_routes(&self, family: AddressFamily) -> Result<Vec<RouteMessage>, HostError> {
+        let mut routes = self.all_routes(family).await?;
+        routes.retain(|route| route.header.table == RouteHeader::RT_TABLE_MAIN);
+        Ok(routes)
+    }
+
+    async fn all_routes(&self, family: AddressFamily) -> Result<Vec<RouteMessage>, HostError> {
         let mut query = RouteMessage::default();
         query.header.address_family = family;
-        let routes: Vec<RouteMessage> = self
-            .handle
-            .route()
-            .get(query)
-            .execute()
-            .try_collect()
-            .await
-            .map_err(|error| HostError::new("listing routes", error))?;
-        Ok(routes
-            .into_iter()
-            .filter(|route| route.header.table == RouteHeader::RT_TABLE_MAIN)
-            .collect())
+        let routes = self.handle.route().get(query).execute().try_collect().await;
+        routes.map_err(|error| HostError::new("listing routes", error))
     }
 
     async fn route_mtu(&self, route: &RouteMessage) -> Result<Option<u32>, HostError> {

@@ -63,7 +63,9 @@ fn shown(lines: impl Iterator<Item = String>) -> Vec<String> {
 
 /// Adds what this host says to the findings of each file, and the plans.
 pub async fn look(files: &mut [File], findings: &mut [Vec<Finding>]) -> Result<(), Failure> {
-    let host = Host::new()?;
+    let host = Host::new().map_err(|error| {
+        Failure::from(error).within("asking this host, which `--offline` does not")
+    })?;
     let names = resolved(files).await;
     for (index, (file, findings)) in files.iter_mut().zip(findings).enumerate() {
         findings.extend(access(file, index));
@@ -95,8 +97,11 @@ pub async fn look(files: &mut [File], findings: &mut [Vec<Finding>]) -> Result<(
         let plan = Plan::new(&interface, config, &DataPathArgs::default())?;
         findings.extend(at.firewall(&plan));
         if file.is_good(findings) {
-            let lines = up::dry_run(&interface, &host, config, &plan).await?;
-            file.plan = shown(lines.into_iter());
+            match up::dry_run(&interface, &host, config, &plan).await {
+                Ok(lines) => file.plan = shown(lines.into_iter()),
+                // All else is worth showing.
+                Err(failure) => failure.within("what `up` would do is not known").print(),
+            }
         }
     }
     Ok(())

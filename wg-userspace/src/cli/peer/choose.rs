@@ -44,19 +44,21 @@ pub fn choose(arguments: &Add, config: &Config) -> Result<Chosen, Failure> {
     let addresses: Vec<IpNet> = addresses.collect();
     let mut hints = Vec::new();
     let endpoint = endpoint(arguments, config, &mut hints)?;
-    let mut routes = own;
+    let is_v4 = |net: &IpNet| matches!(net, IpNet::V4(_));
+    // What a peer has no address for, it cannot send.
+    let has_family = |net: &IpNet| addresses.iter().any(|address| is_v4(address) == is_v4(net));
+    let mut routes: Vec<IpNet> = own.iter().copied().filter(has_family).collect();
     routes.extend(&arguments.routes);
     if arguments.route_all {
         let all = ["0.0.0.0/0", "::/0"].map(|net| net.parse::<IpNet>().expect("it is a network"));
-        let is_v4 = |net: &IpNet| matches!(net, IpNet::V4(_));
         for net in all {
-            if addresses.iter().any(|address| is_v4(address) == is_v4(&net)) {
+            if has_family(&net) {
                 routes.push(net);
             } else {
                 let family = if is_v4(&net) { "IPv4" } else { "IPv6" };
                 hints.push(format!(
-                    "the interface has no {family} network: what the peer sends by {family} does not \
-                     go through the tunnel"
+                    "the peer has no {family} address: what it sends by {family} does not go through \
+                     the tunnel"
                 ));
             }
         }
@@ -269,6 +271,7 @@ mod tests {
         let found = chosen(FILE, "--allowed-ips 10.9.0.77,10.8.0.0/16,192.0.2.9").unwrap();
         assert_eq!(texts(&found.allowed_ips), "10.9.0.77/32 10.8.0.0/16 192.0.2.9/32");
         assert_eq!(texts(&found.addresses), "10.9.0.77/24 192.0.2.9/32");
+        assert_eq!(texts(&found.routes), "10.9.0.0/24", "it has no IPv6 address");
         for (rest, code, word) in [
             ("10.9.0.2", 5, "wg0.conf:9: `laptop` has 10.9.0.2/32 already"),
             ("10.9.0.1", 5, "own address"),
