@@ -310,6 +310,25 @@ fn this_host_is_asked_about_names_ports_tables_and_nics() {
 }
 
 #[test]
+fn each_interface_that_is_named_and_missing_is_said_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let lines = "#! Xdp = lo,nosuchnic0 mode=udp\n\
+                 #! Nat = masquerade out=nosuchnic1\n\
+                 #! Nat = masquerade out=lo from=10.9.0.2/32\n\
+                 #! Forward = tcp nosuchnic1:80 -> 10.9.0.2:80\n\
+                 #! Forward = udp nosuchnic2:80 -> 10.9.0.2:80\n\
+                 #! Forward = udp tg-test9:80 -> 10.9.0.2:80\n\
+                 [Peer]";
+    write(folder.path(), &file("").replace("51820", "0").replace("[Peer]", lines));
+    let mut found = on_this_host(folder.path(), &[]);
+    found.retain(|(rule, _)| rule == "nic-missing");
+    let messages: Vec<_> = found.iter().map(|(_, message)| message.as_str()).collect();
+    let expected =
+        [0, 1, 2].map(|nic| format!("this host has no network interface nosuchnic{nic}"));
+    assert_eq!(messages, expected);
+}
+
+#[test]
 fn the_way_to_an_endpoint_says_which_mtu_fits() {
     let folder = tempfile::tempdir().unwrap();
     let text = file("Endpoint = 127.0.0.1:1").replace("[Peer]", "MTU = 9000\n[Peer]");

@@ -128,7 +128,8 @@ fn changes(line: &str, foreign: &[String; 2]) -> Vec<String> {
         "PrivateKey" => vec![with(&foreign[0])],
         "PublicKey" => vec![with(&foreign[1])],
         "PresharedKey" => vec![with(&foreign[0]), String::new()],
-        "ListenPort" => vec![with("7"), String::new()],
+        // Something else may be forwarded to another one: `#! Endpoint` says where the end is found.
+        "ListenPort" => vec![String::new()],
         "Endpoint" => vec![with(&format!("{}:7", value.rsplit_once(':').unwrap().0))],
         "Address" | "AllowedIPs" => {
             let items: Vec<&str> = value.split(", ").collect();
@@ -218,13 +219,15 @@ fn what_one_file_says_of_itself_the_others_say_of_it() {
                 assert!(other.interface.addresses.iter().all(|address| allows(address)), "{line}");
                 match &peer.endpoint {
                     Some(endpoint) => {
-                        let port = match &endpoint.value {
-                            config::Endpoint::Address(address) => address.port(),
-                            config::Endpoint::Host { port, .. } => *port,
-                        };
+                        let port = endpoint.port();
                         assert_eq!(other.interface.listen_port.as_deref(), Some(&port), "{line}");
+                        let known = other.interface.endpoint.as_deref();
+                        assert_eq!(known, Some(&endpoint.value), "{line}");
                     }
-                    None => assert!(other.interface.listen_port.is_none(), "{line}"),
+                    None => {
+                        assert!(other.interface.listen_port.is_none(), "{line}");
+                        assert!(other.interface.endpoint.is_none(), "{line}");
+                    }
                 }
                 assert!(peer.endpoint.is_some() || back.endpoint.is_some(), "{line}");
                 // Whoever is not found keeps the way open.
@@ -233,6 +236,28 @@ fn what_one_file_says_of_itself_the_others_say_of_it() {
             }
         }
     }
+}
+
+#[test]
+fn a_gateway_takes_further_peers_without_being_told_where_it_is() {
+    // Sockets of interfaces are in one place for all.
+    let interface = format!("t{}", std::process::id());
+    let line = format!("gateway --endpoint gw.example.org:443 --interface {interface}");
+    let (dir, ends) = make(&line);
+    let gateway = ends[0].1.to_str().unwrap();
+    let tidegate = |arguments: &[&str]| {
+        let mut command = Command::new(common::tidegate());
+        let output = command.args(arguments).current_dir(&dir).output().unwrap();
+        assert!(output.status.success(), "{arguments:?}: {output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    tidegate(&["peer", "add", gateway, "phone", "--route-all", "--out", "phone.conf"]);
+    let phone = read(&dir.path().join("phone.conf"));
+    let endpoint = phone.peers[0].endpoint.as_deref().unwrap();
+    assert_eq!(endpoint.to_string(), "gw.example.org:443");
+    let laptop = ends[1].1.to_str().unwrap();
+    let said = tidegate(&["check", "--offline", "--strict", gateway, laptop, "phone.conf"]);
+    assert!(said.contains("nothing wrong"), "{said}");
 }
 
 #[test]

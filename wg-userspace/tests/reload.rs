@@ -321,7 +321,7 @@ fn a_reload_that_fails_leaves_everything_as_it_was() {
     // The port is in use; an address of many hosts is nobody's.
     let no_address = rewritten().replace("7788", "7789").replace("10.7.0.1/32", "ff02::7/64");
     for (text, problem) in [
-        (rewritten(), "the port is in use"),
+        (rewritten(), "UDP port 7788 is in use by another program; "),
         (no_address, "adding address ff02::7/64"),
         (GATEWAY_CONF.replace("[Peer]", "[Pear]"), "unknown section"),
     ] {

@@ -13,7 +13,9 @@ use rustix::io::Errno;
 #[derive(Debug, thiserror::Error)]
 pub enum BpfError {
     /// The process lacks the capabilities.
-    #[error("loading eBPF programs needs CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN")]
+    #[error(
+        "loading eBPF programs: CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN are needed; run it as root"
+    )]
     NotPermitted,
     /// The kernel's verifier does not accept the program: a bug here, or a kernel that is too old.
     #[error("the kernel's verifier refuses {program}: {error}; it says:\n{log}")]
@@ -87,10 +89,13 @@ impl BpfError {
 #[derive(Debug, thiserror::Error)]
 pub enum AttachError {
     /// There is no such interface in this network namespace.
-    #[error("there is no interface {0}")]
+    #[error("there is no network interface {0}; `ip link` lists them")]
     UnknownInterface(String),
     /// Another XDP program is attached there. It stays.
-    #[error("{interface} already has an XDP program, {foreign}, which is not replaced")]
+    #[error(
+        "{interface} already has an XDP program, {foreign}, which is not replaced; `bpftool net` shows it, `ip \
+         link set dev {interface} xdp off` removes it"
+    )]
     ForeignProgram {
         /// Name of the interface.
         interface: String,
@@ -98,10 +103,10 @@ pub enum AttachError {
         foreign: ForeignProgram,
     },
     /// The interface's driver has no native XDP.
-    #[error("the driver of {0} has no native XDP")]
+    #[error("the driver of {0} has no native XDP; `--mode udp` does without")]
     NoNativeXdp(String),
     /// The process lacks the capabilities.
-    #[error("attaching an XDP program needs CAP_NET_ADMIN and CAP_BPF")]
+    #[error("attaching an XDP program: CAP_NET_ADMIN and CAP_BPF are needed; run it as root")]
     NotPermitted,
     /// The kernel refuses for another reason; often the MTU is too large for the driver.
     #[error("the kernel does not attach the XDP program to {interface}: {cause}")]

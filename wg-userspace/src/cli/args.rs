@@ -286,7 +286,9 @@ fn parse_nics(text: &str) -> Result<Nics, String> {
     for name in text.split(',').map(str::trim).filter(|name| !name.is_empty()) {
         // A NIC's name may have characters that wg-quick does not allow for a device's.
         if name.len() > InterfaceName::LEN_MAX || name.contains(['/', ':', ' ']) {
-            return Err(format!("`{name}` cannot be the name of a network interface"));
+            return Err(format!(
+                "`{name}` cannot be the name of a network interface; `ip link` lists them"
+            ));
         }
         if !nics.iter().any(|known| known == name) {
             nics.push(name.to_owned());
@@ -299,12 +301,19 @@ fn parse_nics(text: &str) -> Result<Nics, String> {
 fn peer_source(text: &str) -> Result<PathBuf, String> {
     /// Longest path of a Unix socket (`sun_path`), without the zero at its end.
     const LEN_MAX: usize = 107;
-    let path = text.strip_prefix("unix:").ok_or("a source of peers is `unix:` and a path")?;
+    let path = text
+        .strip_prefix("unix:")
+        .ok_or("a source of peers is `unix:` and a path; write it like unix:/run/peers.sock")?;
     if !path.starts_with('/') {
-        return Err(format!("the path `{path}` does not begin with `/`"));
+        return Err(format!(
+            "the path `{path}` does not begin with `/`; write it like unix:/run/peers.sock"
+        ));
     }
     if path.len() > LEN_MAX {
-        return Err(format!("the path of a Unix socket has at most {LEN_MAX} bytes"));
+        return Err(format!(
+            "the path of a Unix socket has at most {LEN_MAX} bytes, this has {}; take a shorter one",
+            path.len()
+        ));
     }
     Ok(PathBuf::from(path))
 }
@@ -320,7 +329,12 @@ fn log_filter(text: &str) -> Result<String, String> {
             "warning" => "warn",
             level if LevelFilter::from_str(level).is_ok() => part,
             _ if part.contains('=') => part,
-            _ => return Err(format!("`{part}` is neither a level nor TARGET=LEVEL")),
+            _ => {
+                return Err(format!(
+                    "`{part}` is neither a level nor TARGET=LEVEL; levels are error, warn, info, debug, trace, \
+                     off"
+                ));
+            }
         };
         directives.push(directive);
     }
@@ -464,7 +478,12 @@ mod tests {
         let run = run("tidegate run wg0 --peer-source unix:/run/peers.sock");
         assert_eq!(run.data_path.peer_source, Some("/run/peers.sock".into()));
         let error = read("tidegate run wg0 --peer-source tcp:1").unwrap_err().to_string();
-        assert!(error.contains("a source of peers is `unix:` and a path"), "{error}");
+        assert!(
+            error.contains(
+                "a source of peers is `unix:` and a path; write it like unix:/run/peers.sock"
+            ),
+            "{error}"
+        );
         assert!(peer_source(&format!("unix:/{}", "x".repeat(106))).is_ok());
         assert!(peer_source(&format!("unix:/{}", "x".repeat(107))).is_err());
     }

@@ -48,7 +48,8 @@ async fn take_down(interface: &InterfaceName, host: &Host) -> Result<(), Failure
     } else if ledger.record().header.is_of_this_netns() {
         TakeDown::of_live(interface, host, ledger, None).run().await
     } else {
-        let line = "it was brought up in another network namespace: take it down there";
+        let line = "it was brought up in another network namespace; take it down there (`ip netns exec NAME \
+                    tidegate down`)";
         Err(Failure::new(Code::Existence, line))
     }
 }
@@ -227,7 +228,8 @@ impl<'a> TakeDown<'a> {
         let started = clock::boot_now();
         while host.link(interface.as_str()).await?.is_some() {
             if clock::boot_now().since(started) > END_TIMEOUT {
-                let line = "there is an interface of this name that is not ours: it was left alone";
+                let line = "there is an interface of this name that is not ours, and is left alone; \
+                            `ip link del` removes it";
                 eprintln!("tidegate: warning: {interface}: {line}");
                 break;
             }
@@ -255,17 +257,18 @@ fn remove_socket(interface: &InterfaceName) {
 
 /// Deletes a device that was made by `tidegate run`.
 async fn delete(interface: &InterfaceName, host: &Host) -> Result<(), Failure> {
-    let link = host
-        .link(interface.as_str())
-        .await?
-        .ok_or_else(|| Failure::new(Code::Existence, "there is no such interface"))?;
+    let link = host.link(interface.as_str()).await?.ok_or_else(|| {
+        let line = "there is no such interface; `tidegate show interfaces` lists those that are";
+        Failure::new(Code::Existence, line)
+    })?;
     // Whatever else has this name is not ours to delete.
     let Some(socket) = Socket::find(interface)? else {
-        let line = "no daemon listens for it: it is not an interface of Tidegate";
+        let line = "it is not an interface of Tidegate, for no daemon listens for it; `wg-quick down` or `ip \
+                    link del` takes down others";
         return Err(Failure::new(Code::Existence, line));
     };
     if show::status(&socket)?.is_none() {
-        let line = "it is run by another implementation: use `wg-quick down`";
+        let line = "it is run by another implementation; use `wg-quick down`";
         return Err(Failure::new(Code::Existence, line));
     }
     let daemon = socket.daemon()?;
@@ -279,14 +282,16 @@ fn ended(interface: &InterfaceName, daemon: Option<Pid>) -> Result<(), Failure> 
     if let Some(pid) = daemon
         && !wait_for_end(pid, END_TIMEOUT)
     {
-        let line =
-            format_args!("the interface is deleted, but its daemon (process {pid}) does not end");
+        let line = format_args!(
+            "the interface is deleted, but its daemon does not end; `kill {pid}` ends it"
+        );
         return Err(Failure::new(Code::Runtime, line));
     }
     // A daemon of another process namespace can only be seen by its socket.
     while Socket::find(interface)?.is_some() {
         if clock::boot_now().since(started) > END_TIMEOUT {
-            let line = "the interface is deleted, but its daemon still listens";
+            let line = "the interface is deleted, but its daemon still listens; look for a `tidegate` process in \
+                        other namespaces";
             return Err(Failure::new(Code::Runtime, line));
         }
         std::thread::sleep(POLL_EVERY);

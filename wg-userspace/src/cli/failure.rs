@@ -43,8 +43,8 @@ enum Shown {
     Line(String),
     /// What comes behind it may be empty.
     Report(Report, String),
-    /// The process that failed has said so already.
-    Nothing,
+    /// The process that failed has said so already. What goes before anything else that is said.
+    Nothing(String),
 }
 
 impl Failure {
@@ -60,7 +60,7 @@ impl Failure {
 
     /// A child process ended with this code, and printed why.
     pub fn of_child(code: u8) -> Self {
-        Self { code, shown: Shown::Nothing }
+        Self { code, shown: Shown::Nothing(String::new()) }
     }
 
     /// The exit code.
@@ -73,14 +73,21 @@ impl Failure {
         match &self.shown {
             Shown::Line(line) => line.clone(),
             Shown::Report(report, _) => report.to_string(),
-            Shown::Nothing => String::new(),
+            Shown::Nothing(_) => String::new(),
         }
     }
 
-    /// Puts `what` before the line that will be printed.
+    /// Puts `what` before the line that will be printed, if it does not begin so already.
     pub fn within(mut self, what: impl fmt::Display) -> Self {
-        if let Shown::Line(line) = &mut self.shown {
-            *line = format!("{what}: {line}");
+        let what = what.to_string();
+        match &mut self.shown {
+            Shown::Line(line) => {
+                if !line.strip_prefix(&what).is_some_and(|rest| rest.starts_with(':')) {
+                    *line = format!("{what}: {line}");
+                }
+            }
+            Shown::Nothing(before) => *before = what,
+            Shown::Report(..) => {}
         }
         self
     }
@@ -91,7 +98,10 @@ impl Failure {
             Shown::Line(line) => *line = format!("{line}; {what}"),
             Shown::Report(_, rest) if rest.is_empty() => *rest = what.to_string(),
             Shown::Report(_, rest) => *rest = format!("{rest}; {what}"),
-            Shown::Nothing => self.shown = Shown::Line(what.to_string()),
+            Shown::Nothing(before) if before.is_empty() => {
+                self.shown = Shown::Line(what.to_string());
+            }
+            Shown::Nothing(before) => self.shown = Shown::Line(format!("{before}: {what}")),
         }
         self
     }
@@ -107,7 +117,7 @@ impl Failure {
                     eprintln!("tidegate: {rest}");
                 }
             }
-            Shown::Nothing => {}
+            Shown::Nothing(_) => {}
         }
     }
 }
@@ -117,7 +127,15 @@ impl From<anyhow::Error> for Failure {
         // An error that is the context of another one does not show itself in the chain.
         let daemon = error.downcast_ref::<daemon::Error>().map(code_of_daemon);
         let code = daemon.or_else(|| error.chain().find_map(code_of)).unwrap_or(Code::Runtime);
-        Self::new(code, line(&error))
+        let failure = Self::new(code, line(&error));
+        let is_refused = |cause: &(dyn Error + 'static)| {
+            let cause = cause.downcast_ref::<io::Error>();
+            cause.is_some_and(|cause| cause.kind() == io::ErrorKind::PermissionDenied)
+        };
+        if error.chain().any(is_refused) && !rustix::process::geteuid().is_root() {
+            return failure.and("run it as root");
+        }
+        failure
     }
 }
 
@@ -192,7 +210,10 @@ mod tests {
         let link = HostError::NoLink("eth9".to_owned());
         assert_eq!(
             failure(link),
-            (5, "starting wg0: there is no network interface eth9".to_owned())
+            (
+                5,
+                "starting wg0: there is no network interface eth9; `ip link` lists them".to_owned()
+            )
         );
         assert_eq!(failure(HostError::Privilege { doing: "x".to_owned() }).0, 4);
         assert_eq!(failure(io::Error::from(io::ErrorKind::PermissionDenied)).0, 4);
@@ -204,6 +225,16 @@ mod tests {
     fn nothing_is_said_twice() {
         let error = anyhow::anyhow!("no such device").context("opening eth9: no such device");
         assert_eq!(failure(error).1, "starting wg0: opening eth9: no such device");
+    }
+
+    #[test]
+    fn what_stands_before_is_said_once() {
+        let failure = Failure::new(Code::Runtime, "wg0.conf:7: no luck").within("wg0.conf");
+        assert_eq!(failure.into_line().1, "wg0.conf:7: no luck");
+        let failure = Failure::new(Code::Runtime, "wg0.conf:7: no luck").within("wg0");
+        assert_eq!(failure.into_line().1, "wg0: wg0.conf:7: no luck");
+        let failure = Failure::of_child(1).within("wg0").and("everything was undone");
+        assert_eq!(failure.into_line(), (1, "wg0: everything was undone".to_owned()));
     }
 
     #[test]

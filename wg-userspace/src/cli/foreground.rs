@@ -55,7 +55,7 @@ pub async fn stay(
     if is_interrupted {
         return Ok(());
     }
-    let line = "its daemon has ended; everything else was undone";
+    let line = "its daemon has ended and everything else was undone; what it printed or the journal says why";
     Err(Failure::new(Code::Runtime, line).within(interface))
 }
 

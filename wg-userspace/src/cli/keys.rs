@@ -31,8 +31,11 @@ pub fn pubkey() -> Result<Code, Failure> {
         .take(INPUT_LEN_MAX)
         .read_to_string(&mut text)
         .context("reading a private key from standard input")?;
-    let key = PrivateKey::from_base64(text.trim_end())
-        .map_err(|error| Failure::new(Code::Runtime, error).within("standard input"))?;
+    let key = PrivateKey::from_base64(text.trim_end()).map_err(|error| {
+        Failure::new(Code::Runtime, error)
+            .within("standard input")
+            .and("`tidegate genkey | tidegate pubkey` shows how it is used")
+    })?;
     print(&format!("{}\n", key.public_key()))?;
     Ok(Code::Ok)
 }
@@ -50,7 +53,8 @@ pub fn print_secret(text: &str) -> Result<(), Failure> {
     let stdout = std::io::stdout();
     if is_world_readable_file(stdout.as_fd()) {
         eprintln!(
-            "tidegate: warning: the key goes into a file that everybody may read; `umask 077` before the next one"
+            "tidegate: warning: the key goes into a file that everybody may read; `umask 077` before the \
+             next one"
         );
     }
     let mut out = std::fs::File::from(

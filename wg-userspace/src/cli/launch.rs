@@ -78,11 +78,19 @@ impl Background {
 /// A process that ended before it was ready, and has printed why.
 pub fn of_child(status: ExitStatus) -> Failure {
     match (status.code(), status.signal()) {
-        (Some(0), _) => Failure::new(Code::Runtime, "the daemon ended before it was ready"),
+        (Some(0), _) => Failure::new(
+            Code::Runtime,
+            "the daemon ended before it was ready; `tidegate run -f IF` shows what it prints",
+        ),
         (Some(code), _) => Failure::of_child(code.try_into().unwrap_or(Code::Runtime as u8)),
         (None, signal) => {
             let signal = signal.unwrap_or(0);
-            Failure::new(Code::Runtime, format_args!("the daemon was killed by signal {signal}"))
+            Failure::new(
+                Code::Runtime,
+                format_args!(
+                    "the daemon was killed by signal {signal}; the journal or `dmesg` may say why"
+                ),
+            )
         }
     }
 }

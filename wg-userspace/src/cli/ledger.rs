@@ -247,7 +247,7 @@ impl Record {
         let version = header["version"].as_u64();
         anyhow::ensure!(
             version == Some(VERSION.into()),
-            "it was written by another version of Tidegate: use that one's `down`"
+            "it was written by another version of Tidegate; take the interface down with that one"
         );
         let mut record = Record::new(serde_json::from_value(header).context("its header")?);
         for (number, line) in (2..).zip(lines) {
@@ -290,8 +290,10 @@ impl Ledger {
             Ok(()) => Ok(Ledger { path, file, record: Record::new(header) }),
             Err(Errno::EXIST) => {
                 // Who looks for one to be undone comes here only if there was none a moment ago.
-                let line =
-                    format_args!("another `tidegate` has begun: {} exists already", path.display());
+                let line = format_args!(
+                    "another `tidegate` has begun, for {} exists already; try again when it is done",
+                    path.display()
+                );
                 Err(Failure::new(Code::Existence, line))
             }
             Err(error) => Err(anyhow::Error::new(error).context(doing()).into()),
@@ -318,7 +320,7 @@ impl Ledger {
             match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) => {}
                 Err(Errno::WOULDBLOCK) => {
-                    let line = "another `tidegate` is at work on it: try again when it is done";
+                    let line = "another `tidegate` is at work on it; try again when it is done";
                     return Err(Failure::new(Code::Existence, line));
                 }
                 Err(error) => return Err(anyhow::Error::new(error).context(doing()).into()),
@@ -563,7 +565,7 @@ mod tests {
         let (code, line) = refusal(Ledger::open_in(folder.path(), &name("wg0")));
         assert!(code == 5 && line.contains("another `tidegate`"), "{line}");
         let (code, line) = refusal(Ledger::create_in(folder.path(), header("wg0")));
-        assert!(code == 5 && line.ends_with("wg0.state exists already"), "{line}");
+        assert!(code == 5 && line.contains("wg0.state exists already; "), "{line}");
         drop(ledger);
         assert!(open(folder.path(), "wg0").is_some());
     }

@@ -16,7 +16,7 @@ pub struct InterfaceName(String);
 /// Why a text is no name for an interface.
 #[derive(Debug, Eq, PartialEq, thiserror::Error)]
 #[error(
-    "`{0}` is no name for an interface: 1 to {max} letters, digits or `_=+.-`",
+    "`{0}` is no name for an interface; take 1 to {max} letters, digits or `_=+.-`",
     max = InterfaceName::LEN_MAX
 )]
 pub struct NameError(String);
@@ -55,7 +55,9 @@ impl fmt::Display for InterfaceName {
 #[derive(Debug, Eq, PartialEq, thiserror::Error)]
 pub enum WhichFileError {
     /// The file's name is not made of an interface's name and `.conf`.
-    #[error("`{0}` is neither the name of an interface nor a file called NAME.conf")]
+    #[error(
+        "`{0}` is neither the name of an interface nor a file called NAME.conf; rename the file"
+    )]
     NotConf(String),
     /// What stands before `.conf` is no name for an interface.
     #[error(transparent)]

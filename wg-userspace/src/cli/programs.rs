@@ -2,7 +2,7 @@
 
 use std::{
     fmt,
-    io::Write,
+    io::{self, Write},
     os::unix::{fs::PermissionsExt, process::ExitStatusExt},
     path::Path,
     process::{Command, ExitStatus, Stdio},
@@ -44,7 +44,7 @@ impl Program {
     /// # Errors
     /// If it cannot be run, or ends with another code than 0.
     pub fn run(&self) -> Result<(), Failure> {
-        self.start(Stdio::from(std::io::stderr())).map(drop)
+        self.start(Stdio::from(io::stderr())).map(drop)
     }
 
     /// Runs it to its end and gives what it prints.
@@ -63,7 +63,13 @@ impl Program {
             .stdin(Stdio::piped())
             .stdout(stdout)
             .spawn()
-            .with_context(doing)?;
+            .map_err(|error| match error.kind() {
+                io::ErrorKind::NotFound => {
+                    let line = format!("running `{self}`: there is no `{}`; install it", self.name);
+                    Failure::new(Code::Runtime, line)
+                }
+                _ => anyhow::Error::new(error).context(doing()).into(),
+            })?;
         let mut stdin = child.stdin.take().expect("it is piped");
         // Who does not read it says by its exit code whether that was right.
         let _ = stdin.write_all(self.input.as_bytes());
@@ -111,5 +117,8 @@ mod tests {
         assert_eq!(echo.output().unwrap_or_else(|_| panic!("it works")), "words\n");
         let (code, line) = Program::new("sh", ["-c", "exit 3"]).run().err().unwrap().into_line();
         assert_eq!((code, line.as_str()), (1, "`sh -c exit 3` ended with exit code 3"));
+        let (code, line) = Program::new("no-such-program", ["x"]).run().err().unwrap().into_line();
+        let expected = "running `no-such-program x`: there is no `no-such-program`; install it";
+        assert_eq!((code, line.as_str()), (1, expected));
     }
 }

@@ -66,12 +66,13 @@ pub fn follow(file: &ConfigFile, text: &str, is_dry: bool, say: Say) -> Result<C
     let ledger = ledger.filter(|ledger| !ledger.record().is_left_over());
     let socket = Socket::find(interface)?.ok_or_else(|| show::not_found(interface))?;
     if ledger.as_ref().is_some_and(|ledger| !ledger.record().header.is_of_this_netns()) {
-        let line = "it was brought up in another network namespace: reload it there";
+        let line = "it was brought up in another network namespace; reload it there (`ip netns exec NAME \
+                    tidegate reload`)";
         return Err(Failure::new(Code::Existence, line).within(interface));
     }
     if ledger.as_ref().is_some_and(|ledger| !ledger.record().is_up) {
         let line =
-            "an `up` that was killed has brought up a part of it: use `tidegate down`, then `up`";
+            "an `up` that was killed has brought up a part of it; use `tidegate down`, then `up`";
         return Err(Failure::new(Code::Existence, line).within(interface));
     }
     let running = Running::ask(interface, &socket).map_err(|failure| failure.within(interface))?;
@@ -192,8 +193,8 @@ impl Reload<'_> {
         }
         self.tell(&found.lines, &[])?;
         eprintln!(
-            "tidegate: {}: it was not brought up by `tidegate up`: its addresses, routes and name \
-             servers are left as they are",
+            "tidegate: warning: {}: it was not brought up by `tidegate up`, so that its addresses, \
+             routes and name servers are left as they are",
             self.interface
         );
         Ok(Code::Ok)
@@ -230,7 +231,7 @@ impl Reload<'_> {
             (self.say)(&text)?;
         }
         for line in left {
-            eprintln!("tidegate: {interface}: {line}");
+            eprintln!("tidegate: warning: {interface}: {line}");
         }
         Ok(if left.is_empty() { Code::Ok } else { Code::Degraded })
     }
@@ -319,7 +320,7 @@ impl Reload<'_> {
             let names: Vec<&str> =
                 differs.iter().filter(|(_, differs)| *differs).map(|(name, _)| *name).collect();
             left.push(format!(
-                "{} changed: only a new start takes that up (`tidegate down`, then `up`)",
+                "{} changed: only a new start takes that up; `tidegate down`, then `up`",
                 names.join(", ")
             ));
         }
@@ -503,7 +504,7 @@ fn addresses_kept_for_routes(
     let last = present.iter().copied().find(is_v4)?;
     left.push(format!(
         "address {last} stays, for the kernel would take the default route away with it: only a new \
-         start does that safely (`tidegate down`, then `up`)"
+         start does that safely; `tidegate down`, then `up`"
     ));
     Some(Step::Address(last))
 }

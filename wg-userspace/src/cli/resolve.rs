@@ -40,8 +40,17 @@ pub fn resolve(host: &str, port: u16, mut retries: u32) -> Result<SocketAddr, Fa
             Err(error) => error,
         };
         let line = format!("endpoint `{host}:{port}`: {error}");
-        if retries == 0 || !is_temporary(&error) {
-            return Err(Failure::new(Code::Runtime, line));
+        if !is_temporary(&error) {
+            let hint =
+                format_args!("correct the name; `getent ahosts {host}` shows what this host finds");
+            return Err(Failure::new(Code::Runtime, line).and(hint));
+        }
+        if retries == 0 {
+            let hint = format_args!(
+                "see whether the name server answers (`getent ahosts {host}`); \
+                 `WG_ENDPOINT_RESOLUTION_RETRIES` says how often it is asked"
+            );
+            return Err(Failure::new(Code::Runtime, line).and(hint));
         }
         eprintln!("tidegate: {line}; trying again in {:.2} s", wait.as_secs_f32());
         std::thread::sleep(wait);

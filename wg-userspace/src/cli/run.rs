@@ -113,7 +113,10 @@ fn options(arguments: &args::Run) -> Result<daemon::Options, Failure> {
     let (names, data_path) = (&arguments.interfaces, &arguments.data_path);
     for (at, name) in names.iter().enumerate() {
         if names[..at].contains(name) {
-            return Err(Failure::new(Code::Usage, format_args!("`{name}` is named twice")));
+            return Err(Failure::new(
+                Code::Usage,
+                format_args!("`{name}` is named twice; name it once"),
+            ));
         }
     }
     Ok(daemon::Options {

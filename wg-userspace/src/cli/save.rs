@@ -15,6 +15,7 @@ use super::{
     applied::{self, Applied},
     dns,
     down::runtime,
+    files::unreadable,
     ledger::{Ledger, Record},
     name::{ConfigFile, InterfaceName},
     print,
@@ -69,15 +70,13 @@ pub async fn on_down(
         Ok(text) => Zeroizing::new(text),
         // There is nobody who could want it.
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => {
-            let doing = format!("reading {}", path.display());
-            return Err(anyhow::Error::new(error).context(doing).into());
-        }
+        Err(error) => return Err(unreadable(path, &error)),
     };
     let Ok(config) = config::parse(&path.display().to_string(), &text) else {
         eprintln!(
-            "tidegate: warning: {interface}: {} has errors: if it wants to be saved, it is not",
-            path.display()
+            "tidegate: warning: {interface}: {path} has errors, so that nothing is saved into it; \
+             `tidegate check {path}` shows them",
+            path = path.display()
         );
         return Ok(());
     };
@@ -111,7 +110,7 @@ impl Saving<'_> {
         let mut lock = is_there.then(|| Lock::of(self.path)).transpose().with_context(doing)?;
         let text = match is_there {
             true => up::read(self.path)?,
-            false => skeleton(&running)?,
+            false => skeleton(self.interface, &running)?,
         };
         let name = self.path.display().to_string();
         let config = config::parse(&name, &text).map_err(Failure::config)?;
@@ -246,9 +245,12 @@ fn words_of_resolv_conf(text: &str) -> Vec<String> {
 }
 
 /// A file that says little more than whose it is.
-fn skeleton(running: &Running) -> Result<Zeroizing<String>, Failure> {
+fn skeleton(interface: &InterfaceName, running: &Running) -> Result<Zeroizing<String>, Failure> {
     let key = running.private_key.as_ref().ok_or_else(|| {
-        let line = "the device has no private key, so that there is nothing to save";
+        let line = format_args!(
+            "the device has no private key, so that there is nothing to save; `wg set {interface} \
+             private-key FILE` gives it one"
+        );
         Failure::new(Code::Runtime, line)
     })?;
     Ok(Zeroizing::new(["[Interface]\nPrivateKey = ", &key.to_base64(), "\n"].concat()))

@@ -38,7 +38,11 @@ pub fn show(arguments: &Show) -> Result<Code, Failure> {
 /// Nobody serves this interface.
 pub fn not_found(name: &InterfaceName) -> Failure {
     let path = socket::path(name);
-    let line = format_args!("no daemon of an interface {name} listens at {}", path.display());
+    let line = format_args!(
+        "{name}: no daemon listens at {}; `tidegate up {name}` starts one, `tidegate \
+         show interfaces` lists those that run",
+        path.display()
+    );
     Failure::new(Code::Existence, line)
 }
 
@@ -99,9 +103,13 @@ pub fn ask(name: &InterfaceName, socket: &Socket, show_keys: bool) -> Result<Int
     let answered = status(socket)?.and_then(|json| {
         let parsed = serde_json::from_str(&json);
         // A daemon of another version; everything else is still worth showing.
-        parsed
-            .inspect_err(|error| eprintln!("tidegate: {name}: no data path to show: {error}"))
-            .ok()
+        let warn = |error: &serde_json::Error| {
+            eprintln!(
+                "tidegate: warning: {name}: its daemon is of another version, so that its data path \
+                 is not shown: {error}"
+            );
+        };
+        parsed.inspect_err(warn).ok()
     });
     if let Some(Status { data_path, troubles }) = answered {
         interface.data_path = Some(data_path);

@@ -67,7 +67,7 @@ impl Socket {
                 return Err(Failure::new(
                     Code::Privilege,
                     format_args!(
-                        "{} may be used by root only, since it gives out keys: run this as root",
+                        "{} may be used by root only, since it gives out keys; run it as root",
                         path.display()
                     ),
                 ));
@@ -101,7 +101,7 @@ impl Socket {
         let Some(mut stream) = self.connect()? else {
             return Err(Failure::new(
                 Code::Existence,
-                format_args!("no daemon listens for {}", self.interface),
+                format_args!("its daemon has ended; `tidegate up {}` starts one", self.interface),
             ));
         };
         stream

@@ -24,6 +24,7 @@ use super::{
     plan::tunnel_mtu,
     programs::Program,
     socket::Socket,
+    up,
 };
 use crate::host::{Family, Host, HostError, MAIN_TABLE, Rule};
 
@@ -141,8 +142,8 @@ pub async fn settle(step: Step, context: &Context<'_>) -> Result<Option<Step>, F
             None => {
                 eprintln!(
                     "tidegate: warning: {interface}: name servers are not set, for there is \
-                     neither resolvconf nor resolvectl: install one of them, or set the resolver \
-                     of the host by yourself"
+                     neither resolvconf nor resolvectl; install one of them (package `openresolv` \
+                     or `systemd-resolved`), or set the host's resolver yourself"
                 );
                 return Ok(None);
             }
@@ -169,7 +170,7 @@ pub async fn settle(step: Step, context: &Context<'_>) -> Result<Option<Step>, F
                 .collect();
             let Some(tool) = FirewallTool::find() else {
                 let line = "a default route needs a filter beside it, and there is neither nft nor \
-                            iptables: install one of them";
+                            iptables; install one of them";
                 return Err(Failure::new(Code::Runtime, line));
             };
             Step::Firewall { tool: Some(tool), family, mark, addresses }
@@ -354,8 +355,8 @@ const fn rule(family: Family, kind: RuleKind, priority: u32) -> Rule {
 }
 
 fn set_mark(interface: &InterfaceName, mark: u32) -> Result<(), Failure> {
-    let socket = Socket::find(interface)?
-        .ok_or_else(|| Failure::new(Code::Runtime, "the daemon does not listen any more"))?;
+    let socket =
+        Socket::find(interface)?.ok_or_else(|| Failure::new(Code::Runtime, up::DAEMON_IS_GONE))?;
     match socket.request(&format!("set=1\nfwmark={mark}\n"))?.error() {
         None => Ok(()),
         Some(error) => Err(anyhow::Error::new(error).context("setting the mark").into()),

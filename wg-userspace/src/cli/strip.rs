@@ -5,7 +5,7 @@ use std::{io, io::Write as _, path::Path};
 use anyhow::Context;
 use zeroize::Zeroizing;
 
-use super::{Code, Failure, name::ConfigFile};
+use super::{Code, Failure, files::unreadable, name::ConfigFile};
 
 /// What wg-quick(8) takes for itself from an `[Interface]`.
 const KEYS: [&[u8]; 9] = [
@@ -23,15 +23,9 @@ const KEYS: [&[u8]; 9] = [
 pub fn strip(what: &str) -> Result<Code, Failure> {
     let file =
         ConfigFile::which(what, Path::exists).map_err(|error| Failure::new(Code::Usage, error))?;
-    let path = file.path.display();
     let text = match std::fs::read(&file.path) {
         Ok(text) => Zeroizing::new(text),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            return Err(Failure::new(Code::Existence, format_args!("there is no {path}")));
-        }
-        Err(error) => {
-            return Err(anyhow::Error::new(error).context(format!("reading {path}")).into());
-        }
+        Err(error) => return Err(unreadable(&file.path, &error)),
     };
     let stripped = stripped(&text);
     let mut out = io::stdout().lock();

@@ -22,7 +22,7 @@ pub fn number_of(table: &str) -> Result<u32, Failure> {
         .find_map(|path| find(&fs::read_to_string(path).ok()?, table));
     in_files.ok_or_else(|| {
         let line = format_args!(
-            "there is no routing table `{table}`: give it a number in {}/rt_tables, or write one",
+            "there is no routing table `{table}`; give it a number in {}/rt_tables, or write the number",
             FOLDERS[0]
         );
         Failure::new(Code::Config, line)

@@ -19,6 +19,7 @@ use super::{
     applied::Applied,
     args,
     down::{TakeDown, runtime, undo_left_overs},
+    files::unreadable,
     foreground,
     launch::Background,
     ledger::{Header, Ledger, Process},
@@ -76,7 +77,7 @@ fn bring_up(
     }
 
     if runtime.block_on(host.link(interface.as_str()))?.is_some() {
-        return Err(exists().within(interface));
+        return Err(exists(interface).within(interface));
     }
     check_shortcut(interface, plan, arguments.bypass_firewall)?;
     runtime.block_on(undo_left_overs(&host, interface));
@@ -135,22 +136,12 @@ pub fn read(path: &Path) -> Result<Zeroizing<String>, Failure> {
     let doing = || format!("reading {}", path.display());
     let text = match std::fs::read_to_string(path) {
         Ok(text) => Zeroizing::new(text),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            let line = format_args!("there is no {}", path.display());
-            return Err(Failure::new(Code::Existence, line));
-        }
-        Err(error) if error.kind() == io::ErrorKind::InvalidData => {
-            let path = path.display();
-            let line =
-                format_args!("{path} is not UTF-8 text: `tidegate check {path}` shows where");
-            return Err(Failure::new(Code::Config, line));
-        }
-        Err(error) => return Err(anyhow::Error::new(error).context(doing()).into()),
+        Err(error) => return Err(unreadable(path, &error)),
     };
     if is_world_accessible(path).with_context(doing)? {
         let path = path.display();
         eprintln!(
-            "tidegate: warning: everybody may read {path} and the keys in it: `chmod 600 {path}`"
+            "tidegate: warning: everybody may read {path} and the keys in it; `chmod 600 {path}`"
         );
     }
     Ok(text)
@@ -204,9 +195,16 @@ pub fn shortcut_refusal(plan: &Plan, bypasses_firewall: bool) -> Option<String> 
     ))
 }
 
-fn exists() -> Failure {
-    Failure::new(Code::Existence, "the interface exists already")
+fn exists(interface: &InterfaceName) -> Failure {
+    let line = format_args!(
+        "the interface exists already; `tidegate reload {interface}` makes it what the file says, \
+         `tidegate down {interface}` takes it down"
+    );
+    Failure::new(Code::Existence, line)
 }
+
+/// What is said of a daemon that was there a moment ago.
+pub const DAEMON_IS_GONE: &str = "its daemon has ended; what it printed or the journal says why";
 
 /// How long a daemon whose interface is gone may take to end, and how often is looked.
 const ENDING_MAX: Duration = Duration::from_secs(5);
@@ -221,13 +219,15 @@ async fn make_room(interface: &InterfaceName, host: &Host) -> Result<(), Failure
     while !record.is_left_over() && clock::boot_now().since(started) < ENDING_MAX {
         if host.link(interface.as_str()).await?.is_some() {
             // Another `up` was faster.
-            return Err(exists());
+            return Err(exists(interface));
         }
         tokio::time::sleep(ENDING_POLL).await;
     }
     if !record.is_left_over() {
-        let line = "its daemon still runs, but the interface is not here: use `tidegate down`, or \
-                    another name";
+        let line = format_args!(
+            "its daemon still runs, but the interface is not here; `tidegate down {interface}` ends \
+             it, or take another name"
+        );
         return Err(Failure::new(Code::Existence, line));
     }
     eprintln!("tidegate: {interface}: undoing what a process that was killed has left");
@@ -349,7 +349,7 @@ impl Work<'_> {
         let socket = Socket::find(self.interface)?;
         let pid = socket.map(|socket| socket.daemon()).transpose()?.flatten();
         let keeper = pid.and_then(Process::of);
-        let keeper = keeper.ok_or_else(|| Failure::new(Code::Runtime, "the daemon has ended"))?;
+        let keeper = keeper.ok_or_else(|| Failure::new(Code::Runtime, DAEMON_IS_GONE))?;
         Ok(self.ledger.kept_by(keeper).context("noting the daemon")?)
     }
 
@@ -386,12 +386,16 @@ async fn resolved(config: &Arc<Config>) -> Result<Configuration, Failure> {
 /// # Errors
 /// If it refuses; it has changed nothing then.
 pub fn configure(interface: &InterfaceName, request: &SetRequest) -> Result<(), Failure> {
-    let socket = Socket::find(interface)?
-        .ok_or_else(|| Failure::new(Code::Runtime, "the daemon does not listen any more"))?;
+    let socket =
+        Socket::find(interface)?.ok_or_else(|| Failure::new(Code::Runtime, DAEMON_IS_GONE))?;
     match socket.request(&uapi::format_set(request))?.error() {
         None => Ok(()),
         Some(error) if Errno::from_io_error(&error) == Some(Errno::ADDRINUSE) => {
-            let line = "the port is in use by another program: choose another ListenPort";
+            let port = request.listen_port.unwrap_or(0);
+            let line = format_args!(
+                "UDP port {port} is in use by another program; `ss -ulnp sport = {port}` says which; \
+                 end it, or choose another ListenPort"
+            );
             Err(Failure::new(Code::Runtime, line))
         }
         Some(error) => {
@@ -501,7 +505,7 @@ fn summarize(
     took: Duration,
 ) -> Result<Code, Failure> {
     let socket = Socket::find(interface)?
-        .ok_or_else(|| Failure::new(Code::Runtime, "the daemon ended").within(interface))?;
+        .ok_or_else(|| Failure::new(Code::Runtime, DAEMON_IS_GONE).within(interface))?;
     let state = show::ask(interface, &socket, false)?;
     let mut facts = vec![plural(plan.peer_count as u64, "peer")];
     facts.extend(plan.addresses.iter().map(IpNet::to_string));

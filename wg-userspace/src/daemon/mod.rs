@@ -77,10 +77,12 @@ pub enum Error {
     #[error("{0}")]
     Privilege(String),
     /// An interface of this name is there already.
-    #[error("interface `{0}` exists already")]
+    #[error(
+        "interface {0} exists already; `tidegate show {0}` says if it is a device, `ip link del {0}` removes it"
+    )]
     AlreadyExists(String),
     /// There is no interface of this name.
-    #[error("there is no interface `{0}`")]
+    #[error("there is no network interface {0} for XDP; `ip link` lists them")]
     NotFound(String),
 }
 

@@ -44,10 +44,12 @@ pub enum HostError {
     #[error("opening a netlink socket")]
     Open(#[source] io::Error),
     /// There is no interface of this name or index.
-    #[error("there is no network interface {0}")]
+    #[error("there is no network interface {0}; `ip link` lists them")]
     NoLink(String),
     /// The kernel refused for want of a privilege.
-    #[error("{doing}: this needs CAP_NET_ADMIN in the network namespace")]
+    #[error(
+        "{doing}: CAP_NET_ADMIN is needed; run it as root (in a container with `--cap-add NET_ADMIN`)"
+    )]
     Privilege {
         /// What was being done.
         doing: String,

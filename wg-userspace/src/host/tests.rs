@@ -63,7 +63,10 @@ fn a_link_gets_mtu_addresses_and_routes_and_goes() {
         host.delete_link(index).await.unwrap();
         assert_eq!(host.link("link0").await.unwrap(), None);
         let missing = host.link_index("link0").await.unwrap_err();
-        assert_eq!(missing.to_string(), "there is no network interface link0");
+        assert_eq!(
+            missing.to_string(),
+            "there is no network interface link0; `ip link` lists them"
+        );
     });
 }
 

@@ -331,7 +331,7 @@ impl Device {
         let (port, of_worker) =
             udp::bind_group(0, worker_count, 0).context("opening the UDP sockets")?;
         let listener = uapi::Listener::bind(interface)
-            .with_context(|| format!("opening the UAPI socket of {interface}"))?;
+            .with_context(|| format!("opening the socket of {interface} for wg(8)"))?;
         Ok(Self {
             id,
             interface: interface.to_owned(),

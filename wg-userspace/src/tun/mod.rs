@@ -21,20 +21,26 @@ pub const QUEUES_MAX: usize = 256;
 #[derive(Debug, thiserror::Error)]
 pub enum TunError {
     /// No interface can have this name.
-    #[error("{name:?} is not an interface name: 1 to {NAME_LEN_MAX} of A-Z a-z 0-9 _ = + . -")]
+    #[error(
+        "the kernel takes no interface called {name:?}; take 1 to {NAME_LEN_MAX} of A-Z a-z 0-9 _ = + . -, but \
+         not `all` or `default`"
+    )]
     Name {
         /// The name.
         name: String,
     },
     /// There is an interface of this name, ours or not.
-    #[error("interface {name} exists already")]
+    #[error(
+        "interface {name} exists already; `ip link del {name}` removes it, or take another name"
+    )]
     Exists {
         /// The name.
         name: String,
     },
     /// The process lacks the privilege.
     #[error(
-        "not permitted to make interface {name}: CAP_NET_ADMIN and access to /dev/net/tun are needed"
+        "making interface {name}: CAP_NET_ADMIN and access to /dev/net/tun are needed; run it as root (in a \
+         container with `--cap-add NET_ADMIN --device /dev/net/tun`)"
     )]
     NotPermitted {
         /// The name.
@@ -42,7 +48,8 @@ pub enum TunError {
     },
     /// The host has no TUN devices.
     #[error(
-        "no /dev/net/tun: the kernel module tun is not loaded, or the container has no such device"
+        "there is no /dev/net/tun; load the kernel module (`modprobe tun`), or give the container the device \
+         (`--device /dev/net/tun`)"
     )]
     NoDriver,
     /// More queues than the kernel has for a device, or none.

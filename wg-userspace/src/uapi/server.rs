@@ -69,10 +69,10 @@ pub enum BindError {
     #[error("`{0}` is not the name of an interface")]
     Name(String),
     /// A process answers on the socket.
-    #[error("{} is in use: another process serves this interface", .0.display())]
+    #[error("{} is in use by another process; `tidegate show` says what it serves", .0.display())]
     Busy(PathBuf),
     /// Something that is not a socket has its name.
-    #[error("{} is in the way: it is not a socket", .0.display())]
+    #[error("{} is in the way, for it is not a socket; remove it", .0.display())]
     InTheWay(PathBuf),
     /// The host refuses.
     #[error("{doing} {}", .path.display())]

@@ -32,13 +32,15 @@ const CHOICES_MAX: usize = 64;
 #[derive(Debug, thiserror::Error)]
 pub enum UdpError {
     /// Another socket has the port, be it in IPv4 or IPv6, or another device of ours.
-    #[error("UDP port {port} is in use by another program or device")]
+    #[error(
+        "UDP port {port} is in use by another program or device; `ss -ulnp sport = {port}` says which"
+    )]
     InUse {
         /// The port asked for; 0 if none was free in both families.
         port: u16,
     },
     /// The host refuses the port or the mark.
-    #[error("not permitted to {what}: {needed} is needed")]
+    #[error("not permitted to {what}; {needed} is needed, run it as root")]
     NotPermitted {
         /// What was being done.
         what: &'static str,

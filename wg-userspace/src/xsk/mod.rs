@@ -119,21 +119,25 @@ pub enum XskError {
     #[error("impossible options of an XSK: {0}")]
     Options(&'static str),
     /// The kernel has no AF_XDP.
-    #[error("the kernel has no AF_XDP sockets (CONFIG_XDP_SOCKETS)")]
+    #[error("the kernel has no AF_XDP sockets; it needs CONFIG_XDP_SOCKETS")]
     NoAfXdp,
     /// The process lacks the privilege.
-    #[error("not permitted to make an AF_XDP socket: CAP_NET_RAW and CAP_NET_ADMIN are needed")]
+    #[error("making an AF_XDP socket: CAP_NET_RAW and CAP_NET_ADMIN are needed; run it as root")]
     NotPermitted,
     /// The UMEM exceeds the limit of locked memory.
     #[error(
-        "{len} bytes of UMEM exceed the limit of locked memory (ulimit -l), and CAP_IPC_LOCK is missing"
+        "{len} bytes of packet memory exceed the limit of locked memory; raise it (`ulimit -l unlimited`, \
+         `LimitMEMLOCK=infinity` of a service), or give it CAP_IPC_LOCK"
     )]
     MemoryLimit {
         /// Bytes of the UMEM.
         len: usize,
     },
     /// Another socket has the queue, also after waiting for it.
-    #[error("queue {queue} of interface {ifindex} has another AF_XDP socket")]
+    #[error(
+        "queue {queue} of interface {ifindex} has the AF_XDP socket of another program; `ss --xdp -p` says \
+         which"
+    )]
     Busy {
         /// The interface.
         ifindex: u32,

@@ -114,6 +114,17 @@ impl<'a> End<'a> {
         Some(port.value).filter(|&port| port != 0)
     }
 
+    /// The port on which others find it, which a router may forward to its own.
+    pub fn outside_port(&self) -> Option<u16> {
+        let port = self.port()?;
+        Some(self.config().interface.endpoint.as_ref().map_or(port, |endpoint| endpoint.port()))
+    }
+
+    /// Whether it is found at a port: its own, or the one that is forwarded.
+    pub fn is_found_at(&self, port: u16) -> bool {
+        [self.port(), self.outside_port()].contains(&Some(port))
+    }
+
     /// What of the allowed IPs of a peer is its own, and not of a later peer with the same prefix.
     pub fn owned_by(&self, peer: usize) -> impl Iterator<Item = IpNet> {
         let nets = self.peers()[peer].allowed_ips.iter().map(|net| net.value);

@@ -91,7 +91,21 @@ impl<'a, 'b> Meeting<'a, 'b> {
 
     fn nobody_starts(&self) -> Finding {
         let (near, far) = (&self.near.label, &self.far.label);
-        let port = self.far.port().map_or_else(|| "port".to_owned(), |port| port.to_string());
+        let help = match (&self.far.config().interface.endpoint, self.far.port()) {
+            (Some(known), Some(_)) => {
+                let place = words::shown(self.far.config(), known.span);
+                format!(
+                    "write `Endpoint = {place}` for {far} in {near}, as `#! Endpoint` of {far} says"
+                )
+            }
+            (_, port) => {
+                let port = port.map_or_else(|| "port".to_owned(), |port| port.to_string());
+                format!(
+                    "write `Endpoint = host:{port}` for {far} in {near}, with the host at which \
+                     {far} can be reached"
+                )
+            }
+        };
         Finding::new(
             Severity::Error,
             Rule::NobodyStarts,
@@ -101,10 +115,7 @@ impl<'a, 'b> Meeting<'a, 'b> {
         )
         .at(self.pair.near, self.peer.public_key.span, format!("no `Endpoint` for {far}"))
         .at(self.pair.far, self.back.public_key.span, format!("no `Endpoint` for {near}"))
-        .help(format!(
-            "write `Endpoint = host:{port}` for {far} in {near}, with the host at which {far} can \
-             be reached"
-        ))
+        .help(help)
     }
 
     /// Only `near` can start, and `far` may have something to send before it does: for a network that
@@ -147,14 +158,14 @@ fn ports<'b>(ends: &[End<'b>], links: &Links, end: &End<'b>) -> Vec<Finding> {
     let Some((_, first)) = seekers.first() else { return Vec::new() };
     let listen_port = end.config().interface.listen_port.as_ref();
     let Some((listen_port, port)) = listen_port.zip(end.port()) else {
-        return vec![no_listen_port(end, &seekers, port_of(first))];
+        return vec![no_listen_port(end, &seekers, first.port())];
     };
-    let is_wrong = |seeker: &Seeker<'_, '_>| port_of(seeker.1) != port;
+    let is_wrong = |seeker: &Seeker<'_, '_>| !end.is_found_at(seeker.1.port());
     let wrong: Vec<Seeker<'_, '_>> = seekers.iter().copied().filter(is_wrong).collect();
-    let asked = port_of(first);
+    let asked = first.port();
     let is_one = wrong.len() > 1
         && wrong.len() == seekers.len()
-        && wrong.iter().all(|(_, endpoint)| port_of(endpoint) == asked);
+        && wrong.iter().all(|(_, endpoint)| endpoint.port() == asked);
     if is_one {
         // All others agree: it is this file that is wrong.
         let finding = wrong_port(end, &wrong, port)
@@ -168,9 +179,9 @@ fn ports<'b>(ends: &[End<'b>], links: &Links, end: &End<'b>) -> Vec<Finding> {
             .at(end.file, listen_port.span, format!("{} listens here", end.label))
             .help(format!(
                 "write `Endpoint = {}` in {}, unless a router on the way turns port {} into {port}",
-                with_port(near, endpoint.span, port),
+                with_port(near, endpoint.span, end.outside_port().unwrap_or(port)),
                 near.label,
-                port_of(endpoint),
+                endpoint.port(),
             ))
     };
     wrong.iter().map(finding).collect()
@@ -199,7 +210,7 @@ fn no_listen_port(end: &End<'_>, seekers: &[Seeker<'_, '_>], asked: u16) -> Find
 
 /// `seekers` look at one port, which is not `port`.
 fn wrong_port(end: &End<'_>, seekers: &[Seeker<'_, '_>], port: u16) -> Finding {
-    let asked = seekers.first().map_or(0, |(_, endpoint)| port_of(endpoint));
+    let asked = seekers.first().map_or(0, |(_, endpoint)| endpoint.port());
     Finding::new(
         Severity::Error,
         Rule::EndpointPort,
@@ -217,13 +228,6 @@ fn looked_for(mut finding: Finding, seekers: &[Seeker<'_, '_>]) -> Finding {
         finding = finding.at(seeker.file, endpoint.span, format!("{} looks here", seeker.label));
     }
     finding
-}
-
-fn port_of(endpoint: &Endpoint) -> u16 {
-    match endpoint {
-        Endpoint::Address(address) => address.port(),
-        Endpoint::Host { port, .. } => *port,
-    }
 }
 
 /// The endpoint that stands at `span`, with another port.
@@ -249,7 +253,7 @@ fn same_endpoints(ends: &[End<'_>], links: &Links) -> Vec<Finding> {
     for pair in (0..ends.len()).flat_map(|file| links.pairs_of(file)) {
         // Who looks at a port at which nobody listens is told so.
         if let Some(endpoint) = &ends[pair.near].peers()[pair.peer].endpoint
-            && ends[pair.far].port() == Some(port_of(endpoint))
+            && ends[pair.far].is_found_at(endpoint.port())
         {
             let sought = places.entry(place_of(endpoint)).or_default();
             sought.entry(pair.far).or_default().push((pair.near, pair.peer));

@@ -18,6 +18,8 @@ struct Sketch {
     key: u8,
     addresses: Vec<IpNet>,
     port: Option<u16>,
+    /// What a router forwards to `port`, by `#! Endpoint`.
+    forwarded: Option<u16>,
     peers: Vec<PeerSketch>,
 }
 
@@ -67,7 +69,8 @@ fn matching(families: &[bool], servers: &[bool]) -> Vec<Sketch> {
         };
         // Two that can only be found by others do not know each other.
         let peers = others.filter(|&other| is_server(file) || is_server(other)).map(peer).collect();
-        Sketch { key: own(file), addresses, port: is_server(file).then_some(PORT), peers }
+        let port = is_server(file).then_some(PORT);
+        Sketch { key: own(file), addresses, port, forwarded: None, peers }
     };
     (0..families.len()).map(end).collect()
 }
@@ -80,6 +83,7 @@ enum Mutation {
     MoreAddress(u8),
     LessAddress(Index),
     Port(Option<u16>),
+    Forwarded(u16),
     PeerKey(Index, u8),
     Psk(Index, u8),
     Allowed(Index, Index, u8),
@@ -108,6 +112,7 @@ fn mutation() -> impl Strategy<Value = Mutation> {
         2 => host().prop_map(Mutation::MoreAddress),
         1 => at().prop_map(Mutation::LessAddress),
         1 => prop_oneof![Just(None), Just(Some(0)), Just(Some(7)), Just(Some(PORT))].prop_map(Mutation::Port),
+        1 => prop_oneof![Just(7), Just(8), Just(PORT)].prop_map(Mutation::Forwarded),
         1 => (at(), host()).prop_map(|(at, host)| Mutation::PeerKey(at, host)),
         1 => (at(), 0..3u8).prop_map(|(at, psk)| Mutation::Psk(at, psk)),
         2 => (at(), at(), host()).prop_map(|(at, net, host)| Mutation::Allowed(at, net, host)),
@@ -144,6 +149,7 @@ fn spoil(end: &mut Sketch, mutation: &Mutation) {
             end.addresses.remove(at.index(end.addresses.len()));
         }
         Mutation::Port(port) => end.port = port,
+        Mutation::Forwarded(port) => end.forwarded = Some(port),
         Mutation::PeersTurned => end.peers.reverse(),
         Mutation::LessPeer(at) => {
             if let Some(at) = peer(&mut end.peers, at) {
@@ -200,6 +206,9 @@ fn text(end: &Sketch) -> String {
     );
     if let Some(port) = end.port {
         writeln!(text, "ListenPort = {port}").unwrap();
+    }
+    if let Some(port) = end.forwarded {
+        writeln!(text, "#! Endpoint = gw.example.org:{port}").unwrap();
     }
     for peer in &end.peers {
         writeln!(text, "[Peer]\nPublicKey = {}", public(peer.key)).unwrap();
@@ -274,13 +283,15 @@ fn delivered(ends: &[Sketch], a: usize, b: usize) -> bool {
     let (near, far) = (&ends[a], &ends[b]);
     let (Some(peer), Some(back)) = (near.peer(far.key), far.peer(near.key)) else { return false };
     let (peer_of, back_of) = (&near.peers[peer], &far.peers[back]);
-    let finds = |endpoint: Option<(u8, u16)>, port: Option<u16>| {
-        endpoint.is_none_or(|(_, asked)| asked != 0 && port == Some(asked))
+    let finds = |endpoint: Option<(u8, u16)>, end: &Sketch| {
+        let listens = end.port.is_some_and(|port| port != 0);
+        endpoint
+            .is_none_or(|(_, asked)| listens && [end.port, end.forwarded].contains(&Some(asked)))
     };
     peer_of.psk == back_of.psk
         && (peer_of.endpoint.is_some() || back_of.endpoint.is_some())
-        && finds(peer_of.endpoint, far.port)
-        && finds(back_of.endpoint, near.port)
+        && finds(peer_of.endpoint, far)
+        && finds(back_of.endpoint, near)
         && accepts(near, peer, far, back)
         && accepts(far, back, near, peer)
 }

@@ -453,6 +453,36 @@ fn an_endpoint_has_the_port_that_is_listened_on() {
 }
 
 #[test]
+fn a_port_that_is_forwarded_is_right_too() {
+    let server = with(SERVER, "[Peer]", "#! Endpoint = gw.example.org:443\n[Peer]");
+    let outside = with(LAPTOP, ":51820", ":443");
+    for laptop in [LAPTOP, &outside] {
+        assert_eq!(findings(&[("server", &server), ("laptop", laptop)]), []);
+    }
+    let files = [("server", SERVER), ("laptop", &*outside)];
+    assert_eq!(findings(&files)[0].rule, Rule::EndpointPort, "it is not forwarded");
+    let wrong = with(LAPTOP, ":51820", ":51821");
+    error(
+        &[("server", &server), ("laptop", &wrong)],
+        Rule::EndpointPort,
+        "laptop looks for server at port 51821, but server listens on port 51820",
+        ("laptop", "gw.example.org:51821"),
+    );
+    let help = |files: &[(&str, &str)]| findings(files)[0].help.clone().unwrap();
+    let said = help(&[("server", &server), ("laptop", &wrong)]);
+    assert!(said.starts_with("write `Endpoint = gw.example.org:443` in laptop, unless"), "{said}");
+    // Nothing can be forwarded to a port that nobody knows.
+    let random = with(&server, "ListenPort = 51820\n", "");
+    let files = [("server", &*random), ("laptop", &*outside)];
+    assert_eq!(findings(&files)[0].rule, Rule::NoListenPort);
+    let lost = with(LAPTOP, "Endpoint = gw.example.org:51820\n", "");
+    assert_eq!(
+        help(&[("server", &server), ("laptop", &lost)]),
+        "write `Endpoint = gw.example.org:443` for server in laptop, as `#! Endpoint` of server says"
+    );
+}
+
+#[test]
 fn two_ends_are_not_at_one_place() {
     let mesh = mesh();
     let west = with(&mesh[1].1, "198.51.100.3:51820", "198.51.100.1:51820");

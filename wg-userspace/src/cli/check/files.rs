@@ -2,7 +2,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    fs, io,
+    fs,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -10,7 +10,7 @@ use std::{
 use miette::{Diagnostic, NamedSource};
 use zeroize::{Zeroize, Zeroizing};
 
-use super::super::{Code, Failure, name::ConfigFile};
+use super::super::{Failure, files as config_files, name::ConfigFile};
 use crate::{
     check::{Finding, Rule, Severity},
     config::{self, Config, Problem, Span},
@@ -42,6 +42,7 @@ pub fn read(words: &[String], exists: impl Fn(&Path) -> bool) -> Result<Vec<File
     let mut files = Vec::new();
     let mut seen = HashSet::new();
     let mut failure: Option<Failure> = None;
+    let mut hint = None;
     for word in words {
         // Here any file will do, whatever it is called.
         let path = ConfigFile::which(word, &exists).map_or_else(|_| word.into(), |file| file.path);
@@ -51,15 +52,8 @@ pub fn read(words: &[String], exists: impl Fn(&Path) -> bool) -> Result<Vec<File
         match fs::read(&path) {
             Ok(bytes) => files.push(File::of(path, files.len(), Zeroizing::new(bytes))),
             Err(error) => {
-                let code = match error.kind() {
-                    io::ErrorKind::NotFound => Code::Existence,
-                    io::ErrorKind::PermissionDenied => Code::Privilege,
-                    _ => Code::Runtime,
-                };
-                let line = match code {
-                    Code::Existence => format!("there is no {}", path.display()),
-                    _ => format!("reading {}: {error}", path.display()),
-                };
+                let (code, line) = config_files::problem(&path, &error);
+                hint = hint.or_else(|| config_files::hint(&path, &error));
                 failure = Some(match failure {
                     None => Failure::new(code, line),
                     Some(failure) => failure.and(line),
@@ -67,9 +61,10 @@ pub fn read(words: &[String], exists: impl Fn(&Path) -> bool) -> Result<Vec<File
             }
         }
     }
-    match failure {
-        Some(failure) => Err(failure),
-        None => {
+    match (failure, hint) {
+        (Some(failure), Some(hint)) => Err(failure.and(hint)),
+        (Some(failure), None) => Err(failure),
+        (None, _) => {
             name(&mut files);
             Ok(files)
         }
@@ -234,7 +229,11 @@ mod tests {
         let (code, line) = read(&words, |_| false).err().unwrap().into_line();
         assert_eq!(
             (code, line.as_str()),
-            (5, "there is no /no/such.conf; there is no /no/other.conf")
+            (
+                5,
+                "there is no /no/such.conf; there is no /no/other.conf; `tidegate init` writes config \
+                 files"
+            )
         );
     }
 }

@@ -75,7 +75,7 @@ pub async fn look(files: &mut [File], findings: &mut [Vec<Finding>]) -> Result<(
         findings.extend(at.names(&names));
         findings.extend(at.table());
         findings.extend(at.forwarding());
-        findings.extend(at.nics(&host).await?);
+        findings.extend(at.nics(&host, &file.interface).await?);
         findings.extend(at.networks(&host, &file.interface).await?);
         let interface = file.interface.parse::<InterfaceName>().ok();
         let is_up = match &interface {
@@ -220,13 +220,23 @@ impl At<'_> {
         Some(self.found((Severity::Error, Rule::TableUnknown), line, table.span, "this name"))
     }
 
-    async fn nics(&self, host: &Host) -> Result<Vec<Finding>, Failure> {
+    /// Each interface that is named and not there, where it is named first. The tunnel's own is
+    /// there once it is up.
+    async fn nics(&self, host: &Host, interface: &str) -> Result<Vec<Finding>, Failure> {
+        let config = &self.config.interface;
+        let xdp = config.xdp.iter().flat_map(|xdp| &xdp.interfaces);
+        let xdp = xdp.map(|nic| (nic, "named for XDP"));
+        let nat = config.nat.iter().map(|nat| (&nat.out, "named for NAT"));
+        let forward = config.forward.iter();
+        let forward = forward.map(|forward| (&forward.interface, "named for forwarding"));
+        let is_other = |nic: &Spanned<String>| nic.value != interface;
+        let mut seen = BTreeSet::new();
         let mut found = Vec::new();
-        for nic in self.config.interface.xdp.iter().flat_map(|xdp| &xdp.interfaces) {
-            if host.link(nic).await?.is_none() {
+        for (nic, label) in xdp.chain(nat.chain(forward).filter(|(nic, _)| is_other(nic))) {
+            if seen.insert(&nic.value) && host.link(nic).await?.is_none() {
                 let kind = (Severity::Warning, Rule::NicMissing);
                 let message = format!("this host has no network interface {}", nic.value);
-                let finding = self.found(kind, message, nic.span, "named for XDP");
+                let finding = self.found(kind, message, nic.span, label);
                 found.push(finding.help("`ip link` lists the interfaces"));
             }
         }

@@ -144,7 +144,7 @@ impl FromStr for EndName {
         match is_good {
             true => Ok(Self(text.to_owned())),
             false => Err(format!(
-                "`{text}` is no name for an end: 1 to {} letters, digits or `_-.`",
+                "`{text}` is no name for an end; take 1 to {} letters, digits or `_-.`",
                 Self::LEN_MAX
             )),
         }
@@ -248,7 +248,9 @@ fn nic(text: &str) -> Result<String, String> {
         && !text.starts_with(['-', '.']);
     match is_good {
         true => Ok(text.to_owned()),
-        false => Err(format!("`{text}` cannot be the name of a network interface")),
+        false => {
+            Err(format!("`{text}` cannot be the name of a network interface; `ip link` lists them"))
+        }
     }
 }
 

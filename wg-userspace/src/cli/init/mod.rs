@@ -1,10 +1,10 @@
 //! `init`: the files of all ends of a new tunnel.
 //!
 //! `shapes` says who the ends are and what each file has to say, `network` who gets which address,
-//! `end` writes the text of one file, and `folder` puts them all on the disk, or none.
+//! [`end_file`](super::end_file) writes the text of one file, and `folder` puts them all on the disk,
+//! or none.
 
 mod args;
-pub mod end;
 mod folder;
 mod network;
 mod shapes;
@@ -15,13 +15,8 @@ use std::{fmt::Write as _, path::Path};
 
 pub use args::Shape;
 
-use self::{
-    args::Common,
-    end::{endpoint_text, write_config},
-    folder::NewFile,
-    shapes::{End, port},
-};
-use super::{Code, Failure, print};
+use self::{args::Common, folder::NewFile, shapes::End};
+use super::{Code, Failure, end_file::write_config, print};
 use crate::{config, sys::random::Rng};
 
 pub fn init(shape: &Shape) -> Result<Code, Failure> {
@@ -59,13 +54,14 @@ fn report(ends: &[End], common: &Common) -> String {
         let addresses: Vec<_> =
             end.config.addresses.iter().map(|address| address.addr().to_string()).collect();
         let _ = write!(text, "  {:width$}  {}", file(&end.name), addresses.join(", "));
-        if let Some(endpoint) = &end.endpoint {
-            let _ = write!(text, ", found at {}", endpoint_text(endpoint));
+        if let Some(endpoint) = &end.config.endpoint {
+            let _ = write!(text, ", found at {endpoint}");
         }
         text.push('\n');
     }
     text.push_str("\nNext:\n");
-    let found: Vec<_> = ends.iter().filter_map(|end| Some((end, end.endpoint.as_ref()?))).collect();
+    let found: Vec<_> =
+        ends.iter().filter_map(|end| Some((end, end.config.endpoint.as_ref()?))).collect();
     let all = quoted(&dir.join("*").join(format!("{interface}.conf")));
     let _ = writeln!(text, "  tidegate check {all}");
     let _ = writeln!(
@@ -88,7 +84,7 @@ fn report(ends: &[End], common: &Common) -> String {
         );
     }
     let ports = match found[..] {
-        [(end, endpoint)] => format!("UDP port {} of {}", port(endpoint), end.name),
+        [(end, endpoint)] => format!("UDP port {} of {}", endpoint.port(), end.name),
         _ => "The UDP ports above".to_owned(),
     };
     let verb = if found.len() == 1 { "has" } else { "have" };

@@ -5,10 +5,10 @@ use rand_core::CryptoRng;
 
 use super::{
     args::{Common, EndName, HostPort, Mesh, Node, Shape, Star},
-    end::{EndConfig, EndPeer, endpoint_text},
     network::{Networks, unique_local},
 };
 use crate::{
+    cli::end_file::{EndConfig, EndPeer, OwnKey, Place},
     config::{Endpoint, Hook, HookEvent},
     key::{PresharedKey, PrivateKey, PublicKey},
 };
@@ -24,8 +24,6 @@ const MESH_MAX: usize = 250;
 pub struct End {
     /// What it is called.
     pub name: String,
-    /// Where the others find it.
-    pub endpoint: Option<Endpoint>,
     /// What its host has to be told so that it forwards for others: `NAME=VALUE` for sysctl(8).
     pub sysctls: Vec<String>,
     /// What its file says.
@@ -202,23 +200,24 @@ fn star(
     let sysctls = middle.sysctls(&networks);
     let mut ends = vec![End {
         name: middle.name.as_str().to_owned(),
-        endpoint: Some(endpoint.clone()),
         config: EndConfig {
             about: about(middle.name, middle.of, &names, common),
             addresses: networks.addresses(0),
-            listen_port: Some(port(&endpoint)),
-            private_key: keys[0].clone(),
+            listen_port: Some(endpoint.port()),
+            endpoint: Some(endpoint.clone()),
+            key: OwnKey::Private(keys[0].clone()),
             dns: Vec::new(),
+            mtu: None,
             about_hooks: middle.about_hooks(&sysctls),
             hooks: middle.hooks(&networks),
             peers: (1..names.len())
                 .map(|client| EndPeer {
-                    name: names[client].as_str().to_owned(),
+                    name: Some(names[client].as_str().to_owned()),
                     about: Vec::new(),
                     public_key: keys[client].public_key(),
                     preshared_key: preshared[client - 1].clone(),
                     allowed_ips: networks.hosts(client),
-                    endpoint: None,
+                    place: Place::None,
                     persistent_keepalive: None,
                 })
                 .collect(),
@@ -234,23 +233,24 @@ fn star(
     for (client, key) in keys.into_iter().enumerate().skip(1) {
         ends.push(End {
             name: names[client].as_str().to_owned(),
-            endpoint: None,
             sysctls: Vec::new(),
             config: EndConfig {
                 about: about(names[client], middle.of, &names[..1], common),
                 addresses: networks.addresses(client),
                 listen_port: None,
-                private_key: key,
+                endpoint: None,
+                key: OwnKey::Private(key),
                 dns: star.dns.iter().map(ToString::to_string).collect(),
+                mtu: None,
                 about_hooks: Vec::new(),
                 hooks: Vec::new(),
                 peers: vec![EndPeer {
-                    name: middle.name.as_str().to_owned(),
+                    name: Some(middle.name.as_str().to_owned()),
                     about: middle.about(&networks),
                     public_key,
                     preshared_key: preshared[client - 1].clone(),
                     allowed_ips: allowed_ips.clone(),
-                    endpoint: Some(endpoint.clone()),
+                    place: Place::At(endpoint.clone()),
                     persistent_keepalive: Some(KEEPALIVE_S),
                 }],
             },
@@ -287,10 +287,9 @@ fn mesh(mesh: &Mesh, rng: &mut (impl CryptoRng + ?Sized)) -> Result<Vec<End>, St
         };
         if let Some(other) = nodes[..at].iter().find(is_there) {
             return Err(format!(
-                "`{}` and `{}` cannot both be found at {}",
+                "`{}` and `{}` cannot both be found at {endpoint}",
                 other.name.as_str(),
                 node.name.as_str(),
-                endpoint_text(&endpoint)
             ));
         }
     }
@@ -302,12 +301,12 @@ fn mesh(mesh: &Mesh, rng: &mut (impl CryptoRng + ?Sized)) -> Result<Vec<End>, St
         .collect();
     let found = |node: &Node| node.endpoint.as_ref().map(|place| place.endpoint(common.port));
     let peer = |own: usize, other: usize| EndPeer {
-        name: names[other].as_str().to_owned(),
+        name: Some(names[other].as_str().to_owned()),
         about: Vec::new(),
         public_key: public_keys[other],
         preshared_key: preshared[own.max(other)][own.min(other)].clone(),
         allowed_ips: networks.hosts(other),
-        endpoint: found(&nodes[other]),
+        place: found(&nodes[other]).map_or(Place::None, Place::At),
         // Who is not found by the others keeps the way to them open.
         persistent_keepalive: nodes[own].endpoint.is_none().then_some(KEEPALIVE_S),
     };
@@ -321,14 +320,15 @@ fn mesh(mesh: &Mesh, rng: &mut (impl CryptoRng + ?Sized)) -> Result<Vec<End>, St
             config: EndConfig {
                 about: about(names[own], "mesh", &other_names, common),
                 addresses: networks.addresses(own),
-                listen_port: endpoint.as_ref().map(port),
-                private_key,
+                listen_port: endpoint.as_ref().map(Endpoint::port),
+                endpoint,
+                key: OwnKey::Private(private_key),
                 dns: Vec::new(),
+                mtu: None,
                 about_hooks: Vec::new(),
                 hooks: Vec::new(),
                 peers: others.iter().map(|&other| peer(own, other)).collect(),
             },
-            endpoint,
         }
     };
     Ok(keys.into_iter().enumerate().map(end).collect())
@@ -400,12 +400,4 @@ fn about(own: &EndName, of: &str, others: &[&EndName], common: &Common) -> Vec<S
 /// The option by which the network of a family is chosen.
 fn option_of(network: &IpNet) -> &'static str {
     if network.addr().is_ipv4() { "--network" } else { "--network6" }
-}
-
-/// The port of an endpoint.
-pub fn port(endpoint: &Endpoint) -> u16 {
-    match endpoint {
-        Endpoint::Address(address) => address.port(),
-        Endpoint::Host { port, .. } => *port,
-    }
 }

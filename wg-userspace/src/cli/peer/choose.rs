@@ -71,7 +71,7 @@ fn refuse_known(arguments: &Add, config: &Config) -> Result<(), Failure> {
     let mut names = config.peers.iter().filter_map(|peer| peer.name.as_ref());
     if let Some(known) = names.find(|known| known.value == name) {
         let line = format!(
-            "{}: there is a peer called `{name}` already: take another name, or remove that one first \
+            "{}: there is a peer called `{name}` already; take another name, or remove that one first \
              (`tidegate peer remove`)",
             config.place(known.span)
         );
@@ -79,14 +79,18 @@ fn refuse_known(arguments: &Add, config: &Config) -> Result<(), Failure> {
     }
     let Some(key) = arguments.public_key else { return Ok(()) };
     if key == config.interface.private_key.public_key() {
-        let line = "this is the public key of the interface itself: give the peer's";
+        let line = "`--public-key` is the interface's own key; give the peer's";
         return Err(Failure::new(Code::Existence, line));
     }
     match config.peers.iter().find(|peer| *peer.public_key == key) {
         None => Ok(()),
         Some(peer) => {
             let place = config.place(peer.public_key.span);
-            let line = format!("{place}: {} has this key already", called(peer));
+            let line = format!(
+                "{place}: {} has this key already; `tidegate peer remove` it first, or take another \
+                 key",
+                called(peer)
+            );
             Err(Failure::new(Code::Existence, line))
         }
     }
@@ -103,7 +107,7 @@ fn called(peer: &PeerConfig) -> String {
 fn free(config: &Config, own: &[IpNet]) -> Result<Vec<IpAddr>, Failure> {
     let networks = addresses::networks(own);
     if networks.is_empty() {
-        let line = "no Address of the file is in a network with room for peers: say which addresses this \
+        let line = "no Address of the file is in a network with room for peers; say which addresses this \
                     one has (`--allowed-ips 10.9.0.2/32`)";
         return Err(Failure::new(Code::Existence, line));
     }
@@ -124,7 +128,8 @@ fn checked(given: &[IpNet], config: &Config, own: &[IpNet]) -> Result<Vec<IpNet>
     let mut allowed_ips: Vec<IpNet> = Vec::new();
     for net in given {
         if own.iter().any(|own| IpNet::from(own.addr()) == *net) {
-            let line = format!("{} is the interface's own address", net.addr());
+            let line =
+                format!("{} is the interface's own address; give the peer another one", net.addr());
             return Err(Failure::new(Code::Existence, line));
         }
         let of_peers = config
@@ -133,8 +138,10 @@ fn checked(given: &[IpNet], config: &Config, own: &[IpNet]) -> Result<Vec<IpNet>
             .flat_map(|peer| peer.allowed_ips.iter().map(move |net| (peer, net)));
         if let Some((peer, known)) = of_peers.into_iter().find(|(_, known)| known.value == *net) {
             let (place, peer) = (config.place(known.span), called(peer));
-            let line =
-                format!("{place}: {peer} has {net} already, and would lose it to the new peer");
+            let line = format!(
+                "{place}: {peer} has {net} already, and would lose it to the new peer; give this \
+                     one another network"
+            );
             return Err(Failure::new(Code::Existence, line));
         }
         if !allowed_ips.contains(net) {
@@ -142,7 +149,7 @@ fn checked(given: &[IpNet], config: &Config, own: &[IpNet]) -> Result<Vec<IpNet>
         }
     }
     if !allowed_ips.iter().any(|net| net.prefix_len() == net.max_prefix_len()) {
-        let line = "`--allowed-ips` has no address of the peer's own: add one, such as 10.9.0.2/32";
+        let line = "`--allowed-ips` has no address of the peer's own; add one, such as 10.9.0.2/32";
         return Err(Failure::new(Code::Usage, line));
     }
     Ok(allowed_ips)
@@ -174,7 +181,7 @@ fn endpoint(
     };
     // Who has a key has a file, or writes one.
     if endpoint.is_none() && arguments.endpoint.is_none() && arguments.public_key.is_none() {
-        let line = "where does the peer find this interface? Say `--endpoint HOST:PORT`, or write \
+        let line = "the peer does not know where this interface is; say `--endpoint HOST:PORT`, or write \
                     `#! Endpoint = HOST:PORT` below [Interface] once for all peers";
         return Err(Failure::new(Code::Usage, line));
     }
@@ -183,7 +190,7 @@ fn endpoint(
             return Ok(None);
         }
         let line = "the file has no ListenPort, so that the port is another one after each start and the \
-                    peer does not find it: write `ListenPort = 51820` below [Interface]";
+                    peer does not find it; write `ListenPort = 51820` below [Interface]";
         return Err(Failure::new(Code::Config, line));
     };
     if let Some(endpoint) = &endpoint
@@ -296,10 +303,11 @@ mod tests {
         );
         let key = "AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE=";
         let (code, line) = chosen(FILE, &format!("--public-key {key}")).unwrap_err();
-        assert_eq!((code, &*line), (5, "wg0.conf:8: `laptop` has this key already"));
+        assert_eq!(code, 5);
+        assert!(line.starts_with("wg0.conf:8: `laptop` has this key already; "), "{line}");
         let own = config::parse("wg0.conf", FILE).unwrap().interface.private_key.public_key();
         let (code, line) = chosen(FILE, &format!("--public-key {own}")).unwrap_err();
-        assert!(code == 5 && line.contains("the interface itself"), "{line}");
+        assert!(code == 5 && line.contains("the interface's own key"), "{line}");
     }
 
     #[test]

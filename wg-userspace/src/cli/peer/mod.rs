@@ -7,7 +7,6 @@
 mod addresses;
 pub mod args;
 mod choose;
-mod client;
 mod list;
 mod name;
 mod qr;
@@ -24,10 +23,17 @@ use std::{
 use anyhow::Context as _;
 use zeroize::Zeroizing;
 
-use self::{choose::Chosen, client::ClientFile, target::Target};
+use self::{choose::Chosen, target::Target};
 use super::{
-    Code, Failure, difference, keys, print, reload, rewrite::Lock, running::Running, show,
-    socket::Socket, up,
+    Code, Failure, difference,
+    end_file::{EndConfig, EndPeer, OwnKey, Place, write_config, write_plain},
+    files::unreadable,
+    keys, print, reload,
+    rewrite::Lock,
+    running::Running,
+    show,
+    socket::Socket,
+    up,
 };
 use crate::{
     config::{
@@ -71,7 +77,7 @@ fn add(arguments: &args::Add) -> Result<Code, Failure> {
             && peer.name.as_ref().is_some_and(|name| name.value == new.name)
     });
     if !is_read_so {
-        let line = "a peer of this name would not be read as it was written: take another name";
+        let line = "a peer of this name would not be read as it was written; take another name";
         return Err(within(Failure::new(Code::Usage, line)));
     }
     file.refuse_other_changes()?;
@@ -87,7 +93,7 @@ fn add(arguments: &args::Add) -> Result<Code, Failure> {
             Ok(_) => failure.and("the peer was removed again"),
             Err(taking) => {
                 taking.print();
-                failure.and("the peer is there nevertheless: remove it by `tidegate peer remove`")
+                failure.and("the peer is there nevertheless; remove it by `tidegate peer remove`")
             }
         });
     }
@@ -142,7 +148,7 @@ fn find(config: &Config, word: &str) -> Result<PublicKey, Failure> {
         (Some(peer), None) => Ok(*peer.public_key),
         (Some(_), Some(_)) => {
             let line =
-                format!("several peers are called `{word}`: say which one by its public key");
+                format!("several peers are called `{word}`; say which one by its public key");
             Err(Failure::new(Code::Usage, line))
         }
         (None, _) => {
@@ -165,13 +171,7 @@ impl Opened {
     fn of(word: &str) -> Result<Opened, Failure> {
         let target = Target::of(word)?;
         let path = &target.file.path;
-        let lock = Lock::of(path).map_err(|error| match error.kind() {
-            io::ErrorKind::NotFound => {
-                let line = format_args!("there is no {}", path.display());
-                Failure::new(Code::Existence, line)
-            }
-            _ => anyhow::Error::new(error).context(format!("reading {}", path.display())).into(),
-        })?;
+        let lock = Lock::of(path).map_err(|error| unreadable(path, &error))?;
         let text = up::read(path)?;
         let config = config::parse(&target.name(), &text).map_err(Failure::config)?;
         Ok(Opened { target, text, config, lock })
@@ -190,7 +190,7 @@ impl Opened {
             return Ok(());
         }
         let line = format!(
-            "the interface is not what {} says already: use `tidegate reload` if the file is right, or \
+            "the interface is not what {} says already; use `tidegate reload` if the file is right, or \
              `tidegate save` if the interface is (`tidegate reload --dry-run` shows what differs)",
             self.target.name()
         );
@@ -286,25 +286,39 @@ fn client_text(
     keys: &NewKeys,
 ) -> Result<Zeroizing<String>, Failure> {
     let interface = &file.config.interface;
-    let client = ClientFile {
-        private_key: keys.private_key.as_ref(),
-        public_key: keys.public_key,
-        addresses: &chosen.addresses,
-        dns: &arguments.dns,
+    let private = keys.private_key.clone();
+    let client = EndConfig {
+        about: vec![
+            format!(
+                "{}'s end of {}, made by `tidegate peer add`.",
+                arguments.name, file.target.file.interface
+            ),
+            "\"There\" is the other end's file.".to_owned(),
+        ],
+        addresses: chosen.addresses.clone(),
+        listen_port: None,
+        endpoint: None,
+        key: private.map_or(OwnKey::Public(keys.public_key), OwnKey::Private),
+        dns: arguments.dns.clone(),
         mtu: interface.mtu.as_deref().copied(),
-        interface: file.target.file.interface.as_str(),
-        our_key: interface.private_key.public_key(),
-        preshared_key: keys.preshared_key.as_ref(),
-        routes: &chosen.routes,
-        endpoint: chosen.endpoint.as_ref(),
-        keepalive: arguments.keepalive,
+        about_hooks: Vec::new(),
+        hooks: Vec::new(),
+        peers: vec![EndPeer {
+            name: None,
+            about: Vec::new(),
+            public_key: interface.private_key.public_key(),
+            preshared_key: keys.preshared_key.clone(),
+            allowed_ips: chosen.routes.clone(),
+            place: chosen.endpoint.clone().map_or(Place::Unknown, Place::At),
+            persistent_keepalive: Some(arguments.keepalive).filter(|&seconds| seconds != 0),
+        }],
     };
     if !arguments.qr {
-        return Ok(client.commented());
+        return Ok(write_config(&client));
     }
-    qr::code(&client.plain(), show::wants_colour()).map_err(|error| {
+    qr::code(&write_plain(&client), show::wants_colour()).map_err(|error| {
         let line =
-            format!("the peer's config does not fit into a QR code ({error}): leave `--qr` out");
+            format!("the peer's config does not fit into a QR code ({error}); leave `--qr` out");
         Failure::new(Code::Usage, line)
     })
 }
@@ -320,7 +334,10 @@ impl NewFile {
         match File::options().write(true).create_new(true).mode(0o600).open(path) {
             Ok(file) => Ok(NewFile { path: Some(path.to_owned()), file }),
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                let line = format_args!("{} exists already: nothing was changed", path.display());
+                let line = format_args!(
+                    "{} exists already and nothing was changed; name another file",
+                    path.display()
+                );
                 Err(Failure::new(Code::Existence, line))
             }
             Err(error) => {

@@ -49,7 +49,10 @@ impl Target {
         let is_up = is_served && is_same_file(&by, &file.path);
         if is_served && !is_up {
             let (interface, by, path) = (&file.interface, by.display(), file.path.display());
-            eprintln!("tidegate: {interface} is up by {by}, not by {path}: it is left as it is");
+            eprintln!(
+                "tidegate: warning: {interface} is up by {by}, not by {path}, and is left as it is; name \
+                 {by} to change it as well"
+            );
         }
         Ok(Target { file, is_up })
     }
