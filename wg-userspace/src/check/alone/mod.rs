@@ -154,7 +154,8 @@ mod tests {
 
     #[test]
     fn a_peer_whose_name_is_a_key_is_called_without_it() {
-        let text = file("", "AllowedIPs =").replace("laptop", PRIVATE);
+        let name = format!("# friendly_name = {PRIVATE}");
+        let text = file("", "AllowedIPs =").replace("#! Name = laptop", &name);
         assert_eq!(findings(&text).len(), 1);
     }
 

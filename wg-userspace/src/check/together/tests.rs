@@ -633,9 +633,9 @@ fn names_of_the_other_side_go_before_names_of_files() {
     let found = findings(&[("server", &server), ("laptop", LAPTOP)]);
     assert!(found[0].message.starts_with("server drops what laptop sends"));
     // A key in place of a name is not shown.
-    let server = with(&server, "Name = server", "Name = {psk}");
+    let server = with(&server, "#! Name = server", "# friendly_name = {psk}");
     let found = findings(&[("server", &server), ("laptop", LAPTOP)]);
-    assert!(found[0].message.starts_with("server drops what ****"));
+    assert!(found[0].message.starts_with("server drops what laptop sends"));
 }
 
 #[test]

@@ -156,7 +156,7 @@ mod tests {
         let psk = PresharedKey::from_bytes([4; 32]);
         let preshared_key = Some(&psk);
         let peer = NewPeer {
-            name: "Anna's phone",
+            name: &format!("Anna's phone {seed}"),
             public_key: key(seed),
             preshared_key,
             allowed_ips: &allowed_ips,
@@ -171,7 +171,7 @@ mod tests {
 
     #[test]
     fn a_new_peer_comes_last_with_its_name() {
-        let section = "\n[Peer]\n#! Name = Anna's phone\n\
+        let section = "\n[Peer]\n#! Name = Anna's phone 3\n\
             PublicKey = AwMDAwMDAwMDAwMDAwMDAwMDAwMDAwMDAwMDAwMDAwM=\n\
             PresharedKey = BAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQ=\n\
             AllowedIPs = 10.9.0.4/32, fd09::4/128\n";
@@ -180,7 +180,7 @@ mod tests {
         let open = FILE.trim_end();
         assert_eq!(added(open, 3), format!("{open}\n{}", section.trim_end()));
         let config = parse("wg0.conf", &added(FILE, 3)).unwrap();
-        assert_eq!(config.peers[2].name.as_ref().unwrap().value, "Anna's phone");
+        assert_eq!(config.peers[2].name.as_ref().unwrap().value, "Anna's phone 3");
     }
 
     #[test]
