@@ -128,9 +128,12 @@ fn changes(line: &str, foreign: &[String; 2]) -> Vec<String> {
         "PrivateKey" => vec![with(&foreign[0])],
         "PublicKey" => vec![with(&foreign[1])],
         "PresharedKey" => vec![with(&foreign[0]), String::new()],
-        // Something else may be forwarded to another one: `#! Endpoint` says where the end is found.
-        "ListenPort" => vec![String::new()],
-        "Endpoint" => vec![with(&format!("{}:7", value.rsplit_once(':').unwrap().0))],
+        "ListenPort" => vec![with("7"), String::new()],
+        "Endpoint" => {
+            let (host, port) = value.rsplit_once(':').unwrap();
+            vec![with(&format!("{host}:7")), with(&format!("{}:{port}", elsewhere(host)))]
+        }
+        "#! Endpoint" => vec![with(&elsewhere(value))],
         "Address" | "AllowedIPs" => {
             let items: Vec<&str> = value.split(", ").collect();
             let is_host =
@@ -139,6 +142,14 @@ fn changes(line: &str, foreign: &[String; 2]) -> Vec<String> {
             changed.map(|item| line.replace(item, &moved(item))).collect()
         }
         _ => Vec::new(),
+    }
+}
+
+/// Another host of the same kind.
+fn elsewhere(host: &str) -> String {
+    match host.strip_suffix("1]") {
+        Some(start) => format!("{start}9]"),
+        None => format!("{}9", host.strip_suffix('1').unwrap_or(host)),
     }
 }
 
@@ -221,8 +232,9 @@ fn what_one_file_says_of_itself_the_others_say_of_it() {
                     Some(endpoint) => {
                         let port = endpoint.port();
                         assert_eq!(other.interface.listen_port.as_deref(), Some(&port), "{line}");
-                        let known = other.interface.endpoint.as_deref();
-                        assert_eq!(known, Some(&endpoint.value), "{line}");
+                        let known = other.interface.endpoint.as_deref().unwrap();
+                        assert_eq!(known.endpoint(port), endpoint.value, "{line}");
+                        assert_eq!(known.port(), None, "{line}");
                     }
                     None => {
                         assert!(other.interface.listen_port.is_none(), "{line}");
@@ -365,8 +377,8 @@ fn what_cannot_work_is_refused_before_anything_is_written() {
         ("bridge --endpoint 198.51.100.1 --network none --network6 none", "carries nothing"),
         ("bridge --endpoint 10.9.0.7", "10.9.0.7 lies in 10.9.0.0/24"),
         ("bridge --endpoint 198.51.100.1 --network 10.9.0.1/24", "its network is 10.9.0.0/24"),
-        ("bridge --endpoint https://example.org", "a URL"),
-        ("bridge --endpoint 198.51.100.1:0", "not a port"),
+        ("bridge --endpoint https://example.org", "write `example.org`"),
+        ("bridge --endpoint 198.51.100.1:0", "from 1 to 65535"),
         ("bridge --endpoint 198.51.100.1 --clients ../up", "no name for an end"),
         ("gateway --endpoint 198.51.100.1 --out eth0;reboot", "cannot be the name"),
         ("jumpbox --endpoint 198.51.100.1 --vlan 10.0.0.0/8", "by --network"),

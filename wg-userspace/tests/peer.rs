@@ -171,7 +171,7 @@ fn what_cannot_be_done_changes_nothing() {
     assert_eq!(fs::read_to_string(folder.0.path().join("there")).unwrap(), "before");
 
     fs::write(folder.file(), FILE.replace("#! Endpoint", "# Endpoint")).unwrap();
-    assert!(folder.fails(2, "add", &["phone"]).contains("--endpoint HOST:PORT"));
+    assert!(folder.fails(2, "add", &["phone"]).contains("--endpoint HOST`"));
     fs::write(folder.file(), FILE.replace("10.9.0.1/24", "10.9.0.1/30")).unwrap();
     assert!(folder.fails(5, "add", &["phone"]).contains("10.9.0.0/30 is full"));
     fs::write(folder.file(), FILE.replace("Address", "Adress")).unwrap();

@@ -104,7 +104,7 @@ fn a_pause_ends_all_keys_and_the_tunnel_comes_back_after_it() {
     assert_eq!(gateway.latest_handshake(), before);
 
     gateway.quiesce(&["--resume"]);
-    assert!(!gateway.show().contains("quiesced: "), "{}", gateway.show());
+    assert!(!gateway.show().contains("\n  quiesced: "), "{}", gateway.show());
     // The client does not know that its keypair is dead: silence tells it, after 15 s. A ping from
     // the gateway begins a handshake at once.
     lab::wait_for("an answer", LIMIT, || {
@@ -120,7 +120,7 @@ fn a_pause_ends_all_keys_and_the_tunnel_comes_back_after_it() {
     assert!(!pings(&lab.client, 1));
     assert!(client.dropped("quiesced") > 0);
     lab::wait_for("an answer", LIMIT, || Ok(pings(&lab.client, 1).then_some(()))).unwrap();
-    assert!(!client.show().contains("quiesced: "), "{}", client.show());
+    assert!(!client.show().contains("\n  quiesced: "), "{}", client.show());
 }
 
 #[test]

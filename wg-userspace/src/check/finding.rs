@@ -142,6 +142,8 @@ pub enum Rule {
     NoKeepalive,
     /// An end is looked for at another port than the one where it listens.
     EndpointPort,
+    /// A peer is looked for elsewhere than where it says that it is found.
+    EndpointHost,
     /// An end is looked for, but listens where nobody can know.
     NoListenPort,
     /// Two ends are looked for at the same place.

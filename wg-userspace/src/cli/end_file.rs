@@ -6,7 +6,7 @@ use ipnet::IpNet;
 use zeroize::Zeroizing;
 
 use crate::{
-    config::{Endpoint, Hook},
+    config::{Endpoint, Hook, OwnEndpoint},
     key::{PresharedKey, PrivateKey, PublicKey},
 };
 
@@ -20,7 +20,7 @@ pub struct EndConfig {
     /// `ListenPort`; without it, any.
     pub listen_port: Option<u16>,
     /// `#! Endpoint`: where others find it.
-    pub endpoint: Option<Endpoint>,
+    pub endpoint: Option<OwnEndpoint>,
     /// `PrivateKey`
     pub key: OwnKey,
     /// `DNS`: servers and search domains.
@@ -33,6 +33,13 @@ pub struct EndConfig {
     pub hooks: Vec<Hook>,
     /// Its peers, in this order.
     pub peers: Vec<EndPeer>,
+}
+
+impl EndConfig {
+    /// Where others find it, if it can be found.
+    pub fn found_at(&self) -> Option<Endpoint> {
+        Some(self.endpoint.as_ref()?.endpoint(self.listen_port?))
+    }
 }
 
 /// The key of the end whose file it is.
@@ -100,7 +107,7 @@ fn text(end: &EndConfig, has_comments: bool) -> Zeroizing<String> {
     }
     if let Some(endpoint) = &end.endpoint {
         text.explain(
-            "Where this end is found; `tidegate peer add` tells new ends. There: Endpoint.",
+            "Where this end is found; `tidegate peer add` tells new ends. There: the host of Endpoint.",
         );
         text.instruction("Endpoint", &endpoint.to_string());
     }

@@ -27,7 +27,7 @@ mod tests;
 mod values;
 
 use std::fmt;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::ops::Deref;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -80,9 +80,8 @@ pub struct Interface {
     pub hooks: Vec<Spanned<Hook>>,
     /// `SaveConfig`
     pub save_config: Option<Spanned<bool>>,
-    /// `#! Endpoint`: where peers reach this device, for files that are written for them. A router may
-    /// forward its port to `listen_port`.
-    pub endpoint: Option<Spanned<Endpoint>>,
+    /// `#! Endpoint`: where peers reach this device, for files that are written for them.
+    pub endpoint: Option<Spanned<OwnEndpoint>>,
     /// `#! Xdp`
     pub xdp: Option<Spanned<Xdp>>,
     /// `#! Workers`, at least 1.
@@ -163,6 +162,66 @@ impl fmt::Display for Endpoint {
             Self::Address(address) => address.fmt(f),
             Self::Host { host, port } if host.contains(':') => write!(f, "[{host}]:{port}"),
             Self::Host { host, port } => write!(f, "{host}:{port}"),
+        }
+    }
+}
+
+/// Where peers reach a device.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct OwnEndpoint {
+    /// The port in it says nothing.
+    host: Endpoint,
+    port: Option<u16>,
+}
+
+impl OwnEndpoint {
+    /// At the host of `endpoint`, and at the port on which the device listens.
+    pub const fn at_listen_port(endpoint: Endpoint) -> Self {
+        Self { host: endpoint, port: None }
+    }
+
+    /// The port, if it is said: a router may forward it to the `ListenPort`. Not 0.
+    pub const fn port(&self) -> Option<u16> {
+        self.port
+    }
+
+    /// The same for a peer of a device that listens on `listen_port`.
+    pub fn endpoint(&self, listen_port: u16) -> Endpoint {
+        let port = self.port.unwrap_or(listen_port);
+        match &self.host {
+            Endpoint::Address(address) => Endpoint::Address(SocketAddr::new(address.ip(), port)),
+            Endpoint::Host { host, .. } => Endpoint::Host { host: host.clone(), port },
+        }
+    }
+
+    /// Its host, if it is an address.
+    pub const fn address(&self) -> Option<IpAddr> {
+        match &self.host {
+            Endpoint::Address(address) => Some(address.ip()),
+            Endpoint::Host { .. } => None,
+        }
+    }
+}
+
+impl FromStr for OwnEndpoint {
+    type Err = EndpointError;
+
+    fn from_str(text: &str) -> Result<Self, EndpointError> {
+        values::own_endpoint(Text::whole(text).trim())
+            .map_err(|mistake| EndpointError(mistake.in_a_line()))
+    }
+}
+
+impl fmt::Display for OwnEndpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(port) = self.port {
+            return self.endpoint(port).fmt(f);
+        }
+        match &self.host {
+            Endpoint::Address(address) if address.is_ipv4() => address.ip().fmt(f),
+            Endpoint::Address(address) => write!(f, "[{}]", address.ip()),
+            Endpoint::Host { host, .. } if host.contains(':') => write!(f, "[{host}]"),
+            Endpoint::Host { host, .. } => host.fmt(f),
         }
     }
 }

@@ -13,7 +13,7 @@ use super::lines::{Line, Text};
 use super::problem::{Mistake, Source};
 use super::{
     Allow, Config, ConfigErrors, Endpoint, Forward, Hook, HookEvent, Interface, Limit, Nat,
-    PeerConfig, Span, Spanned, Table, Xdp, name_problem, values,
+    OwnEndpoint, PeerConfig, Span, Spanned, Table, Xdp, name_problem, values,
 };
 use crate::key::{PresharedKey, PrivateKey, PublicKey};
 
@@ -60,7 +60,7 @@ pub struct InterfaceDraft {
     table: Option<Spanned<Table>>,
     hooks: Vec<Spanned<Hook>>,
     save_config: Option<Spanned<bool>>,
-    endpoint: Option<Spanned<Endpoint>>,
+    endpoint: Option<Spanned<OwnEndpoint>>,
     /// `#! Xdp`
     pub xdp: Option<Spanned<Xdp>>,
     /// `#! Workers`
@@ -474,7 +474,7 @@ impl InterfaceDraft {
         let span = value.span();
         match directive {
             Directive::Endpoint => {
-                self.endpoint = Some(Spanned::new(values::endpoint(value)?, span));
+                self.endpoint = Some(Spanned::new(values::own_endpoint(value)?, span));
             }
             Directive::Xdp => self.xdp = Some(Spanned::new(values::xdp(value)?, span)),
             Directive::Workers => self.workers = Some(Spanned::new(values::workers(value)?, span)),

@@ -186,11 +186,42 @@ fn endpoints_are_addresses_or_names_with_a_port() {
 
 #[test]
 fn an_endpoint_of_our_own_is_an_instruction() {
-    let endpoint = interface("#! Endpoint = gw.example.org:7 # since May").endpoint.unwrap();
-    assert_eq!(endpoint.value, Endpoint::Host { host: "gw.example.org".to_owned(), port: 7 });
+    let own =
+        |text: &str| interface(&format!("#! Endpoint = {text} # since May")).endpoint.unwrap();
+    for (text, at_51820) in [
+        ("gw.example.org:7", "gw.example.org:7"),
+        ("gw.example.org", "gw.example.org:51820"),
+        ("198.51.100.1", "198.51.100.1:51820"),
+        ("[2001:db8::1]:443", "[2001:db8::1]:443"),
+        ("[2001:db8::1]", "[2001:db8::1]:51820"),
+        ("[fe80::1%eth0]", "[fe80::1%eth0]:51820"),
+    ] {
+        let endpoint = own(text).value;
+        assert_eq!(endpoint.endpoint(51820).to_string(), at_51820, "{text}");
+        assert_eq!(endpoint.to_string(), text);
+        assert_eq!(endpoint.port().is_some(), text == at_51820);
+    }
+    // Without brackets the last of its groups is no port.
+    assert_eq!(own("2001:db8::5:1").value.to_string(), "[2001:db8::5:1]");
     assert!(interface("").endpoint.is_none());
-    let complaint = complaint(&file("#! Endpoint = gw.example.org", ""));
-    assert!(complaint.contains("the port is missing"), "{complaint}");
+    for (wrong, why) in [
+        ("gw:", "the port is missing"),
+        ("gw:0", "from 1 to 65535"),
+        ("gw:+1", "from 1 to 65535"),
+        ("gw:65536", "from 1 to 65535"),
+        (":51820", "the host is missing"),
+        ("[2001:db8::1", "`]` is missing"),
+        ("[gw]", "not an IPv6 address"),
+        ("[2001:db8::1]1", "the port is missing"),
+        ("198.51.100.300", "neither an address nor a host name"),
+        ("a b", "a blank"),
+        ("0.0.0.0", "nobody is found"),
+        ("[ff02::1]:7", "nobody is found"),
+        ("https://gw", "write `gw`"),
+    ] {
+        let complaint = complaint(&file(&format!("#! Endpoint = {wrong}"), ""));
+        assert!(complaint.contains(why), "{wrong}: {complaint}");
+    }
 }
 
 #[test]

@@ -13,7 +13,7 @@ use super::instructions::read::meant;
 use super::keys::Key;
 use super::lines::Text;
 use super::problem::Mistake;
-use super::{Endpoint, Mode, Spanned, Table, Xdp};
+use super::{Endpoint, Mode, OwnEndpoint, Spanned, Table, Xdp};
 use crate::key::{ParseKeyError, PrivateKey};
 
 /// Without the white space inside it, which wg(8) ignores.
@@ -212,6 +212,30 @@ pub(super) fn words(value: Text<'_>) -> impl Iterator<Item = Text<'_>> {
 }
 
 pub(super) fn endpoint(value: Text<'_>) -> Result<Endpoint, Mistake> {
+    host_and_port(value, true).map(|(endpoint, _)| endpoint)
+}
+
+pub(super) fn own_endpoint(value: Text<'_>) -> Result<OwnEndpoint, Mistake> {
+    let refused = |why: &'static str| {
+        Mistake::new(format!("`{}` is not an endpoint", value.quoted()))
+            .at(value.span(), why)
+            .help("write the name or the address at which others reach this end")
+    };
+    // wg(8), which reads endpoints of peers, takes blanks out of them.
+    if value.raw.contains(char::is_whitespace) {
+        return Err(refused("there is a blank in it"));
+    }
+    let (host, has_port) = host_and_port(value, false)?;
+    if let Endpoint::Address(address) = &host
+        && (address.ip().is_unspecified() || address.ip().is_multicast())
+    {
+        return Err(refused("nobody is found at this address"));
+    }
+    Ok(OwnEndpoint { port: has_port.then_some(host.port()), host })
+}
+
+/// An endpoint, and whether it says its port, which is 0 if not.
+fn host_and_port(value: Text<'_>, is_port_needed: bool) -> Result<(Endpoint, bool), Mistake> {
     const FORM: &str = "write `host:port` or `[IPv6 address]:port`, such as 198.51.100.1:51820";
     let wrong = || Mistake::new(format!("`{}` is not an endpoint", value.quoted()));
     let without_port = || {
@@ -227,21 +251,31 @@ pub(super) fn endpoint(value: Text<'_>) -> Result<Endpoint, Mistake> {
     if let Some(end) = value.raw.find("://") {
         let rest = value.from(end + 3).before('/');
         let mistake = wrong().at(value.slice(0..end + 3).span(), "this does not belong here");
-        return Err(match endpoint(rest) {
+        return Err(match host_and_port(rest, is_port_needed) {
             Ok(_) => mistake.help(format!("write `{}`", rest.quoted())),
             Err(_) => mistake.help(FORM),
         });
     }
+    // An IPv6 address could be one group less and a port, too.
+    let is_address = || scoped_v6(&squeezed(value)).is_some();
     let (host, port) = if value.raw.starts_with('[') {
         let Some(end) = value.raw.find(']') else {
             return Err(wrong().at(value.slice(0..1).span(), "`]` is missing").help(FORM));
         };
         let rest = value.from(end + 1).trim();
-        let Some(port) = rest.raw.strip_prefix(':') else { return Err(without_port()) };
-        (value.slice(1..end).trim(), rest.from(rest.raw.len() - port.len()).trim())
+        let port = match rest.raw.strip_prefix(':') {
+            Some(port) => Some(rest.from(rest.raw.len() - port.len()).trim()),
+            None if rest.is_empty() && !is_port_needed => None,
+            None => return Err(without_port()),
+        };
+        (value.slice(1..end).trim(), port)
     } else {
-        let Some(colon) = value.raw.rfind(':') else { return Err(without_port()) };
-        (value.slice(0..colon).trim(), value.from(colon + 1).trim())
+        match value.raw.rfind(':') {
+            _ if !is_port_needed && is_address() => (value, None),
+            Some(colon) => (value.slice(0..colon).trim(), Some(value.from(colon + 1).trim())),
+            None if !is_port_needed => (value, None),
+            None => return Err(without_port()),
+        }
     };
     if host.is_empty() {
         return Err(wrong().at(value.span(), "the host is missing").help(FORM));
@@ -250,22 +284,31 @@ pub(super) fn endpoint(value: Text<'_>) -> Result<Endpoint, Mistake> {
     let host_text = squeezed(host);
     // As wg(8) does, take what stands before the last colon of an address without brackets.
     let is_address_in_parts = !is_bracketed && host_text.contains(':');
-    if port.is_empty() || is_address_in_parts && scoped_v6(&host_text).is_none() {
+    if port.is_some_and(|port| port.is_empty())
+        || is_address_in_parts && scoped_v6(&host_text).is_none()
+    {
         return Err(without_port());
     }
-    let port_text = squeezed(port);
-    let Some(port) = number(&port_text, 1..=u16::MAX) else {
-        let mistake = wrong().at(port.span(), "a port is a number from 1 to 65535");
-        return Err(match port_text.contains('/').then(|| number_alone(&port_text)).flatten() {
-            Some(help) => mistake.help(help),
-            None => mistake.help(FORM),
-        });
+    let has_port = port.is_some();
+    let port = match port {
+        None => 0,
+        Some(port) => {
+            let port_text = squeezed(port);
+            let number = number(&port_text, 1..=u16::MAX);
+            number.ok_or_else(|| {
+                let mistake = wrong().at(port.span(), "a port is a number from 1 to 65535");
+                match port_text.contains('/').then(|| number_alone(&port_text)).flatten() {
+                    Some(help) => mistake.help(help),
+                    None => mistake.help(FORM),
+                }
+            })?
+        }
     };
 
     if let Ok(address) = host_text.parse::<IpAddr>()
         && (address.is_ipv6() || !is_bracketed)
     {
-        return Ok(Endpoint::Address(SocketAddr::new(address, port)));
+        return Ok((Endpoint::Address(SocketAddr::new(address, port)), has_port));
     }
     let is_name = |text: &str| {
         text.bytes().all(|c| c.is_ascii_alphanumeric() || matches!(c, b'-' | b'.' | b'_'))
@@ -273,7 +316,7 @@ pub(super) fn endpoint(value: Text<'_>) -> Result<Endpoint, Mistake> {
             && !text.bytes().all(|c| c.is_ascii_digit() || c == b'.')
     };
     if scoped_v6(&host_text).is_some() || !is_bracketed && is_name(&host_text) {
-        return Ok(Endpoint::Host { host: host_text.into_owned(), port });
+        return Ok((Endpoint::Host { host: host_text.into_owned(), port }, has_port));
     }
     let what = if is_bracketed {
         "this is not an IPv6 address"

@@ -565,8 +565,8 @@ mod tests {
             with in "(?s).{0,3}",
         ) {
             let mut text = format_set(&request).to_string();
-            let (at, _) = *at.get(&text.char_indices().collect::<Vec<_>>());
-            text.replace_range(at..=at, &with);
+            let (at, old) = *at.get(&text.char_indices().collect::<Vec<_>>());
+            text.replace_range(at..at + old.len_utf8(), &with);
             if let Err(error) = parse_set(&text) {
                 prop_assert!(error.line <= text.lines().count());
                 let _ = error.to_string();

@@ -145,7 +145,9 @@ impl Sandbox {
              done
              cat /proc/sys/net/ipv4/conf/all/src_valid_mark; grep -v netns /proc/mounts
              find /run/tidegate /run/wireguard -type f -o -type s || true
-             cat /proc/net/udp /proc/net/udp6 | wc -l; pgrep -l tidegate || true")
+             # Those of a port that it has left are closed a moment later.
+             port=$(wg show tg0 listen-port 2>/dev/null) && port=$(printf :%04X \"$port\") || port=
+             cat /proc/net/udp /proc/net/udp6 | grep -c \"$port \"; pgrep -l tidegate || true")
     }
 
     /// What decides where packets go: rules, routes, filters; the same whoever made it.

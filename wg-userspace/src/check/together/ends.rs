@@ -116,8 +116,11 @@ impl<'a> End<'a> {
 
     /// The port on which others find it, which a router may forward to its own.
     pub fn outside_port(&self) -> Option<u16> {
-        let port = self.port()?;
-        Some(self.config().interface.endpoint.as_ref().map_or(port, |endpoint| endpoint.port()))
+        let endpoint = self.config().interface.endpoint.as_ref();
+        endpoint
+            .and_then(|endpoint| endpoint.port())
+            .filter(|_| self.port().is_some())
+            .or(self.port())
     }
 
     /// Whether it is found at a port: its own, or the one that is forwarded.

@@ -2,6 +2,7 @@
 //! the other.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 
 use ipnet::IpNet;
 
@@ -20,6 +21,7 @@ pub fn check(ends: &[End<'_>], links: &Links, findings: &mut Vec<Finding>) {
     }
     for end in ends {
         findings.extend(ports(ends, links, end));
+        findings.extend(hosts(ends, links, end));
     }
     findings.extend(same_endpoints(ends, links));
 }
@@ -92,8 +94,8 @@ impl<'a, 'b> Meeting<'a, 'b> {
     fn nobody_starts(&self) -> Finding {
         let (near, far) = (&self.near.label, &self.far.label);
         let help = match (&self.far.config().interface.endpoint, self.far.port()) {
-            (Some(known), Some(_)) => {
-                let place = words::shown(self.far.config(), known.span);
+            (Some(known), Some(port)) => {
+                let place = known.endpoint(port);
                 format!(
                     "write `Endpoint = {place}` for {far} in {near}, as `#! Endpoint` of {far} says"
                 )
@@ -148,13 +150,17 @@ impl<'a, 'b> Meeting<'a, 'b> {
 /// Who looks for an end, and where.
 type Seeker<'a, 'b> = (&'a End<'b>, &'b Spanned<Endpoint>);
 
-/// The port at which others look for `end`, and the one at which it listens.
-fn ports<'b>(ends: &[End<'b>], links: &Links, end: &End<'b>) -> Vec<Finding> {
+fn seekers<'a, 'b>(ends: &'a [End<'b>], links: &Links, end: &End<'b>) -> Vec<Seeker<'a, 'b>> {
     let seeker = |pair: Pair| {
         let seeker = &ends[pair.far];
         Some((seeker, seeker.peers()[pair.back].endpoint.as_ref()?))
     };
-    let seekers: Vec<Seeker<'_, '_>> = links.pairs_of(end.file).filter_map(seeker).collect();
+    links.pairs_of(end.file).filter_map(seeker).collect()
+}
+
+/// The port at which others look for `end`, and the one at which it listens.
+fn ports<'b>(ends: &[End<'b>], links: &Links, end: &End<'b>) -> Vec<Finding> {
+    let seekers = seekers(ends, links, end);
     let Some((_, first)) = seekers.first() else { return Vec::new() };
     let listen_port = end.config().interface.listen_port.as_ref();
     let Some((listen_port, port)) = listen_port.zip(end.port()) else {
@@ -185,6 +191,64 @@ fn ports<'b>(ends: &[End<'b>], links: &Links, end: &End<'b>) -> Vec<Finding> {
             ))
     };
     wrong.iter().map(finding).collect()
+}
+
+/// The host at which others look for `end`, and the one at which it says that it is found.
+fn hosts<'b>(ends: &[End<'b>], links: &Links, end: &End<'b>) -> Vec<Finding> {
+    let Some((said, port)) = end.config().interface.endpoint.as_ref().zip(end.port()) else {
+        return Vec::new();
+    };
+    let place = said.endpoint(port);
+    let finding = |(near, endpoint): &Seeker<'_, '_>| {
+        Finding::new(
+            Severity::Warning,
+            Rule::EndpointHost,
+            format!(
+                "{0} looks for {2} at {1}, but {2} says that it is found at {3}",
+                near.label,
+                host_of(endpoint),
+                end.label,
+                host_of(&place),
+            ),
+        )
+        .at(near.file, endpoint.span, format!("{} looks here", near.label))
+        .at(end.file, said.span, format!("{} is found here", end.label))
+        .help(format!(
+            "write `Endpoint = {place}` in {}, unless it has another way to {}",
+            near.label, end.label
+        ))
+    };
+    let seekers = seekers(ends, links, end);
+    let lost = seekers.iter().filter(|(_, endpoint)| are_of_two_hosts(endpoint, &place));
+    lost.map(finding).collect()
+}
+
+/// Whether two endpoints are not of one host, as far as can be told without asking anybody: a name may
+/// lead to each address, a host may have one of each family, and one of a site besides a public one.
+fn are_of_two_hosts(one: &Endpoint, other: &Endpoint) -> bool {
+    let is_of_site = |address: IpAddr| match address {
+        IpAddr::V4(v4) => v4.is_private() || v4.is_link_local() || v4.is_loopback(),
+        IpAddr::V6(v6) => v6.is_unique_local() || v6.is_unicast_link_local() || v6.is_loopback(),
+    };
+    match (one, other) {
+        (Endpoint::Address(one), Endpoint::Address(other)) => {
+            one.is_ipv4() == other.is_ipv4()
+                && is_of_site(one.ip()) == is_of_site(other.ip())
+                && one.ip() != other.ip()
+        }
+        (Endpoint::Host { host: one, .. }, Endpoint::Host { host: other, .. }) => {
+            // A colon is of an address with a scope, which is another one on each host.
+            !one.contains(':') && !other.contains(':') && !one.eq_ignore_ascii_case(other)
+        }
+        _ => false,
+    }
+}
+
+fn host_of(endpoint: &Endpoint) -> String {
+    match endpoint {
+        Endpoint::Address(address) => address.ip().to_string(),
+        Endpoint::Host { host, .. } => host.clone(),
+    }
 }
 
 fn no_listen_port(end: &End<'_>, seekers: &[Seeker<'_, '_>], asked: u16) -> Finding {

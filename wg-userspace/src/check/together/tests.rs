@@ -480,6 +480,44 @@ fn a_port_that_is_forwarded_is_right_too() {
         help(&[("server", &server), ("laptop", &lost)]),
         "write `Endpoint = gw.example.org:443` for server in laptop, as `#! Endpoint` of server says"
     );
+    // Without a port in it there is the ListenPort alone.
+    let plain = with(SERVER, "[Peer]", "#! Endpoint = gw.example.org\n[Peer]");
+    assert_eq!(findings(&[("server", &plain), ("laptop", LAPTOP)]), []);
+    let moved = with(&plain, "ListenPort = 51820", "ListenPort = 51821");
+    let files = [("server", &*moved), ("laptop", LAPTOP)];
+    assert_eq!(findings(&files)[0].rule, Rule::EndpointPort);
+    assert_eq!(
+        help(&[("server", &plain), ("laptop", &lost)]),
+        "write `Endpoint = gw.example.org:51820` for server in laptop, as `#! Endpoint` of server says"
+    );
+}
+
+#[test]
+fn an_end_is_looked_for_where_it_says_that_it_is() {
+    let server = |place: &str| with(SERVER, "[Peer]", &format!("#! Endpoint = {place}\n[Peer]"));
+    let laptop = |place: &str| with(LAPTOP, "gw.example.org:51820", place);
+    one(
+        &[("server", &server("gw.example.org")), ("laptop", &laptop("wg.example.org:51820"))],
+        Severity::Warning,
+        Rule::EndpointHost,
+        "laptop looks for server at wg.example.org, but server says that it is found at gw.example.org",
+        ("laptop", "wg.example.org:51820"),
+    );
+    for (said, sought, is_found) in [
+        ("198.51.100.1:443", "198.51.100.2:443", true),
+        ("192.168.1.1", "192.168.1.2:51820", true),
+        ("2001:db8::1", "[2001:db8::2]:51820", true),
+        ("gw.example.org", "GW.example.ORG:51820", false),
+        // Another family, an address of the site, a name for an address: it may be the same host.
+        ("2001:db8::1", "198.51.100.1:51820", false),
+        ("198.51.100.1", "192.168.1.1:51820", false),
+        ("198.51.100.1", "gw.example.org:51820", false),
+        ("[fe80::1%eth0]", "[fe80::1%eth1]:51820", false),
+    ] {
+        let found = findings(&[("server", &server(said)), ("laptop", &laptop(sought))]);
+        let rules: Vec<_> = found.iter().map(|finding| finding.rule).collect();
+        assert_eq!(rules, [Rule::EndpointHost].repeat(is_found.into()), "{said} {sought}");
+    }
 }
 
 #[test]

@@ -1,16 +1,15 @@
 //! The arguments of `init`.
 
-use std::{
-    net::{IpAddr, Ipv6Addr, SocketAddr},
-    path::PathBuf,
-    str::FromStr,
-};
+use std::{net::IpAddr, path::PathBuf, str::FromStr};
 
 use clap::{Args, Subcommand};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use super::network::{self, Choice};
-use crate::{cli::name::InterfaceName, config::Endpoint};
+use crate::{
+    cli::name::InterfaceName,
+    config::{EndpointError, OwnEndpoint},
+};
 
 /// Which ends there are, and what they are to each other.
 #[derive(Debug, Subcommand)]
@@ -54,7 +53,7 @@ pub struct Common {
 pub struct Star {
     /// Where clients find the end in the middle: a name or an address, and its UDP port
     #[arg(long, value_name = "HOST[:PORT]")]
-    pub endpoint: HostPort,
+    pub endpoint: OwnEndpoint,
     /// Names of the clients
     #[arg(long, value_name = "NAME,..", default_value = "laptop", value_delimiter = ',')]
     pub clients: Vec<EndName>,
@@ -151,82 +150,13 @@ impl FromStr for EndName {
     }
 }
 
-/// A host, and a port if it is named.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub struct HostPort {
-    /// An address or a name.
-    pub host: String,
-    /// Not 0.
-    pub port: Option<u16>,
-}
-
-impl HostPort {
-    /// The address, if the host is one.
-    pub fn address(&self) -> Option<IpAddr> {
-        self.host.parse().ok()
-    }
-
-    /// The same for a file.
-    pub fn endpoint(&self, port_if_none: u16) -> Endpoint {
-        let port = self.port.unwrap_or(port_if_none);
-        match self.address() {
-            Some(address) => Endpoint::Address(SocketAddr::new(address, port)),
-            None => Endpoint::Host { host: self.host.clone(), port },
-        }
-    }
-}
-
-impl FromStr for HostPort {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        const FORM: &str = "write `host:port` or `[IPv6 address]:port`";
-        if text.contains("://") {
-            return Err(format!("`{text}` is a URL; {FORM}"));
-        }
-        let (host, port) = if let Some(rest) = text.strip_prefix('[') {
-            let (host, rest) = rest.split_once(']').ok_or(format!("`]` is missing; {FORM}"))?;
-            if host.parse::<Ipv6Addr>().is_err() {
-                return Err(format!("`{host}` is not an IPv6 address; {FORM}"));
-            }
-            let port = rest.strip_prefix(':').or(rest.is_empty().then_some(""));
-            (host, port.ok_or(format!("`:` is missing behind `]`; {FORM}"))?)
-        } else if text.parse::<Ipv6Addr>().is_ok() {
-            (text, "")
-        } else {
-            text.rsplit_once(':').unwrap_or((text, ""))
-        };
-        let has_port = !port.is_empty() || text.ends_with(':');
-        // `parse` takes a sign, too.
-        let is_number = port.bytes().all(|c| c.is_ascii_digit());
-        let number = port.parse().ok().filter(|&port: &u16| is_number && port != 0);
-        if has_port && number.is_none() {
-            return Err(format!("`{port}` is not a port: a number from 1 to 65535"));
-        }
-        let is_of_host = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'-' | b'.' | b'_');
-        let is_good = match host.parse::<IpAddr>() {
-            Ok(address) => !address.is_unspecified() && !address.is_multicast(),
-            Err(_) => {
-                !host.is_empty()
-                    && host.bytes().all(is_of_host)
-                    // Digits and dots only are a mistyped address.
-                    && !host.bytes().all(|c| c.is_ascii_digit() || c == b'.')
-            }
-        };
-        if !is_good {
-            return Err(format!("`{host}` is neither a host's name nor its address; {FORM}"));
-        }
-        Ok(Self { host: host.to_owned(), port: number })
-    }
-}
-
 /// An end of a mesh.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Node {
     /// What it is called.
     pub name: EndName,
     /// Where it is found.
-    pub endpoint: Option<HostPort>,
+    pub endpoint: Option<OwnEndpoint>,
 }
 
 impl FromStr for Node {
@@ -234,7 +164,9 @@ impl FromStr for Node {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let (name, endpoint) = match text.split_once('=') {
-            Some((name, endpoint)) => (name, Some(endpoint.parse()?)),
+            Some((name, endpoint)) => {
+                (name, Some(endpoint.parse().map_err(|error: EndpointError| error.to_string())?))
+            }
             None => (text, None),
         };
         Ok(Self { name: name.parse()?, endpoint })
@@ -257,42 +189,6 @@ fn nic(text: &str) -> Result<String, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn endpoints_are_hosts_with_or_without_a_port() {
-        for (text, host, port) in [
-            ("gw.example.org", "gw.example.org", None),
-            ("gw.example.org:443", "gw.example.org", Some(443)),
-            ("198.51.100.1", "198.51.100.1", None),
-            ("198.51.100.1:51820", "198.51.100.1", Some(51820)),
-            ("2001:db8::1", "2001:db8::1", None),
-            ("[2001:db8::1]", "2001:db8::1", None),
-            ("[2001:db8::1]:1", "2001:db8::1", Some(1)),
-        ] {
-            let expected = HostPort { host: host.to_owned(), port };
-            assert_eq!(text.parse(), Ok(expected), "{text}");
-        }
-        for (text, why) in [
-            ("", "neither a host"),
-            (":51820", "neither a host"),
-            ("gw:", "is not a port"),
-            ("gw:0", "is not a port"),
-            ("gw:+1", "is not a port"),
-            ("gw:65536", "is not a port"),
-            ("[2001:db8::1", "`]` is missing"),
-            ("[gw]:1", "not an IPv6"),
-            ("[2001:db8::1]1", "`:` is missing"),
-            ("2001:db8::g:1", "neither a host"),
-            ("198.51.100.300", "neither a host"),
-            ("0.0.0.0", "neither a host"),
-            ("https://gw", "a URL"),
-            ("a b", "neither a host"),
-            ("a\nb", "neither a host"),
-        ] {
-            let error = text.parse::<HostPort>().unwrap_err();
-            assert!(error.contains(why), "{text}: {error}");
-        }
-    }
 
     #[test]
     fn names_of_ends_are_fit_for_folders() {

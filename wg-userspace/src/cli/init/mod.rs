@@ -54,14 +54,13 @@ fn report(ends: &[End], common: &Common) -> String {
         let addresses: Vec<_> =
             end.config.addresses.iter().map(|address| address.addr().to_string()).collect();
         let _ = write!(text, "  {:width$}  {}", file(&end.name), addresses.join(", "));
-        if let Some(endpoint) = &end.config.endpoint {
+        if let Some(endpoint) = end.config.found_at() {
             let _ = write!(text, ", found at {endpoint}");
         }
         text.push('\n');
     }
     text.push_str("\nNext:\n");
-    let found: Vec<_> =
-        ends.iter().filter_map(|end| Some((end, end.config.endpoint.as_ref()?))).collect();
+    let found: Vec<_> = ends.iter().filter_map(|end| Some((end, end.config.found_at()?))).collect();
     let all = quoted(&dir.join("*").join(format!("{interface}.conf")));
     let _ = writeln!(text, "  tidegate check {all}");
     let _ = writeln!(
@@ -83,7 +82,7 @@ fn report(ends: &[End], common: &Common) -> String {
             end.sysctls.join(" ")
         );
     }
-    let ports = match found[..] {
+    let ports = match &found[..] {
         [(end, endpoint)] => format!("UDP port {} of {}", endpoint.port(), end.name),
         _ => "The UDP ports above".to_owned(),
     };

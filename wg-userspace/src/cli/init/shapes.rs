@@ -4,12 +4,12 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use rand_core::CryptoRng;
 
 use super::{
-    args::{Common, EndName, HostPort, Mesh, Node, Shape, Star},
+    args::{Common, EndName, Mesh, Node, Shape, Star},
     network::{Networks, unique_local},
 };
 use crate::{
     cli::end_file::{EndConfig, EndPeer, OwnKey, Place},
-    config::{Endpoint, Hook, HookEvent},
+    config::{Endpoint, Hook, HookEvent, OwnEndpoint},
     key::{PresharedKey, PrivateKey, PublicKey},
 };
 
@@ -204,7 +204,7 @@ fn star(
             about: about(middle.name, middle.of, &names, common),
             addresses: networks.addresses(0),
             listen_port: Some(endpoint.port()),
-            endpoint: Some(endpoint.clone()),
+            endpoint: Some(OwnEndpoint::at_listen_port(endpoint.clone())),
             key: OwnKey::Private(keys[0].clone()),
             dns: Vec::new(),
             mtu: None,
@@ -321,7 +321,7 @@ fn mesh(mesh: &Mesh, rng: &mut (impl CryptoRng + ?Sized)) -> Result<Vec<End>, St
                 about: about(names[own], "mesh", &other_names, common),
                 addresses: networks.addresses(own),
                 listen_port: endpoint.as_ref().map(Endpoint::port),
-                endpoint,
+                endpoint: endpoint.map(OwnEndpoint::at_listen_port),
                 key: OwnKey::Private(private_key),
                 dns: Vec::new(),
                 mtu: None,
@@ -363,7 +363,7 @@ fn networks(
 
 /// Looks whether an endpoint is outside of what goes through the tunnel: else its own datagrams
 /// would be sent into it.
-fn outside(place: &HostPort, inside: &[IpNet]) -> Result<(), String> {
+fn outside(place: &OwnEndpoint, inside: &[IpNet]) -> Result<(), String> {
     let Some(address) = place.address() else { return Ok(()) };
     match inside.iter().find(|network| network.contains(&address)) {
         None => Ok(()),

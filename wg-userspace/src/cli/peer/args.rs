@@ -6,7 +6,7 @@ use clap::{Args, Subcommand};
 use ipnet::IpNet;
 
 use super::name::PeerName;
-use crate::{config::Endpoint, key::PublicKey};
+use crate::{config::OwnEndpoint, key::PublicKey};
 
 /// What to do with peers.
 #[derive(Debug, Subcommand)]
@@ -42,8 +42,8 @@ pub struct Add {
     pub psk: bool,
     /// Where the peer reaches this interface; without a port it is the ListenPort [default: what
     /// `#! Endpoint` says]
-    #[arg(long, value_name = "HOST:PORT", value_parser = our_endpoint)]
-    pub endpoint: Option<OurEndpoint>,
+    #[arg(long, value_name = "HOST[:PORT]")]
+    pub endpoint: Option<OwnEndpoint>,
     /// Name servers and search domains for the peer
     #[arg(long, value_name = "SERVER,..", value_delimiter = ',', value_parser = dns)]
     pub dns: Vec<String>,
@@ -92,28 +92,6 @@ pub struct List {
     pub json: bool,
 }
 
-/// An endpoint whose port may be left out.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub enum OurEndpoint {
-    /// With its port.
-    Whole(Endpoint),
-    /// A host, with brackets where it needs them.
-    Host(String),
-}
-
-fn our_endpoint(text: &str) -> Result<OurEndpoint, String> {
-    // It could be one group less and a port, too.
-    if let Ok(IpAddr::V6(address)) = text.parse() {
-        return Ok(OurEndpoint::Host(format!("[{address}]")));
-    }
-    let error = match text.parse() {
-        Ok(endpoint) => return Ok(OurEndpoint::Whole(endpoint)),
-        Err(error) => error,
-    };
-    let with_port = format!("{text}:1").parse::<Endpoint>();
-    with_port.map(|_| OurEndpoint::Host(text.to_owned())).map_err(|_| error.to_string())
-}
-
 /// A network, or an address that stands for itself alone. Host bits go.
 fn net(text: &str) -> Result<IpNet, String> {
     let text = text.trim();
@@ -143,27 +121,6 @@ fn dns(text: &str) -> Result<String, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_port_may_be_left_out() {
-        let whole = |text: &str| OurEndpoint::Whole(text.parse().unwrap());
-        let host = |text: &str| OurEndpoint::Host(text.to_owned());
-        for (text, expected) in [
-            ("gw.example.org:7", whole("gw.example.org:7")),
-            ("198.51.100.1:7", whole("198.51.100.1:7")),
-            ("[2001:db8::1]:7", whole("[2001:db8::1]:7")),
-            ("gw.example.org", host("gw.example.org")),
-            ("198.51.100.1", host("198.51.100.1")),
-            ("2001:db8::1", host("[2001:db8::1]")),
-            ("2001:db8::5:1", host("[2001:db8::5:1]")),
-            ("[2001:db8::1]", host("[2001:db8::1]")),
-        ] {
-            assert_eq!(our_endpoint(text).as_ref(), Ok(&expected), "{text}");
-        }
-        for text in ["", "gw.example.org:", "gw.example.org:x", "http://x", "1.2.3", "x#y:1"] {
-            assert!(our_endpoint(text).is_err(), "{text}");
-        }
-    }
 
     #[test]
     fn networks_lose_their_host_bits() {

@@ -6,7 +6,7 @@ use ipnet::IpNet;
 
 use super::{
     addresses::{self, Full},
-    args::{Add, OurEndpoint},
+    args::Add,
 };
 use crate::{
     cli::{Code, Failure},
@@ -169,40 +169,28 @@ fn endpoint(
     hints: &mut Vec<String>,
 ) -> Result<Option<Endpoint>, Failure> {
     let listen_port = config.interface.listen_port.as_deref().copied().filter(|&port| port != 0);
-    let of_file = || config.interface.endpoint.as_ref().map(|endpoint| endpoint.value.clone());
-    let endpoint = match (&arguments.endpoint, listen_port) {
-        (Some(OurEndpoint::Whole(endpoint)), _) => Some(endpoint.clone()),
-        (Some(OurEndpoint::Host(host)), Some(port)) => {
-            let endpoint = format!("{host}:{port}").parse();
-            Some(endpoint.map_err(|error| Failure::new(Code::Usage, error))?)
-        }
-        (Some(OurEndpoint::Host(_)), None) => None,
-        (None, _) => of_file(),
-    };
-    // Who has a key has a file, or writes one.
-    if endpoint.is_none() && arguments.endpoint.is_none() && arguments.public_key.is_none() {
-        let line = "the peer does not know where this interface is; say `--endpoint HOST:PORT`, or write \
-                    `#! Endpoint = HOST:PORT` below [Interface] once for all peers";
-        return Err(Failure::new(Code::Usage, line));
-    }
-    let Some(port) = listen_port else {
-        if endpoint.is_none() && arguments.endpoint.is_none() {
+    let endpoint = arguments.endpoint.as_ref().or(config.interface.endpoint.as_deref());
+    let Some(endpoint) = endpoint else {
+        // Who has a key has a file, or writes one.
+        if arguments.public_key.is_some() {
             return Ok(None);
         }
+        let line = "the peer does not know where this interface is; say `--endpoint HOST`, or write \
+                    `#! Endpoint = HOST` below [Interface] once for all peers";
+        return Err(Failure::new(Code::Usage, line));
+    };
+    let Some(port) = listen_port else {
         let line = "the file has no ListenPort, so that the port is another one after each start and the \
                     peer does not find it; write `ListenPort = 51820` below [Interface]";
         return Err(Failure::new(Code::Config, line));
     };
-    if let Some(endpoint) = &endpoint
-        && endpoint.port() != port
-    {
-        let other = endpoint.port();
+    if let Some(other) = endpoint.port().filter(|&other| other != port) {
         hints.push(format!(
             "the peer sends to port {other}, and the interface listens on {port}: something has to \
              forward the one to the other"
         ));
     }
-    Ok(endpoint)
+    Ok(Some(endpoint.endpoint(port)))
 }
 
 /// Each network once, and none that another one covers.
@@ -320,9 +308,11 @@ mod tests {
         let other = "--endpoint [2001:db8::1]:7";
         assert_eq!(endpoint(FILE, other).unwrap(), (at("[2001:db8::1]:7"), 1));
         assert_eq!(endpoint(FILE, "--endpoint a.example").unwrap(), (at("a.example:51820"), 0));
+        let plain = FILE.replace("gw.example.org:51820", "gw.example.org");
+        assert_eq!(endpoint(&plain, "").unwrap(), (at("gw.example.org:51820"), 0));
         let unknown = FILE.replace("#! Endpoint", "# Endpoint");
         let (code, line) = endpoint(&unknown, "").unwrap_err();
-        assert!(code == 2 && line.contains("#! Endpoint = HOST:PORT"), "{line}");
+        assert!(code == 2 && line.contains("#! Endpoint = HOST`"), "{line}");
         let key = "--public-key CQkJCQkJCQkJCQkJCQkJCQkJCQkJCQkJCQkJCQkJCQk=";
         assert_eq!(endpoint(&unknown, key).unwrap(), (None, 0));
         let silent = FILE.replace("ListenPort", "# ListenPort");
