@@ -18,6 +18,7 @@ pub mod noise;
 pub mod rate;
 pub mod routing;
 pub mod sandbox;
+pub mod segments;
 pub mod session;
 #[expect(unsafe_code, reason = "system calls, and memory shared with the kernel")]
 pub mod sys;
