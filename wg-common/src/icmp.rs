@@ -1,7 +1,8 @@
 //! ICMP messages that tell a sender that its packet cannot be delivered.
 //!
-//! The kernel's WireGuard answers a packet for which it has no peer, or no endpoint, with ICMP; so do
-//! we, by a packet that is written to the TUN device. Pure: bytes in, bytes into the caller's buffer.
+//! The kernel's WireGuard answers a packet for which it has no peer, or no endpoint, or which is too big,
+//! with ICMP; so do we, by a packet that is written to the TUN device. Pure: bytes in, bytes into the
+//! caller's buffer.
 
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -14,8 +15,8 @@ const ICMP_LEN: usize = 8;
 const V4_LEN_MAX: usize = 576;
 /// Longest message about an IPv6 packet: the smallest MTU that a link may have (RFC 4443 §2.4 c).
 const V6_LEN_MAX: usize = 1280;
-/// Longest message that [`unreachable`] writes.
-pub const UNREACHABLE_LEN_MAX: usize = V6_LEN_MAX;
+/// Longest message that is written.
+pub const ERROR_LEN_MAX: usize = V6_LEN_MAX;
 /// TOS of ICMP errors: precedence "internetwork control" (RFC 1812 §4.3.2.5).
 const ERROR_TOS: u8 = 0xc0;
 const TTL: u8 = 64;
@@ -31,7 +32,40 @@ const TTL: u8 = 64;
 /// Nothing is written, and `None` given, for what must not be answered (RFC 1122 §3.2.2, RFC 4443
 /// §2.4 e): an ICMP error, or an ICMP message of which that is not known; a fragment other than the
 /// first; a source or destination that names no single host; and for what is no whole packet.
-pub fn unreachable(packet: &[u8], message: &mut [u8; UNREACHABLE_LEN_MAX]) -> Option<usize> {
+pub fn unreachable(packet: &[u8], message: &mut [u8; ERROR_LEN_MAX]) -> Option<usize> {
+    const HOST: Kind = Kind { kind: 3, code: 1, rest: 0 };
+    const ADDRESS: Kind = Kind { kind: 1, code: 3, rest: 0 };
+
+    write(packet, (HOST, ADDRESS), message)
+}
+
+/// Writes to `message` what tells the sender of `packet` that only packets of `mtu` bytes get through, and
+/// gives its length: *fragmentation needed* in IPv4 (RFC 1191), *packet too big* in IPv6.
+///
+/// Its source, and what is not answered, are as with [`unreachable`]: the sender's stack heeds it for the
+/// connection or the route of the packet that is quoted.
+pub fn too_big(packet: &[u8], mtu: usize, message: &mut [u8; ERROR_LEN_MAX]) -> Option<usize> {
+    let fragmentation_needed =
+        Kind { kind: 3, code: 4, rest: u16::try_from(mtu).unwrap_or(u16::MAX).into() };
+    let packet_too_big = Kind { kind: 2, code: 0, rest: u32::try_from(mtu).unwrap_or(u32::MAX) };
+    write(packet, (fragmentation_needed, packet_too_big), message)
+}
+
+/// What an ICMP error says.
+#[derive(Clone, Copy)]
+struct Kind {
+    kind: u8,
+    code: u8,
+    /// The last four bytes of the header.
+    rest: u32,
+}
+
+/// Writes an error of one of these kinds, by the version of `packet`.
+fn write(
+    packet: &[u8],
+    (v4, v6): (Kind, Kind),
+    message: &mut [u8; ERROR_LEN_MAX],
+) -> Option<usize> {
     let inner = inner_packet(packet).ok()?;
     let packet = &packet[..inner.len];
     let carried = upper(packet).filter(|carried| carried.has_header())?;
@@ -44,8 +78,8 @@ pub fn unreachable(packet: &[u8], message: &mut [u8; UNREACHABLE_LEN_MAX]) -> Op
         return None;
     }
     match (inner.dst, inner.src) {
-        (IpAddr::V4(from), IpAddr::V4(to)) => Some(write_v4(packet, from, to, message)),
-        (IpAddr::V6(from), IpAddr::V6(to)) => Some(write_v6(packet, from, to, message)),
+        (IpAddr::V4(from), IpAddr::V4(to)) => Some(write_v4(packet, from, to, v4, message)),
+        (IpAddr::V6(from), IpAddr::V6(to)) => Some(write_v6(packet, from, to, v6, message)),
         _ => None,
     }
 }
@@ -75,10 +109,9 @@ fn write_v4(
     packet: &[u8],
     from: Ipv4Addr,
     to: Ipv4Addr,
-    message: &mut [u8; UNREACHABLE_LEN_MAX],
+    kind: Kind,
+    message: &mut [u8; ERROR_LEN_MAX],
 ) -> usize {
-    const DESTINATION_UNREACHABLE: u8 = 3;
-    const HOST: u8 = 1;
     const DONT_FRAGMENT: u8 = 0x40;
 
     let quote = &packet[..packet.len().min(V4_LEN_MAX - IPV4_LEN - ICMP_LEN)];
@@ -104,7 +137,7 @@ fn write_v4(
     ip[16..].copy_from_slice(&to.octets());
     let sum = Checksum::default().bytes(ip).finish();
     ip[10..12].copy_from_slice(&sum.to_be_bytes());
-    write_icmp(icmp, DESTINATION_UNREACHABLE, HOST, quote, Checksum::default());
+    write_icmp(icmp, kind, quote, Checksum::default());
     len
 }
 
@@ -112,11 +145,9 @@ fn write_v6(
     packet: &[u8],
     from: Ipv6Addr,
     to: Ipv6Addr,
-    message: &mut [u8; UNREACHABLE_LEN_MAX],
+    kind: Kind,
+    message: &mut [u8; ERROR_LEN_MAX],
 ) -> usize {
-    const DESTINATION_UNREACHABLE: u8 = 1;
-    const ADDRESS: u8 = 3;
-
     let quote = &packet[..packet.len().min(V6_LEN_MAX - IPV6_LEN - ICMP_LEN)];
     let payload_len = ICMP_LEN + quote.len();
     let (ip, icmp) = message[..IPV6_LEN + payload_len].split_at_mut(IPV6_LEN);
@@ -125,13 +156,14 @@ fn write_v6(
     ip[8..24].copy_from_slice(&from.octets());
     ip[24..].copy_from_slice(&to.octets());
     let pseudo = Checksum::pseudo(from.into(), to.into(), PROTOCOL_ICMPV6, payload_len as u32);
-    write_icmp(icmp, DESTINATION_UNREACHABLE, ADDRESS, quote, pseudo);
+    write_icmp(icmp, kind, quote, pseudo);
     IPV6_LEN + payload_len
 }
 
 /// Writes the ICMP header and the quote behind it. `sum` is what the checksum begins with.
-fn write_icmp(icmp: &mut [u8], kind: u8, code: u8, quote: &[u8], sum: Checksum) {
-    icmp[..ICMP_LEN].copy_from_slice(&[kind, code, 0, 0, 0, 0, 0, 0]);
+fn write_icmp(icmp: &mut [u8], kind: Kind, quote: &[u8], sum: Checksum) {
+    icmp[..4].copy_from_slice(&[kind.kind, kind.code, 0, 0]);
+    icmp[4..ICMP_LEN].copy_from_slice(&kind.rest.to_be_bytes());
     icmp[ICMP_LEN..].copy_from_slice(quote);
     let sum = sum.bytes(icmp).finish();
     icmp[2..4].copy_from_slice(&sum.to_be_bytes());
@@ -169,7 +201,7 @@ mod tests {
     const NOBODY: [u8; 4] = [10, 9, 0, 77];
 
     fn answer(packet: &[u8]) -> Option<Vec<u8>> {
-        let mut message = [0xaa; UNREACHABLE_LEN_MAX];
+        let mut message = [0xaa; ERROR_LEN_MAX];
         unreachable(packet, &mut message).map(|len| message[..len].to_vec())
     }
 
@@ -192,6 +224,35 @@ mod tests {
         assert_eq!((&answer[8..24], &answer[24..40]), (&packet[24..40], &packet[8..24]));
         assert_eq!((answer[40], answer[41], &answer[44..48]), (1, 3, &[0; 4][..]));
         assert_eq!(answer[48..], packet);
+    }
+
+    #[test]
+    fn who_sends_too_much_is_told_how_much_gets_through() {
+        let told = |packet: &[u8], mtu| {
+            let mut message = [0xaa; ERROR_LEN_MAX];
+            too_big(packet, mtu, &mut message).map(|len| message[..len].to_vec())
+        };
+        let packet = v4(US, NOBODY, PROTOCOL_UDP, &[7; 30]);
+        let answer = told(&packet, 1340).unwrap();
+        assert_eq!((&answer[12..16], &answer[16..20]), (&NOBODY[..], &US[..]));
+        assert_eq!((answer[20], answer[21], &answer[24..28]), (3, 4, &[0, 0, 0x05, 0x3c][..]));
+        assert_eq!(answer[28..], packet);
+        assert!(sums_up(&[&answer[..20]]) && sums_up(&[&answer[20..]]));
+        assert_eq!(told(&packet, 70_000).unwrap()[24..28], [0, 0, 0xff, 0xff]);
+
+        let packet = v6("fd09::1", "fd09::77", PROTOCOL_UDP, &[7; 30]);
+        let answer = told(&packet, 70_000).unwrap();
+        assert_eq!((&answer[8..24], &answer[24..40]), (&packet[24..40], &packet[8..24]));
+        assert_eq!(
+            (answer[40], answer[41], &answer[44..48]),
+            (2, 0, &70_000_u32.to_be_bytes()[..])
+        );
+        assert_eq!(answer[48..], packet);
+        let len = (answer.len() as u32 - 40).to_be_bytes();
+        assert!(sums_up(&[&answer[8..40], &len, &[0, 0, 0, 58], &answer[40..]]));
+
+        let about_an_error = v6("fd09::1", "fd09::77", 58, &[2, 0, 0, 0, 0, 0, 5, 0]);
+        assert_eq!(told(&about_an_error, 1280), None);
     }
 
     #[test]

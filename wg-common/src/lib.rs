@@ -4,6 +4,7 @@
 //! programs and in the daemon, and is tested on the host.
 #![cfg_attr(not(test), no_std)]
 
+pub mod ecn;
 pub mod endpoint;
 pub mod headers;
 pub mod icmp;
@@ -11,6 +12,7 @@ pub mod id;
 pub mod index;
 pub mod map;
 pub mod message;
+pub mod mss;
 pub mod outcome;
 pub mod protocol;
 pub mod time;

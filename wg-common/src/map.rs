@@ -3,7 +3,8 @@
 //! Arrays that the user side writes often are mapped into its memory; their values are `u64`, since
 //! the kernel spaces the values of an array by multiples of eight bytes.
 
-use crate::id::{DeviceId, ReceiverIndex, WorkerId};
+use crate::headers::AddressBytes;
+use crate::id::{DeviceId, PeerId, ReceiverIndex, WorkerId};
 use crate::index::{IndexLayout, IndexPermutation};
 
 /// Array, mapped, indexed by UDP port in host byte order: a [`port_entry`], or 0 if the port is not ours.
@@ -40,6 +41,25 @@ pub const HEARTBEAT_STALE_NS: u64 = 250_000_000;
 /// Per-CPU array of `u64`: drop reasons, then steer events (see [`crate::outcome`]).
 pub const STEER_COUNTERS: &str = "STEER_COUNTERS";
 
+/// LPM trie: a prefix of IPv4 → the number of the peer that owns it, `u32`. Each TUN device has its own.
+pub const OWNERS_V4: &str = "OWNERS_V4";
+/// As [`OWNERS_V4`], of IPv6.
+pub const OWNERS_V6: &str = "OWNERS_V6";
+/// Most prefixes in each of [`OWNERS_V4`] and [`OWNERS_V6`]. Full: to the program nobody owns the others.
+pub const OWNERS_LEN: u32 = 1 << 20;
+
+/// Array, mapped: the workers at which peers are at home, [`PEERS_PER_WORD`] of them in a word (see
+/// [`peer_worker`]). Each TUN device has its own.
+pub const PEER_WORKERS: &str = "PEER_WORKERS";
+/// Entries of [`PEER_WORKERS`], 2 MiB of them: twice the peers of a device, which is how many slots they have.
+pub const PEER_WORKERS_LEN: u32 = (1 << 21) / PEERS_PER_WORD;
+/// Peers in an entry of [`PEER_WORKERS`].
+pub const PEERS_PER_WORD: u32 = 8;
+/// Greatest number of a worker that an entry of [`PEER_WORKERS`] can hold.
+pub const PEER_WORKER_MAX: WorkerId = WorkerId(254);
+
+/// Name of the program that chooses the TUN queue by which a packet leaves.
+pub const QUEUE_PROGRAM: &str = "tidegate_queue";
 /// Name of the steer program in the object.
 pub const STEER_PROGRAM: &str = "tidegate_steer";
 /// Name of the global that switches the steer program's log lines on (`u8`, 0 or 1).
@@ -55,6 +75,56 @@ pub const fn port_entry(device: DeviceId) -> u64 {
 /// The entry of [`LIVE_INDEXES`] for a live `index`; never 0.
 pub const fn index_entry(index: ReceiverIndex) -> u64 {
     1 << 32 | index.value() as u64
+}
+
+/// The entry of [`PEER_WORKERS`] in which a peer's worker stands.
+pub const fn peer_word(peer: PeerId) -> u32 {
+    peer.0 / PEERS_PER_WORD
+}
+
+/// The worker at which `peer` is at home, if its entry of [`PEER_WORKERS`] says so.
+#[inline(always)]
+pub const fn peer_worker(entry: u64, peer: PeerId) -> Option<WorkerId> {
+    match (entry >> peer_shift(peer)) as u8 {
+        0 => None,
+        worker => Some(WorkerId(worker as u16 - 1)),
+    }
+}
+
+/// The entry of [`PEER_WORKERS`] that says of `peer` that its home is there, and of others what it said. A
+/// worker beyond [`PEER_WORKER_MAX`] is as good as none.
+#[must_use]
+pub const fn with_peer_worker(entry: u64, peer: PeerId, worker: Option<WorkerId>) -> u64 {
+    let byte = match worker {
+        Some(worker) if worker.0 <= PEER_WORKER_MAX.0 => worker.0 as u64 + 1,
+        _ => 0,
+    };
+    entry & !(0xff << peer_shift(peer)) | byte << peer_shift(peer)
+}
+
+const fn peer_shift(peer: PeerId) -> u32 {
+    peer.0 % PEERS_PER_WORD * u8::BITS
+}
+
+/// The TUN queue for a packet to an address: that of the worker at which its owner is at home, which
+/// `owner` and `worker` tell. Where there is no owner, or no home, all packets to an address, or to a peer,
+/// have the same queue.
+///
+/// The kernel takes the 16 low bits, modulo the number of queues: no packet is lost for want of a queue.
+#[inline(always)]
+pub fn tun_queue(
+    to: &AddressBytes,
+    owner: impl FnOnce(&AddressBytes) -> Option<PeerId>,
+    worker: impl FnOnce(PeerId) -> Option<WorkerId>,
+) -> u32 {
+    match owner(to) {
+        Some(peer) => worker(peer).map_or(peer.0, |worker| worker.0 as u32),
+        // Nobody will seal it. The last bytes tell most addresses apart.
+        None => match *to {
+            AddressBytes::V4([.., c, d]) => u16::from_be_bytes([c, d]) as u32,
+            AddressBytes::V6([.., c, d]) => u16::from_be_bytes([c, d]) as u32,
+        },
+    }
 }
 
 /// Whether a handshake or keypair may have this index, where `entry` reads [`LIVE_INDEXES`]: its slot
@@ -177,6 +247,24 @@ mod tests {
         fn entries_tell_indexes_apart(a in any::<[u8; 4]>(), b in any::<[u8; 4]>()) {
             let entry = |bytes| index_entry(ReceiverIndex::from_wire(bytes));
             prop_assert_eq!(entry(a) == entry(b), a == b);
+        }
+
+        #[test]
+        fn a_word_holds_the_workers_of_eight_peers(
+            first in 0u32..1 << 18, changes in proptest::collection::vec((0u32..8, proptest::option::of(0u16..300)), 0..40),
+        ) {
+            let peer = |i| PeerId(first * PEERS_PER_WORD + i);
+            let mut workers = [None; 8];
+            let mut word = 0;
+            for (i, worker) in changes {
+                let worker = worker.map(WorkerId);
+                word = with_peer_worker(word, peer(i), worker);
+                workers[i as usize] = worker.filter(|worker| *worker <= PEER_WORKER_MAX);
+            }
+            for i in 0..8 {
+                prop_assert_eq!(peer_word(peer(i)), first);
+                prop_assert_eq!(peer_worker(word, peer(i)), workers[i as usize]);
+            }
         }
 
         #[test]

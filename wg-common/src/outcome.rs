@@ -100,6 +100,11 @@ reasons! {
     XskNoChunk = "xsk_no_chunk",
     /// No device of this process listens on the port that a frame was sent to.
     NoDevice = "no_device",
+    /// What the kernel left to be done on a packet (segments, a checksum) does not fit its headers.
+    BadOffload = "bad_offload",
+    /// The kernel dropped the datagram before a UDP socket that had no room: the worker did not keep up.
+    /// (Or its UDP checksum was wrong: the kernel counts both as one.)
+    SocketFull = "socket_full",
 }
 
 macro_rules! steer_events {

@@ -10,13 +10,14 @@ mod steer;
 
 use aya_ebpf::Global;
 use aya_ebpf::bindings::xdp_action::{XDP_DROP, XDP_PASS};
-use aya_ebpf::macros::xdp;
-use aya_ebpf::programs::XdpContext;
+use aya_ebpf::macros::{socket_filter, xdp};
+use aya_ebpf::programs::{SkBuffContext, XdpContext};
 use aya_log_ebpf::debug;
-use wg_common::map::QueueKey;
+use wg_common::headers::destination_bytes;
+use wg_common::map::{QueueKey, tun_queue};
 use wg_common::outcome::SteerEvent;
 
-use crate::packet::Packet;
+use crate::packet::{Packet, Skb};
 use crate::steer::Verdict;
 
 /// 1 if the loader wants log lines. The kernel's verifier removes them otherwise.
@@ -56,6 +57,14 @@ fn tidegate_steer(ctx: XdpContext) -> u32 {
             }
         },
     }
+}
+
+/// Of a TUN device: chooses the queue by which a packet leaves, so that the worker reads it at which the
+/// peer that it is for is at home. What is no IP packet leaves by the first.
+#[socket_filter]
+fn tidegate_queue(ctx: SkBuffContext) -> i64 {
+    let to = destination_bytes(&Skb(&ctx));
+    to.map_or(0, |to| tun_queue(&to, maps::owner, maps::home)).into()
 }
 
 /// What the programs tell the kernel: helpers for tracing and redirecting ask for a licence

@@ -9,12 +9,14 @@ use aya_ebpf::bindings::xdp_action::XDP_PASS;
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
 use aya_ebpf::helpers::bpf_ktime_get_boot_ns;
 use aya_ebpf::macros::map;
-use aya_ebpf::maps::{Array, HashMap, PerCpuArray, XskMap};
-use wg_common::id::ReceiverIndex;
+use aya_ebpf::maps::lpm_trie::Key;
+use aya_ebpf::maps::{Array, HashMap, LpmTrie, PerCpuArray, XskMap};
+use wg_common::headers::AddressBytes;
+use wg_common::id::{PeerId, ReceiverIndex, WorkerId};
 use wg_common::index::{IndexLayout, IndexPermutation};
 use wg_common::map::{
     AddressKey, HEARTBEATS_LEN, LISTEN_PORTS_LEN, LIVE_INDEXES_LEN, LOCAL_ADDRESSES_LEN,
-    QUEUES_LEN, QueueEntry, QueueKey,
+    OWNERS_LEN, PEER_WORKERS_LEN, QUEUES_LEN, QueueEntry, QueueKey, peer_word, peer_worker,
 };
 use wg_common::outcome::{DropReason, STEER_COUNTER_COUNT, SteerEvent};
 
@@ -43,6 +45,15 @@ static HEARTBEATS: Array<u64> = Array::with_max_entries(HEARTBEATS_LEN, BPF_F_MM
 #[map]
 static STEER_COUNTERS: PerCpuArray<u64> =
     PerCpuArray::with_max_entries(STEER_COUNTER_COUNT as u32, 0);
+
+#[map]
+static OWNERS_V4: LpmTrie<[u8; 4], u32> = LpmTrie::with_max_entries(OWNERS_LEN, 0);
+
+#[map]
+static OWNERS_V6: LpmTrie<[u8; 16], u32> = LpmTrie::with_max_entries(OWNERS_LEN, 0);
+
+#[map]
+static PEER_WORKERS: Array<u64> = Array::with_max_entries(PEER_WORKERS_LEN, BPF_F_MMAPABLE);
 
 /// What takes receiver indexes apart; the loader puts the key and the layout in. They are constants to
 /// the kernel's verifier.
@@ -85,6 +96,22 @@ pub fn heartbeat_age_ns(worker: u32) -> Option<u64> {
     let now = unsafe { bpf_ktime_get_boot_ns() };
     // A heartbeat written on another CPU may be a little ahead of us.
     Some(now.saturating_sub(last))
+}
+
+/// Who owns an address.
+#[inline(always)]
+pub fn owner(address: &AddressBytes) -> Option<PeerId> {
+    let owner = match *address {
+        AddressBytes::V4(address) => OWNERS_V4.get(Key::new(u32::BITS, address)),
+        AddressBytes::V6(address) => OWNERS_V6.get(Key::new(u128::BITS, address)),
+    };
+    owner.copied().map(PeerId)
+}
+
+/// The worker at which a peer is at home.
+#[inline(always)]
+pub fn home(peer: PeerId) -> Option<WorkerId> {
+    peer_worker(read(&PEER_WORKERS, peer_word(peer))?, peer)
 }
 
 /// Hands the packet to this XSK: the verdict for it, or, if there is none, the verdict to pass.

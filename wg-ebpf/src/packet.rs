@@ -3,7 +3,7 @@
 
 use core::marker::PhantomData;
 
-use aya_ebpf::programs::XdpContext;
+use aya_ebpf::programs::{SkBuffContext, XdpContext};
 use wg_common::headers::Bytes;
 
 /// The bytes of the packet at an XDP hook, from its Ethernet header on.
@@ -37,5 +37,21 @@ impl Bytes for Packet<'_> {
         // was just checked, and the packet outlives the context that `self` borrows. Bytes have no
         // alignment, and the verifier refuses the program if the check does not cover the access.
         Some(unsafe { *(first as *const [u8; N]) })
+    }
+}
+
+/// The bytes of a packet that the kernel holds as an skb, from where its network header begins: they may
+/// lie in pieces, so that each read is a call of the kernel.
+pub struct Skb<'a>(pub &'a SkBuffContext);
+
+impl Bytes for Skb<'_> {
+    #[inline(always)]
+    fn len(&self) -> usize {
+        self.0.len() as usize
+    }
+
+    #[inline(always)]
+    fn read<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
+        self.0.load(offset).ok()
     }
 }

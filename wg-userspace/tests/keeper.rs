@@ -14,23 +14,28 @@ mod common;
 use std::{
     fs::{self, File},
     io::{Read, Write},
-    net::{Ipv4Addr, Shutdown, TcpListener, TcpStream},
+    net::{IpAddr, Ipv4Addr, Shutdown, TcpListener, TcpStream},
     os::{
         fd::{AsFd, OwnedFd},
         unix::net::UnixStream,
     },
     path::Path,
+    process::Command,
     thread,
     time::{Duration, Instant},
 };
 
-use common::{Daemon, LIMIT, NATIVE, UDP, assert_answered, socket, tidegate, value};
+use common::{Daemon, LIMIT, NATIVE, UDP, assert_answered, public_key, socket, tidegate, value};
 use rustix::{
     net::{AddressFamily, RecvFlags, SocketFlags, SocketType, eth, recv, socket_with},
     process::{Pid, Signal, kill_process},
     thread::{LinkNameSpaceType, move_into_link_name_space},
 };
 use serde_json::Value;
+use wg_common::{
+    id::PeerId,
+    map::{PEER_WORKERS_LEN, peer_worker},
+};
 use wg_userspace::key::PublicKey;
 use xtask::{
     demonstration::{CLIENT_CONF, GATEWAY_CONF, GATEWAY_INNER},
@@ -220,6 +225,125 @@ fn a_killed_data_process_is_replaced_in_udp_mode() {
 #[test]
 fn a_killed_data_process_is_replaced_in_native_mode() {
     a_killed_data_process_is_replaced("a_killed_data_process_is_replaced_in_native_mode", NATIVE);
+}
+
+/// The maps that the keeper holds: id, type and number of entries.
+fn maps(daemon: &Daemon) -> Vec<(String, u32, u32)> {
+    let folder = format!("/proc/{}/fdinfo", daemon.process.pid());
+    let texts = fs::read_dir(folder).unwrap().flatten();
+    let texts = texts.filter_map(|file| fs::read_to_string(file.path()).ok());
+    let map = |text: String| {
+        let field = |name| text.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
+        let number = |name| field(name)?.parse().ok();
+        Some((field("map_id:")?.to_owned(), number("map_type:")?, number("max_entries:")?))
+    };
+    texts.filter_map(map).collect()
+}
+
+fn bpftool(arguments: &[&str]) -> Option<Value> {
+    let output = Command::new("bpftool").arg("-j").args(arguments).output().ok()?;
+    serde_json::from_slice(&output.stdout).ok()
+}
+
+/// Bytes as bpftool prints them.
+fn bytes(value: &Value) -> Vec<u8> {
+    let text = |byte: &Value| byte.as_str().unwrap().trim_start_matches("0x").to_owned();
+    let bytes = value.as_array().unwrap().iter().map(text);
+    bytes.map(|text| u8::from_str_radix(&text, 16).unwrap()).collect()
+}
+
+/// The prefixes that the program which chooses TUN queues knows, in order.
+fn known_prefixes(daemon: &Daemon) -> Vec<String> {
+    const LPM_TRIE: u32 = 11;
+    let mut known = Vec::new();
+    for (id, _, _) in maps(daemon).into_iter().filter(|map| map.1 == LPM_TRIE) {
+        for element in bpftool(&["map", "dump", "id", &id]).unwrap().as_array().unwrap() {
+            let key = bytes(&element["key"]);
+            let (len, addr) = key.split_first_chunk().unwrap();
+            let addr: IpAddr = match <[u8; 4]>::try_from(addr) {
+                Ok(v4) => v4.into(),
+                Err(_) => <[u8; 16]>::try_from(addr).unwrap().into(),
+            };
+            known.push(format!("{addr}/{}", u32::from_ne_bytes(*len)));
+        }
+    }
+    known.sort();
+    known
+}
+
+/// The allowed IPs of all peers, in order.
+fn allowed_ips(daemon: &Daemon) -> Vec<String> {
+    let peers = daemon.dump().into_iter().skip(1);
+    let mut nets: Vec<String> =
+        peers.flat_map(|peer| peer[3].split(',').map(str::to_owned).collect::<Vec<_>>()).collect();
+    nets.sort();
+    nets
+}
+
+fn assert_knows(daemon: &Daemon, count: usize) {
+    let (mut known, mut allowed) = (Vec::new(), Vec::new());
+    let agree = lab::wait_for("the prefixes", LIMIT, || {
+        (known, allowed) = (known_prefixes(daemon), allowed_ips(daemon));
+        Ok((known == allowed && known.len() == count).then_some(()))
+    });
+    agree.unwrap_or_else(|error| panic!("{error:#}: {known:?}, allowed are {allowed:?}"));
+}
+
+/// Whether there is a worker at which the first peer is at home.
+fn has_home(daemon: &Daemon) -> bool {
+    const ARRAY: u32 = 2;
+    let is_of_homes = |map: &(String, u32, u32)| (map.1, map.2) == (ARRAY, PEER_WORKERS_LEN);
+    let (id, _, _) = maps(daemon).into_iter().find(is_of_homes).unwrap();
+    let first = ["map", "lookup", "id", &id, "key", "0", "0", "0", "0"];
+    let word = bytes(&bpftool(&first).unwrap()["value"]);
+    peer_worker(u64::from_ne_bytes(word.try_into().unwrap()), PeerId(0)).is_some()
+}
+
+#[test]
+fn the_kernel_side_knows_who_owns_what_and_where_they_are_at_home() {
+    let test = "the_kernel_side_knows_who_owns_what_and_where_they_are_at_home";
+    let Some(lab) = lab(test) else { return };
+    if bpftool(&["version"]).is_none() {
+        eprintln!("SKIPPED {test}: there is no bpftool");
+        return;
+    }
+    let options = [UDP, &["--workers", "2"]].concat();
+    let [gateway, _client] = tunnel(&lab, &options, GATEWAY_CONF);
+    let is_on = |daemon: &Daemon| daemon.status().tun_steering["is_on"] == true;
+    assert!(is_on(&gateway), "{:?}", gateway.status());
+    let count = allowed_ips(&gateway).len();
+    assert!(count > 0);
+    assert_knows(&gateway, count);
+    assert!(has_home(&gateway), "there was a handshake");
+
+    let peer = gateway.dump()[1][0].clone();
+    let other = public_key(&lab.gateway, &lab, &wireguard_key(&lab));
+    let set = |arguments: &str| {
+        let line = format!("set {} peer {arguments}", gateway.interface);
+        gateway.wg(&line.split(' ').collect::<Vec<_>>());
+    };
+    set(&format!("{other} allowed-ips 0.0.0.0/0,::/0,10.77.0.0/16,fd77::/64"));
+    assert_knows(&gateway, count + 4);
+    set(&format!("{other} allowed-ips 10.77.0.0/16"));
+    assert_knows(&gateway, count + 1);
+    // More than are told at once.
+    let many: Vec<String> =
+        (0..3000).map(|i| format!("10.78.{}.{}/32", i / 256, i % 256)).collect();
+    set(&format!("{other} allowed-ips {}", many.join(",")));
+    assert_knows(&gateway, count + 3000);
+
+    replace(&gateway);
+    assert!(is_on(&gateway), "{:?}", gateway.status());
+    assert_knows(&gateway, count + 3000);
+    set(&format!("{other} remove"));
+    set(&format!("{peer} allowed-ips 10.9.0.2/32"));
+    assert_knows(&gateway, 1);
+    until_answered(&lab.gateway, CLIENT_INNER, &gateway);
+    assert!(has_home(&gateway));
+}
+
+fn wireguard_key(lab: &Lab) -> String {
+    lab.gateway.run("wg", &["genkey"]).unwrap().trim().to_owned()
 }
 
 #[test]

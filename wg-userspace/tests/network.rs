@@ -17,7 +17,8 @@ mod common;
 
 use std::{
     fs::File,
-    net::UdpSocket,
+    io::{Read as _, Write as _},
+    net::{TcpListener, TcpStream, UdpSocket},
     os::fd::OwnedFd,
     path::Path,
     thread,
@@ -25,6 +26,7 @@ use std::{
 };
 
 use common::{Daemon, LIMIT, NATIVE, UDP, public_key, value, xdp_program};
+use socket2::SockRef;
 use wg_userspace::sys::netns::NetNs;
 use xtask::{
     demonstration::{CLIENT_CONF, GATEWAY_CONF, GATEWAY_INNER},
@@ -780,6 +782,81 @@ fn prefixes_decide_who_may_send_and_the_mtu_how_much_is_padded() {
     }
     let full = || lab.client.ping(GATEWAY_INNER[0], 1, &["-s", "1269", "-W", "1"]);
     lab::wait_for("a full packet", LIMIT, || Ok((full()?.answered == 1).then_some(()))).unwrap();
+}
+
+/// Sets the MTU of the link under the tunnel.
+fn set_outer_mtu(lab: &Lab, mtu: u32) {
+    for space in [&lab.client, &lab.gateway] {
+        space.ip(&format!("link set dev {OUTER} mtu {mtu}")).unwrap();
+    }
+}
+
+/// 1,400 bytes less 60 that stand around a packet.
+#[test]
+fn who_sends_more_than_the_link_under_the_tunnel_carries_is_told_how_much_it_does() {
+    let test = "who_sends_more_than_the_link_under_the_tunnel_carries_is_told_how_much_it_does";
+    let Some(lab) = lab(test) else { return };
+    set_outer_mtu(&lab, 1400);
+    let [_gateway, client] = tunnel(&lab, UDP, GATEWAY_CONF, CLIENT_CONF);
+    let largest = lab.client.ping(GATEWAY_INNER[0], 2, &["-s", "1392", "-M", "dont"]).unwrap();
+    assert_eq!(largest.answered, 2, "it goes in a datagram that is fragmented");
+    assert_eq!(client.drops("too_large"), 0);
+
+    for (to, headers_len) in [(GATEWAY_INNER[0], 28), (GATEWAY_INNER[1], 48)] {
+        let too_large = 1341 - headers_len;
+        let line = format!("ping -n -c 1 -W 1 -M do -s {too_large} {to}");
+        let told = || Ok(shell(&lab.client, &line).contains("1340").then_some(()));
+        lab::wait_for("what gets through", LIMIT, told).unwrap();
+        let route = lab.client.ip_json(&format!("route get {to}")).unwrap();
+        assert_eq!(route[0]["metrics"][0]["mtu"], 1340, "{route}");
+        let full = (1340 - headers_len).to_string();
+        let full = lab.client.ping(to, 2, &["-s", &full, "-M", "do"]).unwrap();
+        assert_eq!(full.answered, 2, "{to}");
+    }
+    assert!(client.drops("too_large") >= 2);
+
+    set_outer_mtu(&lab, 1500);
+    for (to, full) in [(GATEWAY_INNER[0], "1392"), (GATEWAY_INNER[1], "1372")] {
+        let goes = || {
+            // The kernel remembers what it was told for ten minutes.
+            shell(&lab.client, "ip -4 route flush cache; ip -6 route flush cache");
+            let ping = lab.client.ping(to, 1, &["-s", full, "-M", "do", "-W", "1"]);
+            Ok(ping.is_ok_and(|ping| ping.answered == 1).then_some(()))
+        };
+        lab::wait_for("the wider link to be noticed", LIMIT, goes).unwrap();
+    }
+}
+
+#[test]
+fn connections_through_the_gateway_have_segments_that_the_link_under_the_tunnel_carries() {
+    let test =
+        "connections_through_the_gateway_have_segments_that_the_link_under_the_tunnel_carries";
+    let Some(lab) = lab(test) else { return };
+    set_outer_mtu(&lab, 1400);
+    let [gateway, client] = tunnel(&lab, UDP, GATEWAY_CONF, CLIENT_CONF);
+    let listener = inside(&lab.client, || TcpListener::bind("[::]:7000").unwrap());
+    // 1,340 bytes less IP header, TCP header and timestamps.
+    for (to, segment_len) in [(CLIENT_INNER, 1288), ("fd09::2", 1268)] {
+        let connected = || {
+            let near = inside(&lab.host, || TcpStream::connect((to, 7000)))?;
+            let (far, _) = listener.accept()?;
+            let lens = [&near, &far].map(|end| SockRef::from(end).tcp_mss().unwrap());
+            Ok((lens == [segment_len; 2]).then_some([near, far]))
+        };
+        let [near, far] = lab::wait_for("segments that fit", LIMIT, connected).unwrap();
+        for (from, to) in [(&near, &far), (&far, &near)] {
+            let sent: Vec<u8> = (0..1 << 20).map(|at: u32| (at % 251) as u8).collect();
+            let mut received = vec![0; sent.len()];
+            to.set_read_timeout(Some(LIMIT)).unwrap();
+            thread::scope(|scope| {
+                let mut to = to;
+                scope.spawn(|| (&*from).write_all(&sent).unwrap());
+                to.read_exact(&mut received).unwrap();
+            });
+            assert!(received == sent);
+        }
+    }
+    assert_eq!([&gateway, &client].map(|daemon| daemon.drops("too_large")), [0, 0]);
 }
 
 /// Netns.sh 10 and 14.

@@ -410,6 +410,8 @@ pub struct DataPath {
     pub nics: Vec<Value>,
     /// Number of workers.
     pub workers: u64,
+    /// Whether packets out of the TUN device come to their peer's worker, as the daemon describes it.
+    pub tun_steering: Value,
     /// Packets dropped by workers, by reason.
     pub drops: BTreeMap<String, u64>,
     /// What the steer program did, by event and by reason of a drop.

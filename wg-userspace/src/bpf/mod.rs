@@ -2,7 +2,8 @@
 //!
 //! The only room that knows `aya`. It knows neither peers nor keys: `daemon` tells it what the
 //! steer program must know (ports, addresses, live indexes, queues and their sockets), workers
-//! store their heartbeats straight into the mapped array. What the maps mean stands in
+//! store their heartbeats straight into the mapped array. Of each TUN device, [`TunSteering`] is told who
+//! owns which prefix, and workers store where peers are at home. What the maps mean stands in
 //! [`wg_common::map`].
 
 mod attached;
@@ -10,6 +11,7 @@ mod error;
 mod log;
 #[cfg(test)]
 mod tests;
+mod tun_steering;
 
 use std::collections::HashMap as StdHashMap;
 use std::net::IpAddr;
@@ -26,13 +28,14 @@ use wg_common::id::DeviceId;
 use wg_common::index::IndexPermutation;
 use wg_common::map::{
     AddressKey, HEARTBEATS, INDEXES_GLOBAL, LISTEN_PORTS, LIVE_INDEXES, LIVE_INDEXES_LEN,
-    LOCAL_ADDRESSES, LOG_GLOBAL, QUEUES, QueueEntry, QueueKey, STEER_COUNTERS, STEER_PROGRAM, XSKS,
-    port_entry,
+    LOCAL_ADDRESSES, LOG_GLOBAL, PEER_WORKERS, QUEUES, QueueEntry, QueueKey, STEER_COUNTERS,
+    STEER_PROGRAM, XSKS, port_entry,
 };
 use wg_common::outcome::{DropReason, STEER_COUNTER_COUNT, SteerEvent};
 
 pub use self::error::{AttachError, BpfError};
 pub use self::log::LogReader;
+pub use self::tun_steering::TunSteering;
 use crate::sys::{SharedWords, link};
 
 /// The programs, as `cargo xtask build-ebpf` made them.
@@ -94,6 +97,8 @@ impl Steer {
             .override_global(LOG_GLOBAL, &log, true)
             .override_global(INDEXES_GLOBAL, &options.indexes, true)
             .map_max_entries(LIVE_INDEXES, index_count)
+            // Each TUN device has one of its own, with a program that this is not.
+            .map_max_entries(PEER_WORKERS, 1)
             .load(object)
             .map_err(BpfError::object)?;
         program(&mut ebpf)?.load().map_err(|error| BpfError::program(STEER_PROGRAM, error))?;

@@ -1,6 +1,8 @@
 //! The steer program as a table: packets and map states in, verdicts and counters out. The kernel
 //! runs the very program that is attached to NICs.
 
+mod tun_steering;
+
 use std::io::Write;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, OwnedFd};

@@ -89,6 +89,9 @@ pub struct DataPath {
     pub nics: Vec<Nic>,
     /// Number of workers.
     pub workers: usize,
+    /// Whether packets out of the TUN device come to the worker that their peer belongs to; nothing if the
+    /// daemon did not say.
+    pub tun_steering: Option<TunSteering>,
     /// What the process that opens packets may still do; nothing if it did not say.
     pub privileges: Option<sandbox::Report>,
     /// Workers that do not move at present.
@@ -109,6 +112,17 @@ pub struct DataPath {
     pub steer: BTreeMap<String, u64>,
     /// Tunnel packets received, by the path that they came: `xsk` or `socket`.
     pub paths: BTreeMap<String, u64>,
+}
+
+/// Whether packets out of the TUN device come to the worker that their peer belongs to.
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(default)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct TunSteering {
+    /// Whether they do.
+    pub is_on: bool,
+    /// Why not, or which ones do not.
+    pub reason: Option<String>,
 }
 
 /// A pause without keys.

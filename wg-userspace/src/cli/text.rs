@@ -3,7 +3,7 @@
 
 use std::fmt;
 
-use super::report::{DataPath, Interface, Peer};
+use super::report::{DataPath, Interface, Peer, TunSteering};
 use super::troubles::{Trouble, why_dropped};
 use crate::sandbox;
 
@@ -115,6 +115,10 @@ fn peer(peer: &Peer, paint: Paint, now_unix_s: u64) -> String {
 
 fn data_path(path: &DataPath, paint: Paint) -> String {
     let mut text = paint.line("data path", &path.to_string());
+    // One worker gets everything.
+    if let Some(steering) = path.tun_steering.as_ref().filter(|_| path.workers > 1) {
+        text += &paint.line("tun steering", &tun_steering(steering));
+    }
     if let Some(held) = &path.privileges {
         text += &paint.line("privileges", &privileges(held));
     }
@@ -156,6 +160,15 @@ fn explanations(path: &DataPath) -> String {
     }
     let explained = reasons.into_iter().filter_map(|name| Some((name, why_dropped(name)?)));
     explained.map(|(name, why)| format!("    {name}: {why}\n")).collect()
+}
+
+/// Whether packets out of the TUN device come to the worker of their peer, and why not.
+fn tun_steering(steering: &TunSteering) -> String {
+    let word = if steering.is_on { "on" } else { "off" };
+    match &steering.reason {
+        None => word.to_owned(),
+        Some(reason) => format!("{word}: {reason}"),
+    }
 }
 
 /// What the process that opens packets may still do.
@@ -335,5 +348,22 @@ mod tests {
             ..DataPath::default()
         };
         assert_eq!(data_path(&path, PLAIN), "  data path: udp, 1 worker: no NIC was named\n");
+    }
+
+    #[test]
+    fn whether_the_tun_device_is_steered_is_told_where_there_are_workers_to_choose_from() {
+        let line = |workers, is_on, reason: Option<&str>| {
+            let tun_steering = Some(TunSteering { is_on, reason: reason.map(str::to_owned) });
+            let path =
+                DataPath { mode: "udp".to_owned(), workers, tun_steering, ..DataPath::default() };
+            data_path(&path, PLAIN).lines().nth(1).map(|line| line.trim().to_owned())
+        };
+        assert_eq!(line(1, false, Some("there is one worker")), None);
+        assert_eq!(line(2, true, None).unwrap(), "tun steering: on");
+        assert_eq!(line(2, true, Some("map full")).unwrap(), "tun steering: on: map full");
+        assert_eq!(
+            line(2, false, Some("no such kernel")).unwrap(),
+            "tun steering: off: no such kernel"
+        );
     }
 }

@@ -1,3 +1,4 @@
+use std::collections::HashSet;
 use std::fmt::Write as _;
 use std::net::IpAddr;
 
@@ -555,12 +556,13 @@ fn any_file() -> impl Strategy<Value = Written> {
         vec(any_net(), 0..4),
         vec(peer, 0..4),
     );
-    interface.prop_map(|(listen_port, fwmark, mtu, addresses, peers)| Written {
-        listen_port,
-        fwmark,
-        mtu,
-        addresses,
-        peers,
+    interface.prop_map(|(listen_port, fwmark, mtu, addresses, mut peers)| {
+        // No two peers of a file have the same name.
+        let mut names = HashSet::new();
+        for peer in &mut peers {
+            peer.name = peer.name.take().filter(|name| names.insert(name.clone()));
+        }
+        Written { listen_port, fwmark, mtu, addresses, peers }
     })
 }
 

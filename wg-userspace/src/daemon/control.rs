@@ -9,7 +9,6 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use hashbrown::HashSet;
-use wg_common::endpoint::LocalSource;
 use wg_common::id::{PeerId, WorkerId};
 use wg_common::time::Now;
 use zeroize::Zeroizing;
@@ -21,6 +20,7 @@ use super::pull::Pulling;
 use super::quiesce;
 use super::remember::Remembering;
 use super::status::{Nic, PEER_TROUBLES_MAX, Quiesced, Status, TroubleStatus};
+use super::tun_steering::TunSteering;
 use super::watchdog::Watchdog;
 use crate::counters::{Path, Totals};
 use crate::datapath::shared::PEER_COUNT_MAX;
@@ -28,7 +28,7 @@ use crate::datapath::{Shared, SocketGroup};
 use crate::device::{Device, Effect, PeerChange, SetRequest};
 use crate::handshake::Handshakes;
 use crate::keeper::Keeper;
-use crate::keeper::protocol::{LINKS_MAX, Refusal};
+use crate::keeper::protocol::Refusal;
 use crate::key::PublicKey;
 use crate::sandbox;
 use crate::session::{Break, Continuity, HotPeer};
@@ -54,6 +54,8 @@ pub struct Control {
     pub(super) pulling: Option<Pulling>,
     /// Who opens what this process may not; nothing in tests.
     pub(super) keeper: Option<Rc<Keeper>>,
+    /// Whether the kernel chooses TUN queues as we say.
+    pub(super) tun_steering: TunSteering,
     /// Endpoints that were given as names.
     pub(super) names: RefCell<Names>,
     /// What this process may still do, if it was confined.
@@ -72,6 +74,8 @@ pub struct Control {
     continuity: RefCell<Continuity>,
     /// When this thread last looked at timers and workers.
     ticked: Cell<Now>,
+    /// When it last looked by which links peers are reached.
+    pub(super) ways_looked: Cell<Now>,
     /// Sessions were cleared for everything that ended keypairs before.
     cleared: Cell<Now>,
     /// How often all sessions were cleared, and why.
@@ -96,6 +100,7 @@ impl Control {
             handshakes,
             pulling: None,
             keeper,
+            tun_steering: TunSteering::off("nobody asked for it"),
             names: RefCell::default(),
             privileges: Cell::default(),
             mode,
@@ -106,6 +111,7 @@ impl Control {
             to_reach: RefCell::default(),
             continuity: RefCell::default(),
             ticked: Cell::default(),
+            ways_looked: Cell::default(),
             cleared: Cell::default(),
             clearings: RefCell::default(),
             former_sockets: RefCell::default(),
@@ -134,13 +140,15 @@ impl Control {
         self.pull_tick(now);
         self.reach_tick(now);
         self.names_tick(now);
+        self.ways_tick(now);
         self.remember_tick(now);
+        self.owners_tick();
     }
 
     /// The part of a tick that neither looks at the device nor changes it, if it is time for one: a
     /// request of many peers takes long to carry out, and must not be seen half done.
     fn tick_if_due(&self) {
-        if self.sleep_time().is_zero() {
+        if self.sessions_sleep_time().is_zero() {
             self.tick_sessions();
         }
     }
@@ -172,6 +180,12 @@ impl Control {
     /// How long there is nothing to do for [`tick`](Self::tick), if nothing is heard from
     /// [`sooner`](Self::sooner).
     pub fn sleep_time(&self) -> Duration {
+        let owners = self.owners_due(self.ticked.get());
+        let owners = owners.map_or(Duration::MAX, |due| due.since(clock::boot_now()));
+        self.sessions_sleep_time().min(owners)
+    }
+
+    fn sessions_sleep_time(&self) -> Duration {
         sleep_time(self.handshakes.next_timeout(), self.ticked.get(), clock::boot_now())
     }
 
@@ -279,41 +293,6 @@ impl Control {
         } else {
             tracing::info!("the interface is down");
             self.handshakes.go_down(now);
-        }
-    }
-
-    /// Lets peers be sent to from another address of ours where the route to them now leaves by another
-    /// link than the one on which they dialled. IPv4 alone, as in the kernel's WireGuard.
-    pub async fn routes_changed(&self) {
-        let Some(keeper) = &self.keeper else { return };
-        let mut peers = Vec::new();
-        for peer in self.handshakes.awake_peers() {
-            let Some(endpoint) = peer.endpoint.load_full() else { continue };
-            let Some(LocalSource { addr: IpAddr::V4(source), ifindex }) = endpoint.local else {
-                continue;
-            };
-            let IpAddr::V4(remote) = endpoint.remote.ip() else { continue };
-            if ifindex != 0 {
-                peers.push((peer, ifindex, (remote, source)));
-            }
-        }
-        for some in peers.chunks(LINKS_MAX) {
-            let pairs = some.iter().map(|&(_, _, pair)| pair).collect();
-            let links = match keeper.links_towards(self.fwmark.get(), pairs) {
-                Ok(links) => links,
-                Err(error) => {
-                    tracing::warn!(%error, "routes are not known: peers keep the address that they dialled");
-                    return;
-                }
-            };
-            for ((peer, ifindex, _), link) in some.iter().zip(links) {
-                if link.is_some_and(|link| link != *ifindex) {
-                    tracing::debug!(peer = %peer.label(), "another link leads to it now");
-                    peer.forget_local_source();
-                }
-            }
-            // There may be more to do than this.
-            tokio::task::yield_now().await;
         }
     }
 
@@ -435,6 +414,7 @@ impl uapi::Handler for Control {
         let port = self.shared.sockets.load().port;
         if mark != self.fwmark.replace(mark) || port != sockets.port {
             self.handshakes.forget_local_sources();
+            self.handshakes.forget_ways();
         }
         let named = request.peers.iter().map(|peer| peer.public_key);
         let named: Vec<_> = named.filter(|_| self.pulling.is_some()).collect();
@@ -495,6 +475,7 @@ impl uapi::Handler for Control {
             reason: self.mode.reason.clone(),
             nics: self.nics.clone(),
             workers: count,
+            tun_steering: self.tun_steering.status(),
             privileges: self.privileges.get(),
             stuck_workers: (0..count)
                 .filter(|&w| !self.shared.moves(WorkerId(w as u16), now))

@@ -4,7 +4,7 @@
 //! workers, [`control`] answers wg(8) and applies changes, [`effects`] carries them to sessions and
 //! workers, [`pull`] adds peers that knock, [`names`] follows names of endpoints, [`quiesce`] pauses,
 //! [`memory`] is what a successor is left and [`remember`] keeps it, [`watchdog`] finds stuck workers,
-//! [`status`] says how things stand. Everything here runs on one thread; it may be slow and must be
+//! [`tun_steering`] tells the kernel which worker packets are for, [`status`] says how things stand. Everything here runs on one thread; it may be slow and must be
 //! right.
 
 mod control;
@@ -20,7 +20,9 @@ mod quiesce;
 mod remember;
 mod start;
 mod status;
+mod tun_steering;
 mod watchdog;
+mod ways;
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
@@ -270,11 +272,15 @@ fn begin_memory(
     left.map_or(Ok(()), memory::wipe)
 }
 
-/// Has `control` look at the addresses that peers are sent to from, whenever the routing table may
-/// prefer another.
+/// Least time between two looks at the ways to all peers.
+const ROUTES_EVERY: Duration = Duration::from_millis(100);
+
+/// Has `control` look at the ways to peers whenever there may be others.
 async fn follow_routes(control: Rc<Control>, changed: Rc<Notify>) {
     loop {
         changed.notified().await;
         control.routes_changed().await;
+        // A router's table changes all the time.
+        tokio::time::sleep(ROUTES_EVERY).await;
     }
 }

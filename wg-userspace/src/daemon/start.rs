@@ -15,6 +15,7 @@ use super::control::Control;
 use super::mode::{Mode, ModeInUse};
 use super::pull::{PullEvents, Pulling};
 use super::status::Nic;
+use super::tun_steering::TunSteering;
 use crate::aead::{BatchAead, RingAead};
 use crate::datapath::handoff::Mesh;
 use crate::datapath::shared::{DATAGRAM_LEN_MAX, PARCEL_RING_LEN};
@@ -69,6 +70,7 @@ struct Prepared {
     interface: String,
     shared: Arc<Shared>,
     handshakes: Arc<Handshakes>,
+    tun_steering: TunSteering,
     pulling: Option<Pulling>,
     pull_events: Option<PullEvents>,
     pool: Pool,
@@ -101,9 +103,11 @@ pub fn start(
     let threads = start_threads(&cpus, &crew, &devices, xsks)?;
 
     let devices = devices.into_iter().map(|device| {
-        let Prepared { interface, shared, handshakes, pulling, pull_events, pool } = device;
+        let Prepared { interface, shared, handshakes, tun_steering, pulling, pull_events, pool } =
+            device;
         let (keeper, nics) = (Some(Rc::clone(keeper)), nics.clone());
         let control = Control::new(shared, handshakes, keeper, mode.clone(), nics, AEAD.name());
+        let control = control.with_tun_steering(tun_steering);
         let control = Rc::new(control.with_pulling(pulling));
         Device { interface, control, pull_events, pool }
     });
@@ -136,6 +140,7 @@ fn prepare(
             .context("preparing the workers")?;
     // It is down until the keeper says that it was taken up.
     shared.up.store(false, Ordering::Relaxed);
+    let tun_steering = TunSteering::begin(keeper, &shared);
     let outside = Os::new(Arc::clone(&shared));
     let mut handshakes = Handshakes::new(Arc::clone(&shared), outside, AEAD, live_indexes);
     let (mut pulling, mut pull_events) = (None, None);
@@ -148,7 +153,8 @@ fn prepare(
     }
     let handshakes = Arc::new(handshakes);
     let pool = Pool::start(&handshakes, &work, pool_len).context("starting the handshake pool")?;
-    Ok(Prepared { interface: String::new(), shared, handshakes, pulling, pull_events, pool })
+    let interface = String::new();
+    Ok(Prepared { interface, shared, handshakes, tun_steering, pulling, pull_events, pool })
 }
 
 /// Starts the threads, each with a worker of every device and some of the XSKs.

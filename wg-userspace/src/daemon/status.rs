@@ -18,6 +18,8 @@ pub struct Status {
     pub nics: Vec<Nic>,
     /// Number of workers.
     pub workers: usize,
+    /// Whether packets out of the TUN device come to the worker that their peer belongs to.
+    pub tun_steering: TunSteering,
     /// What this process may still do, if it was confined.
     pub privileges: Option<sandbox::Report>,
     /// Workers that do not move at present.
@@ -42,6 +44,15 @@ pub struct Status {
     pub troubles: Vec<TroubleStatus>,
     /// How many more peers' troubles there are.
     pub more_troubles: usize,
+}
+
+/// Whether packets out of the TUN device come to the worker that their peer belongs to.
+#[derive(Clone, Debug, Serialize)]
+pub struct TunSteering {
+    /// Whether they do.
+    pub is_on: bool,
+    /// Why not, or which ones do not.
+    pub reason: Option<String>,
 }
 
 /// Most troubles with peers that are told at once.

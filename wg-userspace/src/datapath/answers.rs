@@ -1,6 +1,6 @@
 //! What a worker tells the senders of packets that it cannot send, and how often.
 
-use wg_common::icmp::{UNREACHABLE_LEN_MAX, unreachable};
+use wg_common::icmp::{ERROR_LEN_MAX, too_big, unreachable};
 use wg_common::time::Now;
 
 use crate::rate::{Bucket, Rate};
@@ -11,13 +11,15 @@ const RATE: Rate = Rate::new(1000, 50);
 
 /// One worker's answers.
 pub struct Answers {
-    bucket: Bucket,
-    message: [u8; UNREACHABLE_LEN_MAX],
+    unreachable: Bucket,
+    /// A bucket of its own: a connection waits for this answer, and who scans must not take it away.
+    too_big: Bucket,
+    message: [u8; ERROR_LEN_MAX],
 }
 
 impl Default for Answers {
     fn default() -> Self {
-        Self { bucket: Bucket::default(), message: [0; _] }
+        Self { unreachable: Bucket::default(), too_big: Bucket::default(), message: [0; _] }
     }
 }
 
@@ -25,13 +27,31 @@ impl Answers {
     /// The ICMP message that tells the sender of `packet` that it cannot be delivered. `None` if it must
     /// not be told, or if there were too many answers of late.
     pub fn unreachable(&mut self, packet: &[u8], now: Now) -> Option<&[u8]> {
-        if !self.bucket.has_token(RATE, now) {
-            return None;
-        }
-        let len = unreachable(packet, &mut self.message)?;
-        self.bucket.take(RATE, now);
-        Some(&self.message[..len])
+        let Self { unreachable: bucket, message, .. } = self;
+        limited(bucket, message, now, |message| unreachable(packet, message))
     }
+
+    /// The ICMP message that tells the sender of `packet` that no more than `mtu` bytes get through.
+    /// `None` as with [`unreachable`](Self::unreachable).
+    pub fn too_big(&mut self, packet: &[u8], mtu: usize, now: Now) -> Option<&[u8]> {
+        let Self { too_big: bucket, message, .. } = self;
+        limited(bucket, message, now, |message| too_big(packet, mtu, message))
+    }
+}
+
+/// What `write` writes, if there is a token for it.
+fn limited<'a>(
+    bucket: &mut Bucket,
+    message: &'a mut [u8; ERROR_LEN_MAX],
+    now: Now,
+    write: impl FnOnce(&mut [u8; ERROR_LEN_MAX]) -> Option<usize>,
+) -> Option<&'a [u8]> {
+    if !bucket.has_token(RATE, now) {
+        return None;
+    }
+    let len = write(message)?;
+    bucket.take(RATE, now);
+    Some(&message[..len])
 }
 
 #[cfg(test)]
@@ -57,6 +77,14 @@ mod tests {
         }
         assert_eq!(in_a_second, 1000);
         assert_eq!(given(&mut answers, 1000, START + Duration::from_secs(60)), 50);
+    }
+
+    #[test]
+    fn who_scans_leaves_answers_to_those_who_send_too_much() {
+        let mut answers = Answers::default();
+        assert_eq!(given(&mut answers, 100, START), 50);
+        let told = (0..100).filter(|_| answers.too_big(&PACKET, 1280, START).is_some()).count();
+        assert_eq!(told, 50);
     }
 
     #[test]

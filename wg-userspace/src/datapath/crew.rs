@@ -9,6 +9,7 @@ use wg_common::id::WorkerId;
 use wg_common::map::HEARTBEAT_STALE_NS;
 use wg_common::time::Now;
 
+use super::staging::Budget;
 use crate::counters::Counters;
 use crate::sys::{EventFd, SharedWords};
 
@@ -19,6 +20,7 @@ pub struct Crew {
     deputies_epoch: AtomicU32,
     /// The heartbeats as the kernel side sees them, if there is one.
     kernel_heartbeats: Option<Arc<SharedWords>>,
+    staging: Arc<Budget>,
 }
 
 /// What one thread shares with everyone else, beside what it does for a device.
@@ -54,7 +56,8 @@ impl Crew {
                 })
             })
             .collect::<std::io::Result<_>>()?;
-        Ok(Arc::new(Self { threads, deputies_epoch: AtomicU32::new(0), kernel_heartbeats }))
+        let (deputies_epoch, staging) = (AtomicU32::new(0), Arc::default());
+        Ok(Arc::new(Self { threads, deputies_epoch, kernel_heartbeats, staging }))
     }
 
     /// Number of threads, and so of workers of each device.
@@ -74,6 +77,11 @@ impl Crew {
     /// What all threads counted that belongs to no device.
     pub fn all_counters(&self) -> impl Iterator<Item = &Counters> {
         self.threads.iter().map(|thread| &thread.counters)
+    }
+
+    /// What all workers of all devices may keep staged.
+    pub(super) fn staging(&self) -> &Arc<Budget> {
+        &self.staging
     }
 
     /// What wakes the thread of `worker`.

@@ -26,6 +26,19 @@ pub fn padded_len(len: usize, mtu: usize) -> usize {
     len.next_multiple_of(PADDING_MULTIPLE).min(mtu.max(len))
 }
 
+/// The outer TOS or traffic class for `packet`: DSCP 0, and its ECN bits as the kernel's WireGuard has them
+/// (`INET_ECN_encapsulate`). That is RFC 6040, but for CE, which is carried inside alone and goes as ECT(0).
+pub fn outer_tos(packet: &[u8]) -> u8 {
+    const ECT_0: u8 = 2;
+    const CE: u8 = 3;
+    let tos = match packet {
+        [first, second, ..] if first >> 4 == 6 => first << 4 | second >> 4,
+        [_, second, ..] => *second,
+        _ => 0,
+    };
+    if tos & CE == CE { ECT_0 } else { tos & CE }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -48,6 +61,18 @@ mod tests {
                 assert!(padded - len < 16);
             }
         }
+    }
+
+    #[test]
+    fn ecn_goes_outside_as_the_kernel_does_it_and_dscp_does_not() {
+        for (inner, outer) in [(0, 0), (1, 1), (2, 2), (3, 2)] {
+            for dscp in [0, 0xb8, 0xfc] {
+                let tos: u8 = dscp | inner;
+                assert_eq!(outer_tos(&[0x45, tos, 0, 0]), outer);
+                assert_eq!(outer_tos(&[0x60 | tos >> 4, tos << 4 | 0x0f, 0, 0]), outer);
+            }
+        }
+        assert_eq!((outer_tos(&[]), outer_tos(&[0x63])), (0, 0));
     }
 
     #[test]

@@ -62,6 +62,8 @@ pub struct Parcel {
     pub len: usize,
     /// Where it came from.
     pub from: Endpoint,
+    /// The outer header's TOS or traffic class.
+    pub tos: u8,
     /// How it came to this host.
     pub path: Path,
     /// Whose pool the buffer goes back to.
@@ -141,6 +143,7 @@ mod tests {
             buffer: Box::new([7; 4]),
             len: 4,
             from: Endpoint::configured("10.0.0.1:1".parse().unwrap()),
+            tos: 0,
             path: Path::Socket,
             origin: WorkerId(0),
         };

@@ -1,18 +1,21 @@
-//! From datagram to TUN: triage, open the batch, replay, source check, write.
+//! From datagram to TUN: triage, open the batch, replay, source check, join, write.
 //!
 //! A packet changes nothing until it is proven. The order is: length and type, receiver index, home,
 //! key age, tag, replay, then endpoint and timers, then the inner header, the source check, and
-//! the TUN device.
+//! the TUN device, to which packets of a flow go as one. A batch leaves nothing behind that waits for
+//! the next.
 
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use arrayvec::ArrayVec;
+use wg_common::ecn;
 use wg_common::endpoint::Endpoint;
 use wg_common::headers::inner_packet;
 use wg_common::id::{Counter, ReceiverIndex, WorkerId};
 use wg_common::message::{Message, classify};
+use wg_common::mss::{self, TcpChecksum};
 use wg_common::outcome::DropReason;
 use wg_common::protocol::{REJECT_AFTER_MESSAGES, TAG_LEN, TRANSPORT_HEADER_LEN};
 use wg_common::time::Now;
@@ -24,21 +27,28 @@ use super::shared::Shared;
 use crate::aead::{BatchAead, Job};
 use crate::counters::Path;
 use crate::routing::RoutingTable;
+use crate::segments::SegmentKind;
+use crate::segments::join::{Batch, PACKETS_MAX, Plan};
 use crate::session::{HotPeer, Receiving};
 use crate::tun::{self, TunQueue};
 
+pub use crate::segments::Run;
+
+const _: () = assert!(BATCH_LEN <= PACKETS_MAX, "a batch is joined as a whole");
+
 /// Where opened packets go.
 pub trait PacketSink {
-    /// Takes one IP packet.
+    /// Takes the packets of a run, all or none.
     ///
     /// # Errors
-    /// If it does not take it; [`tun::is_gone`] tells whether it ever will again.
-    fn write(&self, packet: &[u8]) -> io::Result<()>;
+    /// If it does not take them: `InvalidInput` if it may take them one by one; [`tun::is_gone`] tells
+    /// whether it ever will again.
+    fn write(&self, run: &Run<'_>) -> io::Result<()>;
 }
 
 impl PacketSink for TunQueue {
-    fn write(&self, packet: &[u8]) -> io::Result<()> {
-        TunQueue::write(self, packet)
+    fn write(&self, run: &Run<'_>) -> io::Result<()> {
+        self.write_run(run)
     }
 }
 
@@ -49,6 +59,8 @@ pub struct Arrival<'a> {
     pub bytes: &'a mut [u8],
     /// Where it came from, and which address of ours it was sent to.
     pub from: Endpoint,
+    /// The outer header's TOS or traffic class: DSCP and ECN.
+    pub tos: u8,
     /// How it came.
     pub path: Path,
     /// The worker at which it came; not the one that opens it if that is at home elsewhere.
@@ -62,6 +74,8 @@ pub struct Inbound {
     aead: &'static dyn BatchAead,
     /// Rings to the other workers, for packets that are at home there.
     to: Vec<Option<rtrb::Producer<Parcel>>>,
+    /// Whether the TUN device takes runs of UDP, as far as is known: Linux does from 6.2 on.
+    uso: bool,
 }
 
 /// A keypair that packets of this batch belong to, and what they did.
@@ -93,6 +107,12 @@ fn inner<'a>(datagram: &'a Arrival<'_>) -> &'a [u8] {
     &datagram.bytes[TRANSPORT_HEADER_LEN..datagram.bytes.len() - TAG_LEN]
 }
 
+/// As [`inner`], to be changed.
+fn inner_mut<'a>(datagram: &'a mut Arrival<'_>) -> &'a mut [u8] {
+    let end = datagram.bytes.len() - TAG_LEN;
+    &mut datagram.bytes[TRANSPORT_HEADER_LEN..end]
+}
+
 /// A packet that may be opened.
 struct Candidate {
     arrival: usize,
@@ -115,7 +135,7 @@ impl Inbound {
         aead: &'static dyn BatchAead,
         to: Vec<Option<rtrb::Producer<Parcel>>>,
     ) -> Self {
-        Self { id, shared, aead, to }
+        Self { id, shared, aead, to, uso: true }
     }
 
     /// Takes a batch of at most [`BATCH_LEN`] datagrams; what is good in them goes to `tun`.
@@ -165,15 +185,23 @@ impl Inbound {
         for group in &groups {
             self.settle(group, now);
         }
+        let mut admitted: ArrayVec<(usize, usize), BATCH_LEN> = ArrayVec::new();
         for candidate in accepted {
-            let packet = inner(&arrivals[candidate.arrival]);
-            if !packet.is_empty()
-                && let Err(reason) =
-                    self.deliver(packet, &groups[candidate.group], &routing, tun, now)
-            {
-                self.counters().drop(reason, 1);
+            let datagram = &mut arrivals[candidate.arrival];
+            let tos = datagram.tos;
+            ecn::decapsulate(inner_mut(datagram), tos);
+            let packet = inner_mut(datagram);
+            if packet.is_empty() {
+                continue;
+            }
+            match self.admit(packet, &groups[candidate.group], &routing, now) {
+                Ok(len) => admitted.push((candidate.arrival, len)),
+                Err(reason) => self.counters().drop(reason, 1),
             }
         }
+        let packets: Batch<'_> =
+            admitted.into_iter().map(|(at, len)| &inner(&arrivals[at])[..len]).collect();
+        self.deliver(&packets, tun);
     }
 
     fn counters(&self) -> &crate::counters::Counters {
@@ -257,9 +285,9 @@ impl Inbound {
             return Err(DropReason::TooLarge);
         };
         room.copy_from_slice(datagram.bytes);
-        let (from, path, origin) = (datagram.from, datagram.path, self.id);
+        let Arrival { from, tos, path, .. } = *datagram;
         let ring = self.to[usize::from(home.0)].as_mut().expect("a worker is at home at itself");
-        match ring.push(Parcel { buffer, len, from, path, origin }) {
+        match ring.push(Parcel { buffer, len, from, tos, path, origin: self.id }) {
             Ok(()) => Ok(()),
             Err(rtrb::PushError::Full(parcel)) => {
                 pool.give_back(parcel.buffer);
@@ -301,26 +329,52 @@ impl Inbound {
         jobs.iter().map(|job| job.ok).collect()
     }
 
-    /// Hands an opened packet to `tun`, if its sender may send it.
-    fn deliver(
+    /// Looks whether the sender of an opened packet may send it, and lowers the segment size that it offers
+    /// if it is a SYN. Gives the packet's length without padding.
+    fn admit(
         &self,
-        packet: &[u8],
+        packet: &mut [u8],
         group: &Group,
         routing: &RoutingTable,
-        tun: &impl PacketSink,
         now: Now,
-    ) -> Result<(), DropReason> {
+    ) -> Result<usize, DropReason> {
         let inner = inner_packet(packet)?;
         if routing.lookup(inner.src) != Some(group.peer.id) {
             group.peer.note_refused(inner.src, now);
             return Err(DropReason::SourceNotAllowed);
         }
-        tun.write(&packet[..inner.len]).map_err(|error| {
-            if tun::is_gone(&error) {
-                self.shared.report_tun_gone();
+        let packet = &mut packet[..inner.len];
+        let device_mtu = self.shared.mtu.load(Ordering::Relaxed);
+        let mtu = group.peer.inner_mtu.mtu(inner.src.is_ipv6(), device_mtu);
+        mss::clamp(packet, mtu, TcpChecksum::Full);
+        Ok(inner.len)
+    }
+
+    /// Hands packets to `tun`, those of a flow as one. A run that it refuses is tried packet by packet.
+    fn deliver(&mut self, packets: &Batch<'_>, tun: &impl PacketSink) {
+        for run in Plan::of(packets, self.uso).runs() {
+            match tun.write(&run) {
+                Err(error) if run.len() > 1 && error.kind() == io::ErrorKind::InvalidInput => {
+                    if run.kind() == Some(SegmentKind::Udp) && self.uso {
+                        tracing::debug!("the TUN device takes no runs of UDP");
+                        self.uso = false;
+                    }
+                    for single in run.singles() {
+                        self.note_written(tun.write(&single), 1);
+                    }
+                }
+                result => self.note_written(result, run.len()),
             }
-            DropReason::TunWrite
-        })
+        }
+    }
+
+    /// Counts the packets of a write that failed.
+    fn note_written(&self, result: io::Result<()>, packet_count: usize) {
+        let Err(error) = result else { return };
+        if tun::is_gone(&error) {
+            self.shared.report_tun_gone();
+        }
+        self.counters().drop(DropReason::TunWrite, packet_count as u64);
     }
 
     /// Carries what a batch proved over to the peer.
@@ -334,6 +388,7 @@ impl Inbound {
             peer.activity.data_received(now);
         }
         if peer.confirm(group.keypair.keypair()) {
+            self.shared.follow_home(peer);
             // Staged packets can go, at whichever worker they are.
             self.shared.wake_all();
             // If the queue is full, control notices it when it asks next.
@@ -342,6 +397,8 @@ impl Inbound {
         if peer.endpoint.load().as_deref() != Some(&endpoint) {
             tracing::debug!(peer = %peer.label(), endpoint = %endpoint.remote, "endpoint moved");
             peer.endpoint.store(Some(Arc::new(endpoint)));
+            peer.inner_mtu.forget();
+            self.shared.want_inner_mtu(peer);
         }
         if group.keypair.wants_rekey_on_receive(now) {
             self.shared.want_handshake(peer);

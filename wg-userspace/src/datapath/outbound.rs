@@ -1,7 +1,8 @@
 //! From TUN to datagram: whose packet it is, counters, seal the batch, send.
 //!
-//! Packets stand in slots of one slab, with room before them for the transport header and behind
-//! them for padding and tag, so that encapsulation never moves them.
+//! Packets stand behind each other in one arena, each with room before it for the transport header and
+//! behind it for padding and tag, so that encapsulation never moves them. A super-packet is cut into the
+//! packets that it stands for in the room behind it. What one batch has no room for is cut for the next.
 
 use std::io;
 use std::sync::Arc;
@@ -9,31 +10,35 @@ use std::sync::atomic::Ordering;
 
 use arrayvec::ArrayVec;
 use wg_common::endpoint::Endpoint;
-use wg_common::headers::inner_destination;
+use wg_common::headers::{IPV6_LEN, inner_destination};
 use wg_common::id::{PeerId, WorkerId};
+use wg_common::mss::{self, TcpChecksum};
 use wg_common::outcome::DropReason;
-use wg_common::protocol::{TAG_LEN, TRANSPORT_HEADER_LEN, TRANSPORT_OVERHEAD};
+use wg_common::protocol::{PADDING_MULTIPLE, TAG_LEN, TRANSPORT_HEADER_LEN, TRANSPORT_OVERHEAD};
 use wg_common::time::Now;
 
 use super::BATCH_LEN;
 use super::answers::Answers;
-use super::encap::{padded_len, transport_header};
+use super::encap::{outer_tos, padded_len, transport_header};
 use super::routing_loop::LoopedFragments;
 use super::shared::Shared;
 use super::staging::Staging;
 use crate::aead::{BatchAead, Job};
 use crate::counters::{Counters, Path};
-use crate::session::{HotPeer, Keypair};
+use crate::segments::{Cut, VnetHeader, finish_checksum};
+use crate::session::{HotPeer, Keypair, is_v6};
 use crate::tun::TunQueue;
+pub use crate::udp::Outgoing;
 use crate::udp::UdpSockets;
 
 /// Where packets to seal come from.
 pub trait PacketSource {
-    /// Reads one IP packet to the beginning of `buffer`; `None` if there is none now.
+    /// Reads one IP packet, or one that stands for several, to the beginning of `buffer`: what is left to
+    /// do on it, and its length. `None` if there is none now.
     ///
     /// # Errors
-    /// If there will be none any more, or this one was lost.
-    fn read(&self, buffer: &mut [u8]) -> io::Result<Option<usize>>;
+    /// `InvalidData` if this one was lost; any other if there will be none for a while, or any more.
+    fn read(&self, buffer: &mut [u8]) -> io::Result<Option<(VnetHeader, usize)>>;
 
     /// Gives a packet back: an ICMP message for the sender of one that was read. If it is not taken,
     /// it is lost, and so it is where nobody listens.
@@ -41,7 +46,7 @@ pub trait PacketSource {
 }
 
 impl PacketSource for TunQueue {
-    fn read(&self, buffer: &mut [u8]) -> io::Result<Option<usize>> {
+    fn read(&self, buffer: &mut [u8]) -> io::Result<Option<(VnetHeader, usize)>> {
         TunQueue::read(self, buffer)
     }
 
@@ -53,8 +58,8 @@ impl PacketSource for TunQueue {
 
 /// Where messages go.
 pub trait DatagramSink {
-    /// Sends at most [`BATCH_LEN`] datagrams, those of one IP version in order, with this outer TOS.
-    fn send(&self, datagrams: &[(&[u8], &Endpoint)], tos: u8) -> Unsent;
+    /// Sends at most [`BATCH_LEN`] datagrams, those of one IP version in order.
+    fn send(&self, datagrams: &[Outgoing<'_>]) -> Unsent;
 }
 
 /// What did not go as it should when a batch was sent.
@@ -67,13 +72,13 @@ pub struct Unsent {
 }
 
 impl DatagramSink for UdpSockets {
-    fn send(&self, datagrams: &[(&[u8], &Endpoint)], tos: u8) -> Unsent {
+    fn send(&self, datagrams: &[Outgoing<'_>]) -> Unsent {
         let mut outcome = Unsent::default();
         for v4 in [true, false] {
-            let mut batch: ArrayVec<(&[u8], &Endpoint), BATCH_LEN> = ArrayVec::new();
+            let mut batch: ArrayVec<Outgoing<'_>, BATCH_LEN> = ArrayVec::new();
             let mut places: ArrayVec<usize, BATCH_LEN> = ArrayVec::new();
             for (place, datagram) in datagrams.iter().enumerate() {
-                if datagram.1.remote.is_ipv4() == v4 {
+                if datagram.endpoint.remote.is_ipv4() == v4 {
                     batch.push(*datagram);
                     places.push(place);
                 }
@@ -81,11 +86,11 @@ impl DatagramSink for UdpSockets {
             if batch.is_empty() {
                 continue;
             }
-            let Some(socket) = self.for_remote(&batch[0].1.remote) else {
+            let Some(socket) = self.for_remote(&batch[0].endpoint.remote) else {
                 outcome.failed += batch.len();
                 continue;
             };
-            let sent = socket.send(&batch, tos);
+            let sent = socket.send(&batch);
             outcome.failed += sent.failed;
             if let Some(error) = sent.error {
                 tracing::trace!(%error, "sending");
@@ -98,15 +103,111 @@ impl DatagramSink for UdpSockets {
     }
 }
 
-/// The payload of a slot begins at a multiple of 64 bytes: eight per cent of the AEAD's time.
-const SLOT_HEADROOM: usize = 64;
-/// Largest packet that a slot holds.
+/// Room before each packet. Every packet begins at a multiple of 64 bytes: eight per cent of the AEAD's
+/// time.
+const HEADROOM: usize = 64;
+/// Largest packet that is sealed.
 const PACKET_LEN_MAX: usize = 65_535 - TRANSPORT_OVERHEAD;
-/// Bytes of a slot. Pages that no packet reaches are never touched. The odd part keeps the packets
-/// of neighbouring slots out of each other's cache sets.
-const SLOT_LEN: usize = SLOT_HEADROOM + PACKET_LEN_MAX.next_multiple_of(64) + 25 * 64;
-const _: () = assert!(SLOT_HEADROOM >= TRANSPORT_HEADER_LEN);
-const _: () = assert!(SLOT_LEN >= SLOT_HEADROOM + PACKET_LEN_MAX + 16 + TAG_LEN);
+/// Largest packet that is read: as long as IPv6 can say, to tell it from one that fits.
+const READ_LEN: usize = IPV6_LEN + 65_535;
+/// Where the last packet of a batch may begin. A batch of full packets of the usual MTU still fits; a full
+/// super-packet with its segments passes it, and is a batch of its own: so the bytes that a worker uses
+/// again and again stay in its cache.
+const READ_BEGIN_MAX: usize = 128 << 10;
+/// Room for the segments of a super-packet, behind it: 64 with all their headers, of any usual kind.
+const SEGMENTS_LEN: usize = 96 << 10;
+/// Bytes of the arena.
+const ARENA_LEN: usize = READ_BEGIN_MAX + slot_len(READ_LEN) + SEGMENTS_LEN;
+const _: () = assert!(HEADROOM >= TRANSPORT_HEADER_LEN && HEADROOM.is_multiple_of(64));
+// Behind a super-packet, wherever it stands, there is room for one of its segments at least.
+const _: () = assert!(slot_len(PACKET_LEN_MAX) <= SEGMENTS_LEN);
+
+/// Bytes that a packet of `len` takes in the arena. An odd number of cache lines, so that the beginnings of
+/// packets do not meet in the same few sets of the cache.
+const fn slot_len(len: usize) -> usize {
+    let padded = len.next_multiple_of(PADDING_MULTIPLE);
+    ((HEADROOM + padded + TAG_LEN).div_ceil(64) | 1) * 64
+}
+
+/// Where packets stand: bytes that begin at a multiple of 64.
+struct Arena {
+    bytes: Box<[u8]>,
+    begin: usize,
+}
+
+impl Arena {
+    fn new() -> Self {
+        let bytes = vec![0; ARENA_LEN + 63].into_boxed_slice();
+        // Only speed hangs on it.
+        let begin = bytes.as_ptr().align_offset(64).min(63);
+        Self { bytes, begin }
+    }
+
+    fn bytes(&mut self) -> &mut [u8] {
+        &mut self.bytes[self.begin..][..ARENA_LEN]
+    }
+
+    fn packet(&self, packet: &Placed) -> &[u8] {
+        &self.bytes[self.begin + packet.start..][..packet.len]
+    }
+}
+
+/// A packet in the arena, headroom before it.
+#[derive(Clone, Copy)]
+struct Placed {
+    start: usize,
+    len: usize,
+}
+
+/// A super-packet that is not cut to the end.
+struct Unfinished {
+    packet: Placed,
+    cut: Cut,
+    next: usize,
+}
+
+impl Unfinished {
+    /// Where the arena is free behind it.
+    fn end(&self) -> usize {
+        self.packet.start - HEADROOM + slot_len(self.packet.len)
+    }
+
+    fn left(&self) -> usize {
+        self.cut.count() - self.next
+    }
+}
+
+/// The packets of one batch, in the order in which they stand in the arena.
+#[derive(Default)]
+struct Batch {
+    packets: ArrayVec<Placed, BATCH_LEN>,
+    /// How many of them, in their order, have the same headers but for what differs between segments.
+    runs: ArrayVec<usize, BATCH_LEN>,
+    /// Where the arena is free.
+    free: usize,
+}
+
+impl Batch {
+    fn is_full(&self) -> bool {
+        self.packets.is_full() || self.free > READ_BEGIN_MAX
+    }
+
+    /// Takes a packet of `len` bytes, which stands behind the headroom at `free`.
+    fn take(&mut self, len: usize) {
+        self.packets.push(Placed { start: self.free + HEADROOM, len });
+        self.free += slot_len(len);
+    }
+
+    /// The runs: the first packet of each, and all.
+    fn runs(&self) -> impl Iterator<Item = (&Placed, &[Placed])> {
+        let mut rest = &self.packets[..];
+        self.runs.iter().filter_map(move |&count| {
+            let (run, behind) = rest.split_at(count);
+            rest = behind;
+            Some((run.first()?, run))
+        })
+    }
+}
 
 /// The outbound half of a worker.
 pub struct Outbound {
@@ -116,7 +217,8 @@ pub struct Outbound {
     staging: Staging,
     answers: Answers,
     looped: LoopedFragments,
-    slab: Vec<u8>,
+    arena: Arena,
+    unfinished: Option<Unfinished>,
 }
 
 /// Packets of this batch for one peer.
@@ -142,37 +244,41 @@ impl Group {
     }
 }
 
-/// A packet in a slot, and the group it belongs to.
-struct Outgoing {
-    slot: usize,
-    len: usize,
+/// A packet, and the group it belongs to.
+struct Routed {
+    packet: Placed,
     group: usize,
+    tos: u8,
 }
 
-/// A message in a slot.
+/// A message in the arena.
 struct Message {
-    slot: usize,
+    /// Where its packet begins, behind the transport header.
+    start: usize,
     group: usize,
     /// Bytes from the transport header to the tag.
     len: usize,
     counter: u64,
+    tos: u8,
 }
 
 impl Outbound {
     /// The outbound half of worker `id`.
     pub fn new(id: WorkerId, shared: Arc<Shared>, aead: &'static dyn BatchAead) -> Self {
+        let staging = Staging::new(Arc::clone(shared.crew.staging()));
         Self {
             id,
             shared,
             aead,
-            staging: Staging::default(),
+            staging,
             answers: Answers::default(),
             looped: LoopedFragments::default(),
-            slab: vec![0; SLOT_LEN * BATCH_LEN],
+            arena: Arena::new(),
+            unfinished: None,
         }
     }
 
-    /// Reads a batch from `tun` and sends it. Says whether there may be more to read.
+    /// Reads a batch from `tun` and sends it. Says whether there may be more to read, or to cut.
     ///
     /// # Errors
     /// What reading said, if it was not "nothing now"; packets read before it are sent.
@@ -182,25 +288,102 @@ impl Outbound {
         socket: &impl DatagramSink,
         now: Now,
     ) -> io::Result<bool> {
-        let mut lens: ArrayVec<usize, BATCH_LEN> = ArrayVec::new();
-        let mut outcome = Ok(true);
-        for slot in self.slab.chunks_exact_mut(SLOT_LEN) {
-            match tun.read(&mut slot[SLOT_HEADROOM..SLOT_HEADROOM + PACKET_LEN_MAX]) {
-                Ok(Some(len)) => lens.push(len),
-                Ok(None) => outcome = Ok(false),
-                Err(error) => outcome = Err(error),
-            }
-            if !matches!(outcome, Ok(true)) {
-                break;
-            }
-        }
+        let mut batch = self.empty_batch();
+        let outcome = self.gather(tun, &mut batch);
         if self.shared.is_up() {
-            self.route(&lens, tun, socket, now);
+            self.route(&batch, tun, socket, now);
         } else {
-            let counters = counters(&self.shared, self.id);
-            counters.drop(DropReason::InterfaceDown, lens.len() as u64);
+            let unfinished = self.unfinished.take().map_or(0, |unfinished| unfinished.left());
+            let count = batch.packets.len() + unfinished;
+            counters(&self.shared, self.id).drop(DropReason::InterfaceDown, count as u64);
         }
         outcome
+    }
+
+    /// A batch that leaves a super-packet alone that is not cut to the end.
+    fn empty_batch(&self) -> Batch {
+        let free = self.unfinished.as_ref().map_or(0, Unfinished::end);
+        Batch { free, ..Batch::default() }
+    }
+
+    /// Reads packets of one batch, and cuts those that stand for several. Says whether there may be more.
+    fn gather(&mut self, tun: &impl PacketSource, batch: &mut Batch) -> io::Result<bool> {
+        self.cut(batch);
+        for _ in 0..BATCH_LEN {
+            if batch.is_full() || self.unfinished.is_some() {
+                break;
+            }
+            let start = batch.free + HEADROOM;
+            let read = tun.read(&mut self.arena.bytes()[start..start + READ_LEN]);
+            let dropped = match read {
+                Ok(Some((header, len))) => self.take(header, len, batch),
+                Ok(None) => return Ok(false),
+                Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                    Err(DropReason::BadOffload)
+                }
+                Err(error) => return Err(error),
+            };
+            if let Err(reason) = dropped {
+                counters(&self.shared, self.id).drop(reason, 1);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Does what is left to do on a packet that was read to where the arena is free.
+    fn take(
+        &mut self,
+        header: VnetHeader,
+        len: usize,
+        batch: &mut Batch,
+    ) -> Result<(), DropReason> {
+        let start = batch.free + HEADROOM;
+        let bytes = &mut self.arena.bytes()[start..start + len];
+        let Some(segments) = header.segments else {
+            if len > PACKET_LEN_MAX {
+                return Err(DropReason::TooLarge);
+            }
+            if let Some(checksum) = header.checksum {
+                finish_checksum(checksum, bytes)?;
+            }
+            batch.take(len);
+            batch.runs.push(1);
+            return Ok(());
+        };
+        let cut = Cut::new(segments, header.checksum, bytes)?;
+        if cut.segment_len(0) > PACKET_LEN_MAX {
+            return Err(DropReason::TooLarge);
+        }
+        let unfinished = Unfinished { packet: Placed { start, len }, cut, next: 0 };
+        batch.free = unfinished.end();
+        self.unfinished = Some(unfinished);
+        self.cut(batch);
+        Ok(())
+    }
+
+    /// Cuts as many segments of the super-packet that is under way as the batch has room for.
+    fn cut(&mut self, batch: &mut Batch) {
+        let Some(Unfinished { packet, cut, next }) = &mut self.unfinished else { return };
+        let count = cut.count();
+        let mut run = 0;
+        let (whole, behind) = self.arena.bytes().split_at_mut(packet.start + packet.len);
+        let (whole, end) = (&whole[packet.start..], packet.start + packet.len);
+        while *next < count && !batch.packets.is_full() {
+            let len = cut.segment_len(*next);
+            if batch.free + slot_len(len) > ARENA_LEN {
+                break;
+            }
+            cut.write(whole, *next, &mut behind[batch.free + HEADROOM - end..]);
+            batch.take(len);
+            *next += 1;
+            run += 1;
+        }
+        if run > 0 {
+            batch.runs.push(run);
+        }
+        if *next == count {
+            self.unfinished = None;
+        }
     }
 
     /// Sends staged packets whose keypair has come. Says whether there are more.
@@ -222,67 +405,76 @@ impl Outbound {
             self.staging.expire(counters(&self.shared, self.id), is_peer, now);
             return false;
         };
-        let mut lens: ArrayVec<usize, BATCH_LEN> = ArrayVec::new();
-        while lens.len() < BATCH_LEN
+        let mut batch = self.empty_batch();
+        while !batch.packets.is_full()
+            && batch.free + slot_len(PACKET_LEN_MAX) <= ARENA_LEN
             && let Some(packet) = self.staging.pop(peer.id)
         {
-            let start = lens.len() * SLOT_LEN + SLOT_HEADROOM;
-            self.slab[start..start + packet.len()].copy_from_slice(&packet);
-            lens.push(packet.len());
+            let start = batch.free + HEADROOM;
+            self.arena.bytes()[start..start + packet.len()].copy_from_slice(&packet);
+            batch.take(packet.len());
         }
+        let count = batch.packets.len();
         let mut groups = ArrayVec::new();
-        let mut packets = ArrayVec::new();
         match group_of(&self.shared, &peer, &mut groups, false, now) {
             Ok(group) => {
-                groups[group].count = lens.len() as u64;
-                packets.extend(lens.iter().enumerate().map(|(slot, &len)| Outgoing {
-                    slot,
-                    len,
-                    group,
-                }));
+                groups[group].count = count as u64;
+                let routed = |packet: &Placed| {
+                    let tos = outer_tos(self.arena.packet(packet));
+                    Routed { packet: *packet, group, tos }
+                };
+                let packets = batch.packets.iter().map(routed).collect();
                 self.seal_and_send(packets, groups, socket, now);
             }
-            Err(reason) => counters(&self.shared, self.id).drop(reason, lens.len() as u64),
+            Err(reason) => counters(&self.shared, self.id).drop(reason, count as u64),
         }
         !self.staging.is_empty()
     }
 
-    /// Finds the peers of the packets in the first slots, then seals and sends them.
+    /// Finds the peers of a batch's packets, then seals and sends them. What is the same for all packets of
+    /// a run is done once.
     fn route(
         &mut self,
-        lens: &[usize],
+        batch: &Batch,
         tun: &impl PacketSource,
         socket: &impl DatagramSink,
         now: Now,
     ) {
         if let Some(reason) = self.shared.pause(now) {
-            counters(&self.shared, self.id).drop(reason, lens.len() as u64);
+            counters(&self.shared, self.id).drop(reason, batch.packets.len() as u64);
             return;
         }
         let mut groups: ArrayVec<Group, BATCH_LEN> = ArrayVec::new();
-        let mut packets: ArrayVec<Outgoing, BATCH_LEN> = ArrayVec::new();
-        let mut dropped: ArrayVec<(usize, DropReason), BATCH_LEN> = ArrayVec::new();
+        let mut packets: ArrayVec<Routed, BATCH_LEN> = ArrayVec::new();
+        let mut dropped: ArrayVec<(Placed, usize, DropReason), BATCH_LEN> = ArrayVec::new();
+        let mut too_large: ArrayVec<(Placed, usize), BATCH_LEN> = ArrayVec::new();
+        let mtu = self.shared.mtu.load(Ordering::Relaxed);
         loop {
             let routing = self.shared.routing.load();
-            for (slot, &len) in lens.iter().enumerate() {
-                let start = slot * SLOT_LEN + SLOT_HEADROOM;
-                let group = inner_destination(&self.slab[start..start + len])
+            for (first, run) in batch.runs() {
+                let packet = self.arena.packet(first);
+                let group = inner_destination(packet)
                     .and_then(|destination| routing.lookup(destination).ok_or(DropReason::NoPeer))
                     .and_then(|peer| self.group_by_id(peer, &mut groups, now))
                     .and_then(|group| {
-                        let packet = &self.slab[start..start + len];
                         let remote = groups[group].endpoint.remote;
                         if self.looped.is_ours(packet, remote, &self.shared) {
                             return Err(DropReason::RoutingLoop);
+                        }
+                        let inner_mtu = &groups[group].peer.inner_mtu;
+                        if let Some(mtu) = inner_mtu.exceeded_by(packet, first.len, mtu) {
+                            too_large.push((*first, mtu));
+                            return Err(DropReason::TooLarge);
                         }
                         Ok(group)
                     });
                 match group {
                     Ok(group) => {
-                        groups[group].count += 1;
-                        packets.push(Outgoing { slot, len, group });
+                        groups[group].count += run.len() as u64;
+                        let tos = outer_tos(packet);
+                        packets.extend(run.iter().map(|&packet| Routed { packet, group, tos }));
                     }
-                    Err(reason) => dropped.push((slot, reason)),
+                    Err(reason) => dropped.push((*first, run.len(), reason)),
                 }
             }
             // An id may belong to another peer than the one that the table means, if the table is of
@@ -293,12 +485,12 @@ impl Outbound {
             groups.clear();
             packets.clear();
             dropped.clear();
+            too_large.clear();
         }
-        for (slot, reason) in dropped {
-            counters(&self.shared, self.id).drop(reason, 1);
+        for (packet, count, reason) in dropped {
+            counters(&self.shared, self.id).drop(reason, count as u64);
             if matches!(reason, DropReason::NoPeer | DropReason::NoEndpoint) {
-                let start = slot * SLOT_LEN + SLOT_HEADROOM;
-                let packet = &self.slab[start..start + lens[slot]];
+                let packet = self.arena.packet(&packet);
                 if reason == DropReason::NoPeer {
                     self.shared.note_no_peer(packet, now);
                 }
@@ -306,6 +498,16 @@ impl Outbound {
                     tun.answer(answer);
                 }
             }
+        }
+        for (packet, mtu) in too_large {
+            if let Some(answer) = self.answers.too_big(self.arena.packet(&packet), mtu, now) {
+                tun.answer(answer);
+            }
+        }
+        for Routed { packet: Placed { start, len }, group, .. } in &packets {
+            let inner_mtu = &groups[*group].peer.inner_mtu;
+            let packet = &mut self.arena.bytes()[*start..start + len];
+            mss::clamp(packet, inner_mtu.mtu(is_v6(packet), mtu), TcpChecksum::Full);
         }
         self.seal_and_send(packets, groups, socket, now);
     }
@@ -323,9 +525,10 @@ impl Outbound {
         group_of(&self.shared, &peer, groups, self.staging.holds(&peer), now)
     }
 
+    /// Seals and sends packets, which are in the order in which they stand in the arena.
     fn seal_and_send(
         &mut self,
-        packets: ArrayVec<Outgoing, BATCH_LEN>,
+        packets: ArrayVec<Routed, BATCH_LEN>,
         mut groups: ArrayVec<Group, BATCH_LEN>,
         socket: &impl DatagramSink,
         now: Now,
@@ -335,56 +538,52 @@ impl Outbound {
             self.reserve(group, now);
         }
         let mtu = self.shared.mtu.load(Ordering::Relaxed);
-        let Self { slab, staging, shared, .. } = self;
+        let Self { arena, staging, shared, .. } = self;
+        let arena = arena.bytes();
         let counters = counters(shared, self.id);
         // First the bytes of every message, then one pass that borrows them all for the AEAD.
         let mut messages: ArrayVec<Message, BATCH_LEN> = ArrayVec::new();
-        for packet in packets {
-            let group = &mut groups[packet.group];
-            let start = packet.slot * SLOT_LEN + SLOT_HEADROOM;
+        for Routed { packet: Placed { start, len }, group: number, tos } in packets {
+            let group = &mut groups[number];
             let Some(counter) = group.next_counter() else {
-                let packet = &slab[start..start + packet.len];
-                staging.push(&group.peer, packet, counters, now);
+                staging.push(&group.peer, &arena[start..start + len], counters, now);
                 continue;
             };
             let keypair = group.keypair.as_ref().expect("it reserved the counter");
-            let padded = padded_len(packet.len, mtu);
-            slab[start + packet.len..start + padded].fill(0);
-            slab[start - TRANSPORT_HEADER_LEN..start]
+            let padded = padded_len(len, group.peer.inner_mtu.padding_bound(mtu));
+            arena[start + len..start + padded].fill(0);
+            arena[start - TRANSPORT_HEADER_LEN..start]
                 .copy_from_slice(&transport_header(keypair.remote_index(), counter));
-            let message = Message {
-                slot: packet.slot,
-                group: packet.group,
-                len: padded + TRANSPORT_OVERHEAD,
-                counter,
-            };
-            group.sent_bytes += message.len as u64;
-            messages.push(message);
+            let len = padded + TRANSPORT_OVERHEAD;
+            group.sent_bytes += len as u64;
+            messages.push(Message { start, group: number, len, counter, tos });
+        }
+        if messages.is_empty() {
+            return;
         }
         let mut jobs: ArrayVec<Job<'_>, BATCH_LEN> = ArrayVec::new();
-        let mut rest = messages.iter().peekable();
-        for (slot, bytes) in slab.chunks_exact_mut(SLOT_LEN).enumerate() {
-            if let Some(message) = rest.next_if(|message| message.slot == slot) {
-                let keypair = groups[message.group].keypair.as_ref().expect("it sealed above");
-                let end = SLOT_HEADROOM + message.len - TRANSPORT_HEADER_LEN;
-                let buffer = &mut bytes[SLOT_HEADROOM..end];
-                jobs.push(Job::new(keypair.seal_key(), message.counter, buffer));
-            }
-        }
-        if jobs.is_empty() {
-            return;
+        let (mut rest, mut at) = (&mut *arena, 0);
+        for message in &messages {
+            let keypair = groups[message.group].keypair.as_ref().expect("it sealed above");
+            let len = message.len - TRANSPORT_HEADER_LEN;
+            let (buffer, behind) = rest[message.start - at..].split_at_mut(len);
+            jobs.push(Job::new(keypair.seal_key(), message.counter, buffer));
+            (rest, at) = (behind, message.start + len);
         }
         self.aead.seal(&mut jobs);
         drop(jobs);
-        let datagrams: ArrayVec<(&[u8], &Endpoint), BATCH_LEN> = messages
+        // Those of one peer next to each other, each peer's in their order.
+        messages.sort_unstable_by_key(|message| (message.group, message.start));
+        let datagrams: ArrayVec<Outgoing<'_>, BATCH_LEN> = messages
             .iter()
             .map(|message| {
-                let start = message.slot * SLOT_LEN + SLOT_HEADROOM - TRANSPORT_HEADER_LEN;
-                let bytes = &slab[start..start + message.len];
-                (bytes, &groups[message.group].endpoint)
+                let start = message.start - TRANSPORT_HEADER_LEN;
+                let bytes = &arena[start..start + message.len];
+                let endpoint = &groups[message.group].endpoint;
+                Outgoing { bytes, endpoint, tos: message.tos }
             })
             .collect();
-        let Unsent { failed, stale_sources } = socket.send(&datagrams, 0);
+        let Unsent { failed, stale_sources } = socket.send(&datagrams);
         if failed > 0 {
             counters.drop(DropReason::SocketSend, failed as u64);
         }
@@ -441,6 +640,9 @@ fn group_of(
             return Err(DropReason::NoEndpoint);
         }
     };
+    if peer.inner_mtu.is_unknown() {
+        shared.want_inner_mtu(peer);
+    }
     let keypair = if behind_staged { None } else { shared.sealing_keypair(peer, now) };
     groups.push(Group {
         peer: Arc::clone(peer),

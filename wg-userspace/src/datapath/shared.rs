@@ -2,14 +2,16 @@
 
 use std::net::IpAddr;
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use arc_swap::{ArcSwap, ArcSwapOption};
+use crossbeam_queue::ArrayQueue;
 use hashbrown::HashSet;
 use wg_common::headers::inner_destination;
 use wg_common::id::{DeviceId, PeerId, ReceiverIndex, ShardId, WorkerId};
 use wg_common::index::IndexPermutation;
+use wg_common::map::{PEER_WORKERS_LEN, PEERS_PER_WORD, peer_word, with_peer_worker};
 use wg_common::outcome::DropReason;
 use wg_common::protocol::{DEFAULT_MTU, HANDSHAKE_QUEUE_LEN};
 use wg_common::time::{Now, Reading};
@@ -26,6 +28,9 @@ use crate::udp::UdpSockets;
 
 /// Most peers of one device, as in the kernel.
 pub const PEER_COUNT_MAX: usize = 1 << 20;
+/// A request may need slots for new peers beside those that it frees.
+const PEER_SLOT_COUNT: usize = 2 * PEER_COUNT_MAX;
+const _: () = assert!(PEER_SLOT_COUNT == PEER_WORKERS_LEN as usize * PEERS_PER_WORD as usize);
 /// Needs of our own peers that wait for the handshake pool.
 const NEED_QUEUE_LEN: usize = 1024;
 /// Parcels that one worker may have under way to another.
@@ -56,6 +61,8 @@ pub struct Shared {
     pub sockets: ArcSwap<SocketGroup>,
     /// Queue `w` of the TUN device is worker `w`'s; another reads it while `w` is stuck.
     pub tun_queues: Vec<TunQueue>,
+    /// Where peers are at home, for the program that chooses TUN queues. Nothing if there is none.
+    peer_workers: OnceLock<SharedWords>,
     /// MTU of the TUN device. Control writes.
     pub mtu: AtomicUsize,
     /// Whether the TUN device is up: nothing is sent or answered while it is down. Control writes.
@@ -79,6 +86,8 @@ pub struct Shared {
     quiesced_until: AtomicU64,
     /// Packets to addresses that no peer owns, with the last of those.
     pub no_peer: Noted<IpAddr>,
+    /// Peers of whom control is to find out how large packets to them may be.
+    unknown_ways: ArrayQueue<PeerId>,
     work: Arc<WorkQueue>,
 }
 
@@ -146,11 +155,11 @@ impl Shared {
             slots,
             crew,
             keypairs: SlotTable::with_capacity(indexes.layout().slot_count() as usize),
-            // A request may need slots for new peers beside those that it frees.
-            peers: SlotTable::with_capacity(2 * PEER_COUNT_MAX),
+            peers: SlotTable::with_capacity(PEER_SLOT_COUNT),
             routing: ArcSwap::default(),
             sockets: ArcSwap::from_pointee(sockets),
             tun_queues,
+            peer_workers: OnceLock::new(),
             mtu: AtomicUsize::new(DEFAULT_MTU),
             up: AtomicBool::new(true),
             host_addresses: ArcSwap::default(),
@@ -162,6 +171,7 @@ impl Shared {
             break_seen: AtomicU64::new(0),
             quiesced_until: AtomicU64::new(0),
             no_peer: Noted::default(),
+            unknown_ways: ArrayQueue::new(NEED_QUEUE_LEN),
             work: Arc::clone(&work),
         };
         Ok((Arc::new(shared), work))
@@ -224,6 +234,33 @@ impl Shared {
             .unwrap_or(usize::from(preferred.0) % count);
         let shards = ShardId::COUNT.saturating_sub(worker).div_ceil(count).max(1);
         ShardId::new(worker + count * (peer.0 as usize % shards))
+    }
+
+    /// From now on writes there where peers are at home ([`wg_common::map::PEER_WORKERS`]). To be called once,
+    /// before there are any.
+    pub fn write_homes_to(&self, words: SharedWords) {
+        let is_first = self.peer_workers.set(words).is_ok();
+        debug_assert!(is_first, "a device has one TUN device");
+    }
+
+    /// Has packets that leave for `peer` come to the worker at which its present keypair is at home. To be
+    /// called whenever that keypair is a new one.
+    pub fn follow_home(&self, peer: &HotPeer) {
+        let Some(words) = self.peer_workers.get() else { return };
+        let home = || peer.keypairs.load().current.as_ref().map(|keypair| keypair.home());
+        let mut seen = None;
+        // Another thread may install a newer one meanwhile: who stores last has looked last.
+        while let Some(home) = home().filter(|&home| seen != Some(home)) {
+            seen = Some(home);
+            store_home(words, peer.id, Some(self.worker_of(home)));
+        }
+    }
+
+    /// Has packets that leave for the peer in this slot, which is a new one, come to any worker.
+    pub fn forget_home(&self, peer: PeerId) {
+        if let Some(words) = self.peer_workers.get() {
+            store_home(words, peer, None);
+        }
     }
 
     /// Says that `worker` moves. One of the same thread says it for the workers of all devices.
@@ -298,6 +335,25 @@ impl Shared {
         keypair.begun() >= self.keys_not_before()
     }
 
+    /// Asks control how large packets to `peer` may be.
+    pub fn want_inner_mtu(&self, peer: &HotPeer) {
+        if peer.inner_mtu.becomes_due() && self.unknown_ways.push(peer.id).is_err() {
+            // The next packet asks again.
+            peer.inner_mtu.begin_look();
+        }
+    }
+
+    /// Whether control is asked.
+    pub fn has_unknown_ways(&self) -> bool {
+        !self.unknown_ways.is_empty()
+    }
+
+    /// One of the peers that control is asked for, whose turn it is.
+    pub fn take_unknown_way(&self) -> Option<Arc<HotPeer>> {
+        // Slots of peers that were removed meanwhile are empty, or another's that may be looked at as well.
+        std::iter::from_fn(|| self.unknown_ways.pop()).find_map(|id| self.peers.get(id.0 as usize))
+    }
+
     /// What seals for `peer` now, if anything does.
     pub fn sealing_keypair(&self, peer: &HotPeer, now: Now) -> Option<Arc<Keypair>> {
         let keypairs = peer.keypairs.load();
@@ -351,5 +407,129 @@ impl Shared {
     /// Says that the TUN device is gone.
     pub fn report_tun_gone(&self) {
         self.tun_gone.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Eight peers share a word, and several threads write.
+fn store_home(words: &SharedWords, peer: PeerId, worker: Option<WorkerId>) {
+    let Some(word) = words.get(peer_word(peer) as usize) else { return };
+    let change = |before| {
+        let after = with_peer_worker(before, peer, worker);
+        (after != before).then_some(after)
+    };
+    // An error says that it is so already.
+    let _ = word.fetch_update(Ordering::Relaxed, Ordering::Relaxed, change);
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Weak;
+
+    use wg_common::index::IndexLayout;
+    use wg_common::map::peer_worker;
+
+    use super::*;
+    use crate::key::PublicKey;
+    use crate::noise::{Established, Role, TransportKeys};
+    use crate::session::Keypairs;
+
+    const WORKERS: usize = 3;
+
+    fn shared() -> Arc<Shared> {
+        let sockets = SocketGroup { port: 0, of_worker: Vec::new() };
+        let indexes = IndexPermutation::new([1, 2, 3, 4], IndexLayout::DEFAULT);
+        let shared = Shared::new(DeviceId(0), WORKERS, Vec::new(), sockets, None, indexes);
+        let shared = shared.unwrap().0;
+        shared.write_homes_to(SharedWords::private(PEER_WORKERS_LEN as usize).unwrap());
+        shared
+    }
+
+    fn peer(id: u32) -> HotPeer {
+        HotPeer::new(PeerId(id), DeviceId(0), PublicKey::from_bytes([0; 32]))
+    }
+
+    fn written(shared: &Shared, peer: &HotPeer) -> Option<WorkerId> {
+        let word = &shared.peer_workers.get().unwrap()[peer_word(peer.id) as usize];
+        peer_worker(word.load(Ordering::Relaxed), peer.id)
+    }
+
+    fn keypair_at(home: usize) -> Arc<Keypair> {
+        let index = ReceiverIndex::from_wire([0; 4]);
+        let keys = TransportKeys { send: [0; 32], receive: [0; 32] };
+        let role = Role::Initiator;
+        let established = Established { keys, local_index: index, remote_index: index, role };
+        let made = Now::from_boot_ns(1);
+        Arc::new(Keypair::new(&established, Weak::new(), ShardId::new(home), made))
+    }
+
+    fn install(peer: &HotPeer, home: usize) {
+        let new = keypair_at(home);
+        peer.keypairs.update(|keypairs| keypairs.installed_by_initiator(Arc::clone(&new)));
+    }
+
+    #[test]
+    fn the_home_of_the_present_keypair_is_written() {
+        let shared = shared();
+        let (a, b) = (peer(8), peer(9));
+        shared.follow_home(&a);
+        assert_eq!(written(&shared, &a), None, "there is no keypair yet");
+        install(&a, 5);
+        shared.follow_home(&a);
+        install(&b, 3);
+        shared.follow_home(&b);
+        assert_eq!(written(&shared, &a), Some(WorkerId(2)));
+        assert_eq!(written(&shared, &b), Some(WorkerId(0)));
+        install(&a, 4);
+        shared.follow_home(&a);
+        assert_eq!(written(&shared, &a), Some(WorkerId(1)));
+        let next = keypair_at(0);
+        a.keypairs.update(|keypairs| keypairs.installed_by_responder(Arc::clone(&next)));
+        shared.follow_home(&a);
+        assert_eq!(written(&shared, &a), Some(WorkerId(1)), "it seals only when it is confirmed");
+        a.keypairs.update(Keypairs::cleared);
+        shared.follow_home(&a);
+        assert_eq!(written(&shared, &a), Some(WorkerId(1)), "the next home is likely the same");
+        shared.forget_home(a.id);
+        assert_eq!(written(&shared, &a), None);
+        assert_eq!(written(&shared, &b), Some(WorkerId(0)));
+    }
+
+    #[test]
+    fn of_two_who_install_at_once_the_later_keypair_counts() {
+        let shared = shared();
+        for round in 0..200 {
+            let peer = peer(17);
+            let install = |home| {
+                install(&peer, home);
+                shared.follow_home(&peer);
+            };
+            std::thread::scope(|scope| {
+                scope.spawn(|| install(1));
+                install(2);
+            });
+            let current = peer.keypairs.load().current.as_ref().unwrap().home();
+            assert_eq!(written(&shared, &peer), Some(shared.worker_of(current)), "round {round}");
+        }
+    }
+
+    #[test]
+    fn peers_of_one_word_do_not_disturb_each_other() {
+        let shared = shared();
+        let peers: Vec<HotPeer> = (16..24).map(peer).collect();
+        std::thread::scope(|scope| {
+            for (number, peer) in peers.iter().enumerate() {
+                let shared = &shared;
+                scope.spawn(move || {
+                    for home in 0..100 {
+                        install(peer, home + number);
+                        shared.follow_home(peer);
+                    }
+                });
+            }
+        });
+        for (number, peer) in peers.iter().enumerate() {
+            let worker = shared.worker_of(ShardId::new(99 + number));
+            assert_eq!(written(&shared, peer), Some(worker));
+        }
     }
 }

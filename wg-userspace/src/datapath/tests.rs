@@ -3,6 +3,8 @@
 
 mod devices;
 mod link;
+mod segments;
+mod size;
 mod troubles;
 
 use std::cell::RefCell;
@@ -15,6 +17,7 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 use wg_common::endpoint::{Endpoint, LocalSource};
+use wg_common::headers::Checksum;
 use wg_common::id::{DeviceId, PeerId, ReceiverIndex, ShardId, WorkerId};
 use wg_common::index::{IndexLayout, IndexPermutation};
 use wg_common::outcome::DropReason;
@@ -23,18 +26,20 @@ use wg_common::protocol::{
 };
 use wg_common::time::{Now, Reading};
 
+mod joining;
 mod whitepaper;
 
 use super::WorkQueue;
 use super::handoff::{Mesh, Parcel, Work};
 use super::inbound::{Arrival, Inbound, PacketSink};
-use super::outbound::{DatagramSink, Outbound, PacketSource, Unsent};
+use super::outbound::{DatagramSink, Outbound, Outgoing, PacketSource, Unsent};
 use super::shared::{Shared, SocketGroup};
 use crate::aead::RingAead;
 use crate::counters::Path;
 use crate::key::PublicKey;
 use crate::noise::{Established, Role, TransportKeys};
 use crate::routing::AllowedIps;
+use crate::segments::{Run, VnetHeader};
 use crate::session::{Continuity, HotPeer, Keypair};
 
 const START: Now = Now::from_boot_ns(1_000_000_000);
@@ -44,15 +49,19 @@ static AEAD: RingAead = RingAead;
 #[derive(Default)]
 struct Tun {
     to_read: RefCell<VecDeque<Vec<u8>>>,
+    /// Super-packets, and others on which something is left to do: read before those.
+    unfinished: RefCell<VecDeque<(VnetHeader, Vec<u8>)>>,
     written: RefCell<Vec<Vec<u8>>>,
     answers: RefCell<Vec<Vec<u8>>>,
 }
 
 impl PacketSource for Tun {
-    fn read(&self, buffer: &mut [u8]) -> io::Result<Option<usize>> {
-        let Some(packet) = self.to_read.borrow_mut().pop_front() else { return Ok(None) };
+    fn read(&self, buffer: &mut [u8]) -> io::Result<Option<(VnetHeader, usize)>> {
+        let unfinished = self.unfinished.borrow_mut().pop_front();
+        let plain = || Some((VnetHeader::PLAIN, self.to_read.borrow_mut().pop_front()?));
+        let Some((header, packet)) = unfinished.or_else(plain) else { return Ok(None) };
         buffer[..packet.len()].copy_from_slice(&packet);
-        Ok(Some(packet.len()))
+        Ok(Some((header, packet.len())))
     }
 
     fn answer(&self, packet: &[u8]) {
@@ -61,8 +70,8 @@ impl PacketSource for Tun {
 }
 
 impl PacketSink for Tun {
-    fn write(&self, packet: &[u8]) -> io::Result<()> {
-        self.written.borrow_mut().push(packet.to_vec());
+    fn write(&self, run: &Run<'_>) -> io::Result<()> {
+        self.written.borrow_mut().extend(run.packets().map(<[u8]>::to_vec));
         Ok(())
     }
 }
@@ -72,8 +81,8 @@ impl PacketSink for Tun {
 struct Wire(RefCell<Vec<Vec<u8>>>);
 
 impl DatagramSink for Wire {
-    fn send(&self, datagrams: &[(&[u8], &Endpoint)], _tos: u8) -> Unsent {
-        self.0.borrow_mut().extend(datagrams.iter().map(|(bytes, _)| bytes.to_vec()));
+    fn send(&self, datagrams: &[Outgoing<'_>]) -> Unsent {
+        self.0.borrow_mut().extend(datagrams.iter().map(|datagram| datagram.bytes.to_vec()));
         Unsent::default()
     }
 }
@@ -169,10 +178,20 @@ impl Gateway {
     }
 
     fn receive_from(&mut self, worker: usize, datagram: &[u8], from: Endpoint, now: Now) {
+        self.receive_with(worker, datagram, (from, 0), now);
+    }
+
+    /// With this outer TOS.
+    fn receive_with(
+        &mut self,
+        worker: usize,
+        datagram: &[u8],
+        (from, tos): (Endpoint, u8),
+        now: Now,
+    ) {
         let mut bytes = datagram.to_vec();
-        let worker_id = WorkerId(worker as u16);
-        let mut arrivals =
-            [Arrival { bytes: &mut bytes, from, path: Path::Socket, worker: worker_id }];
+        let (id, path) = (WorkerId(worker as u16), Path::Socket);
+        let mut arrivals = [Arrival { bytes: &mut bytes, from, tos, path, worker: id }];
         self.inbound[worker].process(&mut arrivals, &self.tun, now);
     }
 
@@ -181,8 +200,8 @@ impl Gateway {
         let mut count = 0;
         while let Ok(mut parcel) = self.from[home][1 - home].as_mut().unwrap().pop() {
             let bytes = &mut parcel.buffer[..parcel.len];
-            let Parcel { from, path, origin, .. } = parcel;
-            let mut arrivals = [Arrival { bytes, from, path, worker: origin }];
+            let Parcel { from, tos, path, origin, .. } = parcel;
+            let mut arrivals = [Arrival { bytes, from, tos, path, worker: origin }];
             self.inbound[home].process(&mut arrivals, &self.tun, now);
             self.shared.workers[1 - home].parcels.give_back(parcel.buffer);
             count += 1;
@@ -244,6 +263,32 @@ fn a_packet_goes_out_sealed_and_padded_and_comes_back_as_it_was() {
         assert_eq!(datagrams[0].len(), 16 + padded + 16, "inner length {len}");
         gateway.receive(0, &datagrams[0], START);
         assert_eq!(gateway.written(), [original]);
+    }
+}
+
+#[test]
+fn a_mark_of_the_outer_header_reaches_the_packet_at_whichever_worker_it_came() {
+    let mut gateway = Gateway::new();
+    gateway.give_keypair(1, Role::Initiator);
+    let from = endpoint("192.0.2.1:1000");
+    for (inner_ecn, outer_tos, expected_ecn) in
+        [(0, 0x03, 0), (1, 0x03, 3), (2, 0x03, 3), (2, 0x88, 2), (2, 0x8b, 3), (3, 0x00, 3)]
+    {
+        let with_ecn = |ecn: u8| {
+            let mut packet = packet(PEER_1, US, 60);
+            packet[1] = 0x28 | ecn;
+            let checksum = Checksum::default().bytes(&packet[..20]).finish();
+            packet[10..12].copy_from_slice(&checksum.to_be_bytes());
+            packet
+        };
+        let packets = vec![with_ecn(inner_ecn); 2];
+        let datagrams = datagrams_of(&mut gateway, 1, &packets);
+        gateway.receive_with(0, &datagrams[0], (from, outer_tos), START);
+        gateway.receive_with(1, &datagrams[1], (from, outer_tos), START);
+        assert_eq!(gateway.deliver_parcels(0, START), 1);
+        let written = gateway.written();
+        assert_eq!(written, vec![with_ecn(expected_ecn); 2], "{inner_ecn} {outer_tos:#x}");
+        assert_eq!(Checksum::default().bytes(&written[0][..20]).finish(), 0);
     }
 }
 

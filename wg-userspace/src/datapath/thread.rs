@@ -27,7 +27,7 @@ use crate::xsk::{Frame, Xsk};
 /// counts as stale.
 pub(super) const SLEEP_MAX: Duration = Duration::from_millis(100);
 
-/// The kernel is asked this often what it dropped before the XSKs.
+/// The kernel is asked this often what it dropped before the XSKs and sockets.
 const ASK_INTERVAL: Duration = Duration::from_secs(1);
 /// Descriptors that one thread waits for: its wake-up, XSKs, and of each device three of each worker that
 /// it reads for. The rest is looked at in each turn.
@@ -56,7 +56,7 @@ pub struct WorkerThread {
     /// The worker that went first in the latest turn.
     first: usize,
     received: ReceiveBatch,
-    /// When the kernel was last asked what it dropped before the XSKs.
+    /// When the kernel was last asked what it dropped before the XSKs and sockets.
     asked: Now,
     #[cfg(debug_assertions)]
     stall: Option<Stall>,
@@ -130,12 +130,13 @@ impl WorkerThread {
         more
     }
 
-    /// Now and then, counts what the kernel has dropped before the XSKs.
+    /// Now and then, counts what the kernel has dropped before the XSKs and the workers' sockets.
     fn count_kernel_drops(&mut self, now: Now) {
         if now.since(self.asked) < ASK_INTERVAL {
             return;
         }
         self.asked = now;
+        self.workers.iter_mut().for_each(Worker::count_kernel_drops);
         let counters = self.crew.counters(self.id);
         for XskPort { xsk, dropped, .. } in &mut self.ports {
             let Ok(counts) = xsk.counts() else { continue };
@@ -225,6 +226,7 @@ impl WorkerThread {
             let arrival = Arrival {
                 bytes: &mut bytes[outer.payload],
                 from: Endpoint { remote, local: Some(local) },
+                tos: outer.tos,
                 path: Path::Xsk,
                 worker: self.id,
             };

@@ -31,6 +31,8 @@ pub struct Worker {
     outbound: Outbound,
     from: Vec<Option<rtrb::Consumer<Parcel>>>,
     sockets: Arc<SocketGroup>,
+    /// What the kernel had dropped before this worker's own sockets when it was last asked: IPv4, IPv6.
+    socket_drops: [u32; 2],
     /// Whose sockets and TUN queue this worker reads: its own, and those of workers that are stuck.
     reads: Vec<Reads>,
     deputies_epoch: u32,
@@ -59,6 +61,14 @@ impl Reads {
     }
 }
 
+/// What the kernel has dropped before the sockets of worker `id`, in IPv4 and IPv6; `known` where it does
+/// not say.
+fn drops_before(sockets: &SocketGroup, id: WorkerId, known: [u32; 2]) -> [u32; 2] {
+    let own = sockets.of_worker.get(usize::from(id.0));
+    let own = [own.map(|own| &own.v4), own.and_then(|own| own.v6.as_ref())];
+    std::array::from_fn(|i| own[i].and_then(|socket| socket.drops().ok()).unwrap_or(known[i]))
+}
+
 impl Worker {
     /// Worker `id` of a device, with its rings to and from the device's other workers.
     pub fn new(
@@ -67,12 +77,14 @@ impl Worker {
         mesh: Mesh,
         aead: &'static dyn BatchAead,
     ) -> Self {
+        let sockets = shared.sockets.load_full();
         Self {
             id,
             inbound: Inbound::new(id, Arc::clone(&shared), aead, mesh.to),
             outbound: Outbound::new(id, Arc::clone(&shared), aead),
             from: mesh.from,
-            sockets: shared.sockets.load_full(),
+            socket_drops: drops_before(&sockets, id, [0; 2]),
+            sockets,
             reads: vec![Reads::of(id)],
             deputies_epoch: 0,
             drained: false,
@@ -136,11 +148,22 @@ impl Worker {
         self.flush
     }
 
+    /// Counts what the kernel has dropped before this worker's own sockets since this was last called.
+    pub(super) fn count_kernel_drops(&mut self) {
+        let before = self.socket_drops;
+        self.socket_drops = drops_before(&self.sockets, self.id, before);
+        let counters = &self.shared.workers[usize::from(self.id.0)].counters;
+        for (before, after) in before.into_iter().zip(self.socket_drops) {
+            counters.drop(DropReason::SocketFull, after.wrapping_sub(before).into());
+        }
+    }
+
     /// Takes over what control has changed.
     fn follow_control(&mut self) {
         let sockets = self.shared.sockets.load();
         if !Arc::ptr_eq(&sockets, &self.sockets) {
             self.sockets = Arc::clone(&sockets);
+            self.socket_drops = drops_before(&sockets, self.id, [0; 2]);
         }
         drop(sockets);
         let epoch = self.shared.crew.deputies_epoch();
@@ -206,6 +229,7 @@ impl Worker {
             .map(|parcel| Arrival {
                 bytes: &mut parcel.buffer[..parcel.len],
                 from: parcel.from,
+                tos: parcel.tos,
                 path: parcel.path,
                 worker: parcel.origin,
             })
@@ -226,27 +250,33 @@ impl Worker {
         received: &mut ReceiveBatch,
         now: Now,
     ) -> bool {
-        let counters = &self.shared.workers[usize::from(self.id.0)].counters;
         if let Err(error) = socket.receive(received) {
             tracing::debug!(%error, "receiving");
             return false;
         }
-        let full = received.len() == BATCH_LEN;
+        let may_have_more = received.may_have_more();
         let mut arrivals: ArrayVec<Arrival<'_>, BATCH_LEN> = ArrayVec::new();
         for datagram in received.datagrams() {
             if datagram.truncated {
+                let counters = &self.shared.workers[usize::from(self.id.0)].counters;
                 counters.drop(DropReason::TooLarge, 1);
                 continue;
+            }
+            // What came as one is opened as one where there is room for it: it can go on as one.
+            if arrivals.remaining_capacity() < datagram.run_len.min(BATCH_LEN) {
+                self.receive(&mut arrivals, now);
+                arrivals.clear();
             }
             arrivals.push(Arrival {
                 bytes: datagram.bytes,
                 from: datagram.endpoint,
+                tos: datagram.tos,
                 path: Path::Socket,
                 worker: self.id,
             });
         }
         self.receive(&mut arrivals, now);
-        full
+        may_have_more
     }
 
     fn send_packets(&mut self, worker: usize, now: Now) -> bool {

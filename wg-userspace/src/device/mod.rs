@@ -277,6 +277,16 @@ impl Device {
         &self.allowed_ips
     }
 
+    /// As [`AllowedIps::note_changes`], of a device that has no peers yet.
+    pub fn note_owner_changes(&mut self) {
+        self.allowed_ips.note_changes();
+    }
+
+    /// As [`AllowedIps::take_changes`].
+    pub fn take_owner_changes(&mut self, max: usize) -> Vec<(IpNet, Option<PeerId>)> {
+        self.allowed_ips.take_changes(max)
+    }
+
     /// Changes the device, and says what changed.
     pub fn apply(&mut self, request: SetRequest) -> Vec<Effect> {
         let mut applying = self.begin(request);

@@ -153,11 +153,12 @@ mod tests {
     use crate::counters::{Path, Totals};
     use crate::datapath::handoff::{HandshakeDatagram, Mesh};
     use crate::datapath::inbound::{Arrival, Inbound, PacketSink};
-    use crate::datapath::outbound::{DatagramSink, Outbound, PacketSource, Unsent};
+    use crate::datapath::outbound::{DatagramSink, Outbound, Outgoing, PacketSource, Unsent};
     use crate::datapath::{Shared, SocketGroup, WorkQueue};
     use crate::key::PrivateKey;
     use crate::noise::Timestamp;
     use crate::routing::AllowedIps;
+    use crate::segments::{Run, VnetHeader};
     use crate::session::HotPeer;
     use wg_common::index::{IndexLayout, IndexPermutation};
 
@@ -190,8 +191,9 @@ mod tests {
     }
 
     impl DatagramSink for Arc<Wire> {
-        fn send(&self, datagrams: &[(&[u8], &Endpoint)], _tos: u8) -> Unsent {
-            super::super::lock(&self.0).extend(datagrams.iter().map(|(bytes, _)| bytes.to_vec()));
+        fn send(&self, datagrams: &[Outgoing<'_>]) -> Unsent {
+            super::super::lock(&self.0)
+                .extend(datagrams.iter().map(|datagram| datagram.bytes.to_vec()));
             Unsent::default()
         }
     }
@@ -204,16 +206,16 @@ mod tests {
     }
 
     impl PacketSource for Tun {
-        fn read(&self, buffer: &mut [u8]) -> io::Result<Option<usize>> {
+        fn read(&self, buffer: &mut [u8]) -> io::Result<Option<(VnetHeader, usize)>> {
             let Some(packet) = self.to_read.borrow_mut().pop() else { return Ok(None) };
             buffer[..packet.len()].copy_from_slice(&packet);
-            Ok(Some(packet.len()))
+            Ok(Some((VnetHeader::PLAIN, packet.len())))
         }
     }
 
     impl PacketSink for Tun {
-        fn write(&self, packet: &[u8]) -> io::Result<()> {
-            self.written.borrow_mut().push(packet.to_vec());
+        fn write(&self, run: &Run<'_>) -> io::Result<()> {
+            self.written.borrow_mut().extend(run.packets().map(<[u8]>::to_vec));
             Ok(())
         }
     }
@@ -273,8 +275,8 @@ mod tests {
         fn receive(&mut self, datagrams: &[Vec<u8>], now: Now) -> Vec<Vec<u8>> {
             for datagram in datagrams {
                 let (mut bytes, worker) = (datagram.clone(), WorkerId(0));
-                let mut arrivals =
-                    [Arrival { bytes: &mut bytes, from: from(), path: Path::Socket, worker }];
+                let (bytes, from, path) = (&mut bytes[..], from(), Path::Socket);
+                let mut arrivals = [Arrival { bytes, from, tos: 0, path, worker }];
                 self.inbound.process(&mut arrivals, &self.tun, now);
             }
             self.run(now)

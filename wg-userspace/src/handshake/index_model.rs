@@ -25,7 +25,7 @@ use super::*;
 use crate::aead::{AeadKey, RingAead};
 use crate::counters::{Path, Totals};
 use crate::datapath::handoff::HandshakeDatagram;
-use crate::datapath::inbound::{Arrival, Inbound, PacketSink};
+use crate::datapath::inbound::{Arrival, Inbound, PacketSink, Run};
 use crate::datapath::{Crew, SocketGroup};
 use crate::noise::{Established, Initiator, Timestamp, initiate, open_initiation};
 
@@ -131,7 +131,7 @@ struct Network {
 struct NoHost;
 
 impl PacketSink for NoHost {
-    fn write(&self, _packet: &[u8]) -> io::Result<()> {
+    fn write(&self, _run: &Run<'_>) -> io::Result<()> {
         panic!("keepalives carry nothing");
     }
 }
@@ -208,6 +208,7 @@ impl Network {
             let mut arrivals = [Arrival {
                 bytes: &mut message,
                 from: endpoint(peer),
+                tos: 0,
                 path: Path::Xsk,
                 worker: WorkerId(0),
             }];

@@ -33,7 +33,25 @@ impl<O: Outside> Handshakes<O> {
     /// The peers that have keypairs.
     pub fn awake_peers(&self) -> Vec<Arc<HotPeer>> {
         let cells = self.all_cells().into_iter();
-        let awake = cells.filter(|cell| cell.hot.keypairs.load().iter().next().is_some());
+        let awake = cells.filter(|cell| is_awake(&cell.hot));
         awake.map(|cell| Arc::clone(&cell.hot)).collect()
     }
+
+    /// Has workers ask anew how large packets to each peer may be: a mark may lead to other routes.
+    pub fn forget_ways(&self) {
+        self.all_cells().iter().for_each(|cell| cell.hot.inner_mtu.forget());
+    }
+
+    /// The same for peers that have no keypairs.
+    pub fn forget_ways_of_sleepers(&self) {
+        for cell in self.all_cells() {
+            if !is_awake(&cell.hot) {
+                cell.hot.inner_mtu.forget();
+            }
+        }
+    }
+}
+
+fn is_awake(peer: &HotPeer) -> bool {
+    peer.keypairs.load().iter().next().is_some()
 }

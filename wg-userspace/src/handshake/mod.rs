@@ -268,6 +268,7 @@ impl<O: Outside> Handshakes<O> {
         preshared_key: PresharedKey,
         greatest: Timestamp,
     ) {
+        self.shared.forget_home(hot.id);
         let mut session = Session::new(Arc::clone(&hot), remote);
         // For when there is an identity.
         session.set_preshared_key(preshared_key);
@@ -526,6 +527,7 @@ impl<O: Outside> Handshakes<O> {
                 Action::CountDrop(reason) => self.drops.drop_shared(*reason, 1),
             }
         }
+        self.shared.follow_home(&cell.hot);
         self.tell_of_keypair(cell, actions);
     }
 

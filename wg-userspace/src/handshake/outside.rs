@@ -7,7 +7,7 @@ use wg_common::endpoint::Endpoint;
 use wg_common::id::WorkerId;
 
 use crate::datapath::Shared;
-use crate::datapath::outbound::DatagramSink as _;
+use crate::datapath::outbound::{DatagramSink as _, Outgoing};
 use crate::noise::Timestamp;
 use crate::sys::clock;
 use crate::sys::random::Rng;
@@ -54,6 +54,7 @@ impl Outside for Os {
 
     fn send(&self, worker: WorkerId, message: &[u8], to: &Endpoint, tos: u8) -> bool {
         let sockets = self.shared.sockets.load();
-        sockets.of_worker[usize::from(worker.0)].send(&[(message, to)], tos).failed == 0
+        let datagram = Outgoing { bytes: message, endpoint: to, tos };
+        sockets.of_worker[usize::from(worker.0)].send(&[datagram]).failed == 0
     }
 }

@@ -25,10 +25,11 @@ use netlink_packet_route::{
     AddressFamily,
     address::{AddressAttribute, AddressMessage},
     link::{LinkAttribute, LinkFlags, LinkMessage},
-    route::{RouteAttribute, RouteHeader, RouteMessage, RouteMetric},
+    route::{RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric},
 };
 use rtnetlink::{LinkGetRequest, LinkUnspec, RouteMessageBuilder};
 use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
 
 pub use address_watch::{AddressChange, AddressWatch};
 pub use clone_watch::CloneWatch;
@@ -154,6 +155,26 @@ impl HostAddress {
         let net = IpNet::new(local.or(address)?, message.header.prefix_len).ok()?;
         Some(HostAddress { link_index: message.header.index, net })
     }
+}
+
+/// Where datagrams go to, and what is settled of how.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Towards {
+    /// The address they go to.
+    pub remote: IpAddr,
+    /// The address of this host from which they leave, of the same version; or whichever suits.
+    pub source: Option<IpAddr>,
+    /// Index of the link by which they leave, for an address that is its link's only; 0: whichever suits.
+    pub link: u32,
+}
+
+/// By what datagrams leave.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Way {
+    /// Index of the link.
+    pub link: u32,
+    /// The MTU in bytes that somebody has given the route, if it is not the link's.
+    pub mtu: Option<u32>,
 }
 
 /// Number of the main routing table.
@@ -374,29 +395,66 @@ impl Host {
         }
     }
 
-    /// Index of the link by which IPv4 datagrams from `source`, an address of this host, leave to
-    /// `destination`; `mark` is that of their socket. Nothing if they would not leave.
+    /// By which link datagrams leave, and the MTU that their route was given; nothing if they would not
+    /// leave.
     ///
     /// # Errors
     /// When the kernel does not answer.
-    pub async fn link_towards(
+    pub async fn way_towards(
         &self,
-        destination: Ipv4Addr,
-        source: Ipv4Addr,
+        towards: &Towards,
         mark: u32,
-    ) -> Result<Option<u32>, HostError> {
-        let mut query = RouteMessageBuilder::<Ipv4Addr>::new()
-            .destination_prefix(destination, 32)
-            .source_prefix(source, 32)
-            .build();
+    ) -> Result<Option<Way>, HostError> {
+        let Some(route) = self.route_towards(towards, mark, RouteFlags::empty()).await? else {
+            return Ok(None);
+        };
+        let Some(link) = output_link(&route) else { return Ok(None) };
+        let mut mtu = None;
+        if own_mtu(&route).is_some() {
+            // It may be what an ICMP message said, which anybody can send. The route that matched, as it
+            // was configured, knows nothing of those.
+            let route = self.route_towards(towards, mark, RouteFlags::FibMatch).await?;
+            mtu = route.as_ref().and_then(own_mtu);
+        }
+        Ok(Some(Way { link, mtu }))
+    }
+
+    async fn route_towards(
+        &self,
+        towards: &Towards,
+        mark: u32,
+        flags: RouteFlags,
+    ) -> Result<Option<RouteMessage>, HostError> {
+        let mut query = match towards.remote {
+            IpAddr::V4(remote) => {
+                let query = RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(remote, 32);
+                match towards.source {
+                    Some(IpAddr::V4(source)) => query.source_prefix(source, 32),
+                    _ => query,
+                }
+                .build()
+            }
+            IpAddr::V6(remote) => {
+                let query = RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(remote, 128);
+                match towards.source {
+                    Some(IpAddr::V6(source)) => query.source_prefix(source, 128),
+                    _ => query,
+                }
+                .build()
+            }
+        };
+        query.header.flags = flags;
         if mark != 0 {
             query.attributes.push(RouteAttribute::Mark(mark));
         }
+        if towards.link != 0 {
+            query.attributes.push(RouteAttribute::Oif(towards.link));
+        }
         match self.handle.route().get(query).execute().boxed().try_next().await {
-            Ok(route) => Ok(route.as_ref().and_then(output_link)),
+            Ok(route) => Ok(route),
             Err(rtnetlink::Error::NetlinkError(_)) => Ok(None),
             Err(error) => {
-                Err(HostError::new(format!("looking up the route to {destination}"), error))
+                Err(HostError::new(format!("looking up the route to {}", towards.remote), error))
             }
         }
     }
@@ -427,21 +485,25 @@ impl Host {
     }
 
     async fn route_mtu(&self, route: &RouteMessage) -> Result<Option<u32>, HostError> {
-        let own = route.attributes.iter().find_map(|attribute| match attribute {
-            RouteAttribute::Metrics(metrics) => metrics.iter().find_map(|metric| match metric {
-                RouteMetric::Mtu(mtu) => Some(*mtu),
-                _ => None,
-            }),
-            _ => None,
-        });
-        if own.is_some() {
-            return Ok(own);
+        if let Some(own) = own_mtu(route) {
+            return Ok(Some(own));
         }
         match output_link(route) {
             Some(index) => Ok(self.link_by_index(index).await?.map(|link| link.mtu)),
             None => Ok(None),
         }
     }
+}
+
+/// The MTU that a route has beside that of its link.
+fn own_mtu(route: &RouteMessage) -> Option<u32> {
+    route.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Metrics(metrics) => metrics.iter().find_map(|metric| match metric {
+            RouteMetric::Mtu(mtu) => Some(*mtu),
+            _ => None,
+        }),
+        _ => None,
+    })
 }
 
 fn output_link(route: &RouteMessage) -> Option<u32> {

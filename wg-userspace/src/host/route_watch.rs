@@ -8,7 +8,7 @@ use super::HostError;
 
 type Messages = Box<dyn Stream<Item = NetlinkMessage<RouteNetlinkMessage>> + Send + Unpin>;
 
-/// Tells that IPv4 routes, rules, addresses or links changed, without saying how.
+/// Tells that routes, rules, addresses or links changed, without saying how.
 pub struct RouteWatch {
     messages: Messages,
 }
@@ -27,6 +27,9 @@ impl RouteWatch {
             MulticastGroup::Ipv4Route,
             MulticastGroup::Ipv4Rule,
             MulticastGroup::Ipv4Ifaddr,
+            MulticastGroup::Ipv6Route,
+            MulticastGroup::Ipv6Rule,
+            MulticastGroup::Ipv6Ifaddr,
             MulticastGroup::Link,
         ];
         let (connection, _, messages) =

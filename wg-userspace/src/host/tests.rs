@@ -160,7 +160,10 @@ fn the_link_towards_a_host_follows_routes_sources_and_marks() {
         let (a, b) = (host.link_index("a0").await.unwrap(), host.link_index("b0").await.unwrap());
         let [there, ours, foreign] =
             ["10.0.0.2", "10.0.0.1", "10.9.9.9"].map(|ip| ip.parse().unwrap());
-        let towards = async |source, mark| host.link_towards(there, source, mark).await.unwrap();
+        let towards = async |source, mark| {
+            let towards = Towards { remote: there, source: Some(source), link: 0 };
+            host.way_towards(&towards, mark).await.unwrap().map(|way| way.link)
+        };
         assert_eq!(towards(ours, 0).await, Some(a));
         assert_eq!(towards(foreign, 0).await, None, "no address of this host");
         let mut watch = RouteWatch::new().unwrap();
@@ -171,6 +174,79 @@ fn the_link_towards_a_host_follows_routes_sources_and_marks() {
         ip("route add 10.0.0.2/32 dev b0");
         assert_eq!(towards(ours, 0).await, Some(b));
     });
+}
+
+#[test]
+fn the_mtu_of_a_way_is_what_somebody_has_set_and_never_what_a_message_said() {
+    require_root!();
+    in_new_netns(|| async {
+        ip("link add dev link0 mtu 1400 type veth peer name link1");
+        ip("link set lo up");
+        ip("link set link1 up");
+        ip("link set link0 up");
+        ip("address add 10.0.0.1/24 dev link0");
+        ip("-6 address add fd00::1/64 dev link0 nodad");
+        ip("route add 10.7.0.0/16 via 10.0.0.2 mtu 1300");
+        ip("route add 10.8.0.0/16 via 10.0.0.2 mtu lock 1290");
+        ip("-6 route add fd07::/16 via fd00::2 mtu 1310");
+        let host = Host::new().unwrap();
+        let link = host.link_index("link0").await.unwrap();
+        let way = async |remote: &str| {
+            let towards = Towards { remote: remote.parse().unwrap(), source: None, link: 0 };
+            host.way_towards(&towards, 0).await.unwrap()
+        };
+        for (remote, mtu) in [
+            ("10.0.0.9", None),
+            ("fd00::9", None),
+            ("10.7.0.1", Some(1300)),
+            ("10.8.0.1", Some(1290)),
+            ("fd07::1", Some(1310)),
+        ] {
+            assert_eq!(way(remote).await, Some(Way { link, mtu }), "{remote}");
+        }
+        assert_eq!(way("192.0.2.1").await, None);
+        // Of one link, an address may be on several.
+        let towards = Towards { remote: "fe80::1".parse().unwrap(), source: None, link };
+        assert_eq!(host.way_towards(&towards, 0).await.unwrap(), Some(Way { link, mtu: None }));
+
+        // A router, which is the test, says that the way behind it is narrower; the kernel believes it,
+        // for a socket that asked for such messages.
+        let socket = std::net::UdpSocket::bind("10.0.0.1:0").unwrap();
+        learn_mtu(&socket, "10.7.0.1:9".parse().unwrap(), 1000);
+        assert_eq!(host.path_mtu("10.7.0.1".parse().unwrap()).await.unwrap(), Some(1000));
+        assert_eq!(way("10.7.0.1").await, Some(Way { link, mtu: Some(1300) }));
+        learn_mtu(&socket, "10.0.0.9:9".parse().unwrap(), 1000);
+        assert_eq!(host.path_mtu("10.0.0.9".parse().unwrap()).await.unwrap(), Some(1000));
+        assert_eq!(way("10.0.0.9").await, Some(Way { link, mtu: None }));
+    });
+}
+
+/// Has the kernel believe that only packets of `mtu` bytes get through to `remote`.
+fn learn_mtu(socket: &std::net::UdpSocket, remote: std::net::SocketAddrV4, mtu: u16) {
+    use wg_common::headers::Checksum;
+    let ours = socket.local_addr().unwrap();
+    let std::net::SocketAddr::V4(ours) = ours else { unreachable!("it is bound to IPv4") };
+    // The packet that is said to be too big, as far as it is quoted.
+    let mut quote = vec![0x45, 0, 5, 0, 0, 0, 0x40, 0, 64, 17, 0, 0];
+    quote.extend(ours.ip().octets());
+    quote.extend(remote.ip().octets());
+    quote.extend(ours.port().to_be_bytes());
+    quote.extend(remote.port().to_be_bytes());
+    quote.extend([4, 236, 0, 0]);
+    let mut message = vec![3, 4, 0, 0, 0, 0];
+    message.extend(mtu.to_be_bytes());
+    message.extend(quote);
+    let sum = Checksum::default().bytes(&message).finish();
+    message[2..4].copy_from_slice(&sum.to_be_bytes());
+    // To this host itself, as it would come from a router.
+    let raw = socket2::Socket::new(
+        socket2::Domain::IPV4,
+        socket2::Type::RAW,
+        Some(socket2::Protocol::ICMPV4),
+    )
+    .unwrap();
+    let to: std::net::SocketAddr = (*ours.ip(), 0).into();
+    raw.send_to(&message, &to.into()).unwrap();
 }
 
 #[test]

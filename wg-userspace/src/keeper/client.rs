@@ -1,18 +1,21 @@
 //! The data process's end: what it asks the keeper for.
 
 use std::io;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use tokio::io::Interest;
 use tokio::net::UnixDatagram;
+use wg_common::map::PEER_WORKERS_LEN;
 
 use super::protocol::{
-    Answer, ChannelError, Event, LINKS_MAX, Refusal, Request, Setup, receive, send,
+    Answer, ChannelError, Event, LINKS_MAX, LinkTowards, OWNERS_MAX, Refusal, Request, Setup,
+    receive, send,
 };
 use crate::bpf::SteerCounters;
+use crate::host::Towards;
 use crate::sys::SharedWords;
 use crate::tun::TunQueue;
 use crate::udp::{UdpSocket, UdpSockets};
@@ -111,6 +114,42 @@ impl Keeper {
         queues.unwrap_or_else(|error| lost(&error))
     }
 
+    /// Has a program choose the queues of a TUN device, by what [`Keeper::set_owners`] says and what is
+    /// written to the memory that this gives ([`wg_common::map::PEER_WORKERS`]).
+    ///
+    /// # Errors
+    /// If the kernel has no such programs. It chooses by itself then.
+    pub fn steer_tun(&self, device: u16) -> Result<SharedWords, Refusal> {
+        let fd = match self.ask(&Request::SteerTun { device }) {
+            (Answer::PeerWorkers, fds) => match <[OwnedFd; 1]>::try_from(fds) {
+                Ok([fd]) => fd,
+                Err(_) => lost(&ChannelError::Unexpected),
+            },
+            (Answer::Refused(refusal), _) => return Err(refusal),
+            _ => lost(&ChannelError::Unexpected),
+        };
+        SharedWords::map(fd, PEER_WORKERS_LEN as usize).map_err(|error| Refusal {
+            text: format!("mapping where peers are at home: {error}"),
+            errno: error.raw_os_error(),
+        })
+    }
+
+    /// Says who owns prefixes from now on: address, length, owner.
+    ///
+    /// # Errors
+    /// What of it the kernel did not take first; it was told everything.
+    ///
+    /// # Panics
+    /// If there are more than [`OWNERS_MAX`].
+    pub fn set_owners(
+        &self,
+        device: u16,
+        owners: Vec<(IpAddr, u8, Option<u32>)>,
+    ) -> Result<(), Refusal> {
+        assert!(owners.len() <= OWNERS_MAX, "they fit into a message");
+        done(self.ask(&Request::SetOwners { device, owners }).0)
+    }
+
     /// The present sockets on the listen port, with the port.
     pub fn sockets(&self, device: u16) -> (u16, Vec<UdpSockets>) {
         group(self.ask(&Request::Sockets { device })).unwrap_or_else(|refusal| lost(&refusal))
@@ -187,8 +226,7 @@ impl Keeper {
         done(answer).unwrap_or_else(|refusal| lost(&refusal));
     }
 
-    /// The indexes of the links by which IPv4 datagrams leave: to the first of each pair, from the
-    /// second.
+    /// The links by which datagrams leave, and how large they may be.
     ///
     /// # Errors
     /// If the kernel does not tell the routes.
@@ -198,11 +236,11 @@ impl Keeper {
     pub fn links_towards(
         &self,
         mark: u32,
-        pairs: Vec<(Ipv4Addr, Ipv4Addr)>,
-    ) -> Result<Vec<Option<u32>>, Refusal> {
-        let count = pairs.len();
+        towards: Vec<Towards>,
+    ) -> Result<Vec<Option<LinkTowards>>, Refusal> {
+        let count = towards.len();
         assert!(count <= LINKS_MAX, "they fit into a message");
-        match self.ask(&Request::LinksTowards { mark, pairs }).0 {
+        match self.ask(&Request::LinksTowards { mark, towards }).0 {
             Answer::Links(links) if links.len() == count => Ok(links),
             Answer::Refused(refusal) => Err(refusal),
             _ => lost(&ChannelError::Unexpected),

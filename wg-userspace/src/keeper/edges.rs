@@ -1,21 +1,28 @@
 //! What the keeper opens and keeps, whatever becomes of the data process.
 
+use std::collections::HashMap;
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::Context as _;
+use ipnet::IpNet;
 use rand_core::Rng as _;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
-use wg_common::id::{DeviceId, WorkerId};
+use wg_common::id::{DeviceId, PeerId, WorkerId};
 use wg_common::index::{IndexLayout, IndexPermutation};
-use wg_common::map::{HEARTBEATS_LEN, QUEUES_LEN, QueueEntry, QueueKey};
+use wg_common::map::{
+    HEARTBEATS_LEN, PEER_WORKERS_LEN, QUEUES_LEN, QueueEntry, QueueKey, peer_word,
+};
 
-use super::protocol::{Answer, DeviceSetup, LINKS_MAX, Refusal, Request, Setup, SteeredNic};
-use crate::bpf::{LogReader, Steer, SteerOptions};
+use super::protocol::{
+    Answer, DeviceSetup, LINKS_MAX, LinkTowards, OWNERS_MAX, Refusal, Request, Setup, SteeredNic,
+};
+use crate::bpf::{BpfError, LogReader, Steer, SteerOptions, TunSteering};
 use crate::daemon::{Error, Mode, Options};
-use crate::host::{AddressChange, Host};
+use crate::host::{AddressChange, Host, HostError, Towards, Way};
 use crate::sys::errno::ENODEV;
 use crate::sys::{SharedWords, affinity, memory, random};
 use crate::tun::{Tun, TunError, TunQueue};
@@ -51,6 +58,8 @@ struct Device {
     interface: String,
     tun: Vec<TunQueue>,
     tun_index: u32,
+    /// What chooses the TUN device's queues, if the data process asked for it.
+    tun_steering: Option<TunSteering>,
     sockets: Group,
     former: Vec<Group>,
     listener: uapi::Listener,
@@ -222,16 +231,18 @@ impl Edges {
                 let entry = QueueEntry::new(slot, WorkerId(worker));
                 self.bind_xsk(&socket, QueueKey { ifindex, queue }, entry)
             }
-            Request::LinksTowards { mark, pairs } => {
-                if pairs.len() > LINKS_MAX {
+            Request::LinksTowards { mark, towards } => {
+                if towards.len() > LINKS_MAX {
                     return Err(Nonsense);
                 }
-                links_towards(host, mark, &pairs).await
+                links_towards(host, mark, &towards).await
             }
             Request::SteerCounters => self.counters(),
             Request::ConnectPeerSource => self.connect_peer_source(),
             Request::Ready | Request::Alive => done(),
             Request::TunQueues { .. }
+            | Request::SteerTun { .. }
+            | Request::SetOwners { .. }
             | Request::Sockets { .. }
             | Request::OpenSockets { .. }
             | Request::CloseSockets { .. }
@@ -337,6 +348,7 @@ impl Device {
             interface: interface.to_owned(),
             tun: tun.into_queues(),
             tun_index,
+            tun_steering: None,
             sockets: Group { port, of_worker },
             former: Vec::new(),
             listener,
@@ -381,6 +393,8 @@ impl Device {
             Request::TunQueues { .. } => {
                 clones(self.tun.iter().map(AsFd::as_fd)).map(|fds| (Answer::TunQueues, fds))
             }
+            Request::SteerTun { .. } => self.steer_tun(),
+            Request::SetOwners { ref owners, .. } => self.set_owners(owners)?,
             Request::OpenSockets { port, fwmark, .. } => {
                 self.open_sockets(port, fwmark, steer).and_then(|()| self.sockets.answer())
             }
@@ -392,6 +406,42 @@ impl Device {
             // The others are nobody's.
             _ => self.sockets.answer(),
         })
+    }
+
+    /// Has a program choose the TUN device's queues. What was there before stays if that fails.
+    fn steer_tun(&mut self) -> Answered {
+        let refused = |error: BpfError| {
+            tracing::debug!(%error, "the kernel does not take the program that chooses TUN queues");
+            // Not the verifier's log, which may be long.
+            refusal(error.to_string().lines().next().unwrap_or_default(), None)
+        };
+        let steering = TunSteering::load().map_err(refused)?;
+        let program = steering.program_fd().map_err(refused)?;
+        self.tun[0].set_steering(program).map_err(|error| {
+            refusal(format_args!("the kernel lets no program choose TUN queues: {error}"), None)
+        })?;
+        let peer_workers = clone(steering.peer_workers_fd())?;
+        self.tun_steering = Some(steering);
+        Ok((Answer::PeerWorkers, vec![peer_workers]))
+    }
+
+    /// Says who owns prefixes, as far as the kernel takes it; tells the first thing that it does not take.
+    fn set_owners(&mut self, owners: &[(IpAddr, u8, Option<u32>)]) -> Result<Answered, Nonsense> {
+        let is_sense = |&(addr, len, owner): &(IpAddr, u8, Option<u32>)| {
+            let owner_exists = |owner| peer_word(PeerId(owner)) < PEER_WORKERS_LEN;
+            IpNet::new(addr, len).is_ok() && owner.is_none_or(owner_exists)
+        };
+        if owners.len() > OWNERS_MAX || !owners.iter().all(is_sense) {
+            return Err(Nonsense);
+        }
+        let Some(steering) = &mut self.tun_steering else { return Err(Nonsense) };
+        let mut outcome = done();
+        for &(addr, len, owner) in owners {
+            if let Err(error) = steering.set_owner(addr, len, owner.map(PeerId)) {
+                outcome = outcome.and_then(|_| Err(refusal(error, None)));
+            }
+        }
+        Ok(outcome)
     }
 
     /// Opens sockets on another port. Nothing is changed if that fails.
@@ -464,17 +514,34 @@ fn clone(fd: BorrowedFd<'_>) -> Result<OwnedFd, Refusal> {
     fd.try_clone_to_owned().map_err(|error| refusal(&error, error.raw_os_error()))
 }
 
-async fn links_towards(
-    host: &Host,
-    mark: u32,
-    pairs: &[(std::net::Ipv4Addr, std::net::Ipv4Addr)],
-) -> Answered {
-    let mut links = Vec::with_capacity(pairs.len());
-    for &(remote, source) in pairs {
-        let link = host.link_towards(remote, source, mark).await;
+async fn links_towards(host: &Host, mark: u32, towards: &[Towards]) -> Answered {
+    let mut links = Vec::with_capacity(towards.len());
+    // Most peers are reached by one link.
+    let mut mtus = HashMap::new();
+    for towards in towards {
+        let link = link_towards(host, mark, towards, &mut mtus).await;
         links.push(link.map_err(|error| refusal(error, None))?);
     }
     Ok((Answer::Links(links), Vec::new()))
+}
+
+/// `mtus` are those of links that were looked at before.
+async fn link_towards(
+    host: &Host,
+    mark: u32,
+    towards: &Towards,
+    mtus: &mut HashMap<u32, u32>,
+) -> Result<Option<LinkTowards>, HostError> {
+    let Some(Way { link, mtu }) = host.way_towards(towards, mark).await? else { return Ok(None) };
+    let links = match mtus.get(&link) {
+        Some(&links) => links,
+        None => {
+            let Some(found) = host.link_by_index(link).await? else { return Ok(None) };
+            mtus.insert(link, found.mtu);
+            found.mtu
+        }
+    };
+    Ok(Some(LinkTowards { link, mtu: mtu.unwrap_or(links).min(links) }))
 }
 
 impl Group {

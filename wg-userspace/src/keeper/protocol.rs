@@ -6,7 +6,7 @@
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
@@ -19,16 +19,18 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::daemon::Mode;
+use crate::host::Towards;
 
 /// Longest message.
 pub const MESSAGE_LEN_MAX: usize = 64 << 10;
 /// Most descriptors beside a message. The kernel takes 253.
 pub const FD_COUNT_MAX: usize = 250;
-/// Most pairs of addresses in a [`Request::LinksTowards`].
-pub const LINKS_MAX: usize = 512;
+/// Most entries in a [`Request::LinksTowards`].
+pub const LINKS_MAX: usize = 256;
 /// Most addresses in an [`Event::Addresses`].
 pub const ADDRESSES_MAX: usize = 512;
-
+/// Most prefixes in a [`Request::SetOwners`].
+pub const OWNERS_MAX: usize = 1024;
 /// Most addresses in an [`Event::Resolved`].
 pub const RESOLVED_MAX: usize = 64;
 /// A name is looked up no more often than this.
@@ -43,6 +45,19 @@ pub enum Request {
     TunQueues {
         /// Whose.
         device: u16,
+    },
+    /// Has a program choose the queue for a packet, by what [`Request::SetOwners`] says and by where peers
+    /// are at home. It knows nothing yet, and follows one that a data process before this one had.
+    SteerTun {
+        /// Whose.
+        device: u16,
+    },
+    /// Who owns prefixes from now on, for the program that chooses queues.
+    SetOwners {
+        /// Whose.
+        device: u16,
+        /// Address, length, and the owner's number if there is an owner.
+        owners: Vec<(IpAddr, u8, Option<u32>)>,
     },
     /// The sockets that are open at present.
     Sockets {
@@ -108,12 +123,12 @@ pub enum Request {
         /// The port, not 0.
         port: u16,
     },
-    /// By which links IPv4 datagrams leave.
+    /// By which links datagrams leave, and how large they may be.
     LinksTowards {
         /// With this mark.
         mark: u32,
-        /// To the first, from the second.
-        pairs: Vec<(Ipv4Addr, Ipv4Addr)>,
+        /// Where they go.
+        towards: Vec<Towards>,
     },
     /// What the steer program counted.
     SteerCounters,
@@ -130,6 +145,8 @@ impl Request {
     pub fn device(&self) -> Option<u16> {
         match *self {
             Self::TunQueues { device }
+            | Self::SteerTun { device }
+            | Self::SetOwners { device, .. }
             | Self::Sockets { device }
             | Self::OpenSockets { device, .. }
             | Self::CloseSockets { device, .. }
@@ -147,6 +164,7 @@ impl Request {
         matches!(
             self,
             Self::CloseSockets { .. }
+                | Self::SetOwners { .. }
                 | Self::Remember { .. }
                 | Self::PauseUntil { .. }
                 | Self::Resolve { .. }
@@ -161,6 +179,8 @@ pub enum Answer {
     Setup(Setup),
     /// A descriptor of each queue is beside it.
     TunQueues,
+    /// The map of where peers are at home is beside it.
+    PeerWorkers,
     /// Beside it: a socket of each worker for IPv4, then one of each for IPv6.
     Sockets {
         /// Their port.
@@ -172,8 +192,8 @@ pub enum Answer {
     Xsk,
     /// There is no such queue.
     NoQueue,
-    /// An interface's index for each pair, where the kernel knows one.
-    Links(Vec<Option<u32>>),
+    /// One for each, where the kernel knows it.
+    Links(Vec<Option<LinkTowards>>),
     /// In the order of the steer program; empty if there is none.
     Counters(Vec<u64>),
     /// A stream socket is beside it.
@@ -182,6 +202,15 @@ pub enum Answer {
     Done,
     /// It is not so, and nothing has changed.
     Refused(Refusal),
+}
+
+/// By what datagrams leave.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct LinkTowards {
+    /// Index of the interface.
+    pub link: u32,
+    /// Longest IP packet in bytes: what somebody has set for the route, and what the interface takes.
+    pub mtu: u32,
 }
 
 /// Why something was refused.
@@ -425,13 +454,16 @@ mod tests {
         let fds: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
         std::thread::scope(|scope| {
             scope.spawn(|| {
-                let pairs = vec![(Ipv4Addr::LOCALHOST, Ipv4Addr::LOCALHOST); LINKS_MAX];
-                send(&here, &Request::LinksTowards { mark: 7, pairs }, &fds).unwrap();
+                // As long as it can get.
+                let remote = "abcd:ef01:2345:6789:abcd:ef01:2345:6789".parse().unwrap();
+                let longest = Towards { remote, source: Some(remote), link: u32::MAX };
+                let towards = vec![longest; LINKS_MAX];
+                send(&here, &Request::LinksTowards { mark: 7, towards }, &fds).unwrap();
                 send(&here, &Request::Ready, &[]).unwrap();
             });
             let (message, received) = receive::<Request>(&there).unwrap();
             assert!(
-                matches!(message, Request::LinksTowards { mark: 7, pairs } if pairs.len() == LINKS_MAX)
+                matches!(message, Request::LinksTowards { mark: 7, towards } if towards.len() == LINKS_MAX)
             );
             assert_eq!(received.len(), FD_COUNT_MAX);
             let mut file = std::fs::File::from(received.into_iter().next().unwrap());
@@ -441,6 +473,16 @@ mod tests {
         });
         drop(here);
         assert!(matches!(receive::<Request>(&there), Err(ChannelError::Closed)));
+    }
+
+    #[test]
+    fn as_many_owners_as_may_be_told_fit_into_a_message() {
+        let (here, there) = pair().unwrap();
+        let longest = (IpAddr::from([0xff; 16]), 128, Some(u32::MAX));
+        let request = Request::SetOwners { device: u16::MAX, owners: vec![longest; OWNERS_MAX] };
+        send(&here, &request, &[]).unwrap();
+        let (message, _) = receive::<Request>(&there).unwrap();
+        assert!(matches!(message, Request::SetOwners { owners, .. } if owners.len() == OWNERS_MAX));
     }
 
     #[test]

@@ -29,6 +29,7 @@ mod v6;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
+use hashbrown::HashSet;
 use ipnet::IpNet;
 use wg_common::id::PeerId;
 
@@ -37,6 +38,8 @@ use wg_common::id::PeerId;
 pub struct AllowedIps {
     prefixes: prefixes::Prefixes,
     table: Arc<RoutingTable>,
+    /// Prefixes whose owners may be others than whoever keeps a second table knows, if there is one.
+    changed: Option<HashSet<IpNet>>,
 }
 
 /// Which peer owns an address: a snapshot of [`AllowedIps`], shared by all workers.
@@ -70,6 +73,7 @@ impl AllowedIps {
         let net = net.trunc();
         let previous = self.prefixes.insert(net, peer);
         if previous != Some(peer) {
+            self.note(net);
             let table = Arc::make_mut(&mut self.table);
             match net {
                 IpNet::V4(net) => table.v4.insert(net, peer),
@@ -88,6 +92,7 @@ impl AllowedIps {
             return false;
         }
         self.prefixes.remove(net);
+        self.note(net);
         let around = self.prefixes.around(net);
         let table = Arc::make_mut(&mut self.table);
         match net {
@@ -122,6 +127,36 @@ impl AllowedIps {
     /// Whether no peer owns anything.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// From now on takes note of changes, for [`AllowedIps::take_changes`]. There must be no prefixes yet.
+    pub fn note_changes(&mut self) {
+        debug_assert!(self.is_empty(), "what is there already is not noted");
+        self.changed.get_or_insert_default();
+    }
+
+    fn note(&mut self, net: IpNet) {
+        if let Some(changed) = &mut self.changed {
+            changed.insert(net);
+        }
+    }
+
+    /// At most so many prefixes that may have changed hands since they were given here the last time, each
+    /// with its owner as it is now, if it has one. Whoever applies all of them, in any order, has the owners
+    /// of every prefix.
+    pub fn take_changes(&mut self, max: usize) -> Vec<(IpNet, Option<PeerId>)> {
+        let Some(changed) = &mut self.changed else { return Vec::new() };
+        let taken: Vec<IpNet> = changed.extract_if(|_| true).take(max).collect();
+        if changed.is_empty() {
+            // What a million prefixes needed once is not kept for ever.
+            changed.shrink_to_fit();
+        }
+        taken.into_iter().map(|net| (net, self.prefixes.owner(net))).collect()
+    }
+
+    /// Whether [`AllowedIps::take_changes`] has something to give.
+    pub fn has_changes(&self) -> bool {
+        self.changed.as_ref().is_some_and(|changed| !changed.is_empty())
     }
 
     /// The table as it is now; it will not change.

@@ -28,6 +28,7 @@ mod generation;
 pub mod handover;
 #[cfg(test)]
 mod handover_tests;
+mod inner_mtu;
 mod keypair;
 mod keypairs;
 mod peer;
@@ -48,6 +49,7 @@ pub use activity::Activity;
 pub use continuity::{Break, Continuity};
 pub use control::{Action, Context, HandshakeMessage, Indexes, Session};
 pub use generation::Generation;
+pub use inner_mtu::{InnerMtu, is_v6};
 pub use keypair::{Frozen, Keypair, Receiving, Reserved};
 pub use keypairs::Keypairs;
 pub use peer::{HotPeer, SharedKeypairs, Transfer};

@@ -10,7 +10,7 @@ use wg_common::endpoint::Endpoint;
 use wg_common::id::{DeviceId, PeerId};
 use wg_common::time::Now;
 
-use super::{Activity, Keypair, Keypairs, PeerNotes};
+use super::{Activity, InnerMtu, Keypair, Keypairs, PeerNotes};
 use crate::key::PublicKey;
 
 /// What workers know of a peer. Read and moved by atomics; nobody ever waits for anybody.
@@ -27,6 +27,8 @@ pub struct HotPeer {
     /// Where its datagrams go. Configured by control; moved by the home worker of a keypair, to where
     /// authentic transport data came from.
     pub endpoint: ArcSwapOption<Endpoint>,
+    /// How large packets may be on the way there. Control finds out.
+    pub inner_mtu: InnerMtu,
     /// What timers run on.
     pub activity: Activity,
     /// Bytes of `wg show`.
@@ -60,6 +62,7 @@ impl HotPeer {
             public_key,
             keypairs: SharedKeypairs::default(),
             endpoint: ArcSwapOption::empty(),
+            inner_mtu: InnerMtu::default(),
             activity: Activity::default(),
             transfer: Transfer::default(),
             staged: AtomicU32::new(0),

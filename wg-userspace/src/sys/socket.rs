@@ -119,6 +119,46 @@ pub fn set_receive_details(socket: impl AsFd, family: Family) -> io::Result<()> 
     }
 }
 
+/// Lets several datagrams of one sender be received as one, with the length of each, which
+/// [`super::mmsg::ReceiveBatch`] reads.
+///
+/// # Errors
+/// The kernel's, if it is older than 5.0.
+pub fn set_gro(socket: impl AsFd) -> io::Result<()> {
+    set_int(socket, libc::SOL_UDP, libc::UDP_GRO, 1)
+}
+
+/// Whether several datagrams may be sent as one message, with the length of each. A kernel that does not
+/// know that would send them as one datagram.
+pub fn can_segment(socket: impl AsFd) -> bool {
+    get_int(socket, libc::SOL_UDP, libc::UDP_SEGMENT).is_ok()
+}
+
+/// Datagrams that came for this socket and were dropped before it: for want of room, or because their
+/// checksum was wrong. Wraps around.
+///
+/// # Errors
+/// The kernel's, if it is older than 4.12.
+pub fn drops(socket: impl AsFd) -> io::Result<u32> {
+    /// `SK_MEMINFO_DROPS` and `SK_MEMINFO_VARS` of `linux/sock_diag.h`.
+    const DROPS: usize = 8;
+    const VARS: usize = 9;
+    let mut values = [0_u32; VARS];
+    let mut len = size_of_val(&values) as libc::socklen_t;
+    // SAFETY: the descriptor is open while `socket` is borrowed; the kernel writes at most `len`
+    // bytes to `values`, whose size that is, and any bytes are integers.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_MEMINFO,
+            values.as_mut_ptr().cast(),
+            &raw mut len,
+        )
+    };
+    if result == 0 { Ok(values[DROPS]) } else { Err(io::Error::last_os_error()) }
+}
+
 /// What a socket makes of ICMP messages that say a datagram was too big. See `udp` for the choice.
 ///
 /// # Errors
@@ -126,7 +166,7 @@ pub fn set_receive_details(socket: impl AsFd, family: Family) -> io::Result<()> 
 pub fn set_path_mtu_rules(socket: impl AsFd, family: Family) -> io::Result<()> {
     match family {
         Family::V4 => {
-            let rule = libc::IP_PMTUDISC_INTERFACE;
+            let rule = libc::IP_PMTUDISC_OMIT;
             set_int(socket, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, rule)
         }
         Family::V6 => {
@@ -175,6 +215,12 @@ fn get_int(socket: impl AsFd, level: c_int, name: c_int) -> io::Result<c_int> {
         )
     };
     if result == 0 { Ok(value) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Has what is sent be cut into datagrams of `len` bytes.
+#[cfg(test)]
+pub(crate) fn set_segment_len(socket: impl AsFd, len: u16) -> io::Result<()> {
+    set_int(socket, libc::SOL_UDP, libc::UDP_SEGMENT, len.into())
 }
 
 fn set_int(socket: impl AsFd, level: c_int, name: c_int, value: c_int) -> io::Result<()> {

@@ -40,13 +40,28 @@ pub fn open_queue(name: &str, create: bool) -> Result<OwnedFd, OpenError> {
     if result != 0 {
         return Err(OpenError::Attach(io::Error::last_os_error()));
     }
-    // No offloads: every packet that is read is whole, with its checksum, and within the MTU.
-    // SAFETY: TUNSETOFFLOAD takes its argument by value.
-    let result = unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETOFFLOAD as _, 0) };
-    if result != 0 {
-        return Err(OpenError::Attach(io::Error::last_os_error()));
-    }
+    set_offloads(&fd).map_err(OpenError::Attach)?;
     Ok(fd)
+}
+
+/// Has the kernel give us what it can: super-packets of TCP and UDP, and packets with an unfinished
+/// checksum. All queues of a device share this.
+fn set_offloads(fd: &OwnedFd) -> io::Result<()> {
+    let tcp = libc::TUN_F_CSUM | libc::TUN_F_TSO4 | libc::TUN_F_TSO6 | libc::TUN_F_TSO_ECN;
+    // Those of UDP are there from Linux 6.2 on, and only both together.
+    let udp = libc::TUN_F_USO4 | libc::TUN_F_USO6;
+    let mut result = Ok(());
+    for flags in [tcp | udp, tcp, 0] {
+        // SAFETY: TUNSETOFFLOAD takes its argument by value.
+        let refused = unsafe {
+            libc::ioctl(fd.as_raw_fd(), libc::TUNSETOFFLOAD as _, libc::c_ulong::from(flags))
+        } != 0;
+        if !refused {
+            return Ok(());
+        }
+        result = Err(io::Error::last_os_error());
+    }
+    result
 }
 
 /// Which step of [`open_queue`] failed.
@@ -90,6 +105,22 @@ pub fn queue_device(fd: impl AsFd) -> io::Result<String> {
     String::from_utf8(name).map_err(|_| io::ErrorKind::InvalidData.into())
 }
 
+/// Has a BPF program (a socket filter) choose the queue by which a packet leaves, for the whole device and
+/// in place of the kernel's way or of another program.
+///
+/// # Errors
+/// `EINVAL` if the kernel does not know the request or the program is of another kind; `EBADFD` if the
+/// queue's device is gone.
+pub fn set_steering(queue: impl AsFd, program: impl AsFd) -> io::Result<()> {
+    let program: libc::c_int = program.as_fd().as_raw_fd();
+    // SAFETY: TUNSETSTEERINGEBPF reads an `int`, which this is; other kinds of file do not know this
+    // request's number, which has the TUN driver's own letter in it.
+    let result = unsafe {
+        libc::ioctl(queue.as_fd().as_raw_fd(), libc::TUNSETSTEERINGEBPF as _, &raw const program)
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 /// A descriptor of the network namespace in which a queue's device is now.
 ///
 /// # Errors
@@ -105,15 +136,15 @@ pub fn queue_namespace(fd: impl AsFd) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(result) })
 }
 
-/// Reads one packet: its virtio header goes aside, its bytes to `packet`. Gives the packet's
-/// length, at most that of `packet`: the rest of a longer one is lost.
+/// Reads one packet: its bytes go to `packet`. Gives its virtio header and its length, at most that
+/// of `packet`: the rest of a longer one is lost.
 ///
 /// # Errors
 /// `WouldBlock`, and those of a device that is gone.
-pub fn read_packet(fd: impl AsFd, packet: &mut [u8]) -> io::Result<usize> {
+pub fn read_packet(fd: impl AsFd, packet: &mut [u8]) -> io::Result<([u8; VNET_HEADER_LEN], usize)> {
     let mut header = VNET_HEADER_PLAIN;
     let read = readv(fd, &mut [IoSliceMut::new(&mut header), IoSliceMut::new(packet)])?;
-    Ok(read.saturating_sub(VNET_HEADER_LEN))
+    Ok((header, read.saturating_sub(VNET_HEADER_LEN)))
 }
 
 /// Writes one whole packet.
@@ -122,8 +153,27 @@ pub fn read_packet(fd: impl AsFd, packet: &mut [u8]) -> io::Result<usize> {
 /// `InvalidInput` if it is no IP packet; `EIO` while the device is down; those of a device that is
 /// gone.
 pub fn write_packet(fd: impl AsFd, packet: &[u8]) -> io::Result<()> {
-    writev(fd, &[IoSlice::new(&VNET_HEADER_PLAIN), IoSlice::new(packet)])?;
+    write_parts(fd, &[IoSlice::new(&VNET_HEADER_PLAIN), IoSlice::new(packet)])
+}
+
+/// Writes a virtio header and the packet behind it, in one call but from several places, at most 1,024.
+///
+/// # Errors
+/// As [`write_packet`]; `InvalidInput` also for segments of a kind that the kernel does not know.
+pub fn write_parts(fd: impl AsFd, parts: &[IoSlice<'_>]) -> io::Result<()> {
+    writev(fd, parts)?;
     Ok(())
+}
+
+/// Has the kernel cut and finish all packets before they are read from the queue's device.
+///
+/// # Errors
+/// Those of a device that is gone.
+#[cfg(test)]
+pub fn switch_offloads_off(fd: impl AsFd) -> io::Result<()> {
+    // SAFETY: TUNSETOFFLOAD takes its argument by value.
+    let result = unsafe { libc::ioctl(fd.as_fd().as_raw_fd(), libc::TUNSETOFFLOAD as _, 0) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 fn empty_request() -> ifreq {

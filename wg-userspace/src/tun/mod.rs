@@ -7,6 +7,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use crate::segments::{Run, VnetHeader};
 use crate::sys::errno::{EACCES, EBADFD, EBUSY, EEXIST, EFAULT, EINVAL, ENODEV, EPERM};
 use crate::sys::netns::NetNs;
 use crate::sys::{link, socket, tuntap};
@@ -227,17 +228,32 @@ impl TunQueue {
         tuntap::queue_namespace(&self.0).map(NetNs::from).map_err(mark_gone)
     }
 
-    /// Reads one packet into `packet` and gives its length; `None` if none waits.
-    ///
-    /// `packet` should have room for the device's MTU: the rest of a longer packet is lost, and
-    /// what is left then says in its IP header that it was longer.
+    /// Has a BPF program choose the queue of the device by which a packet leaves, in place of whatever
+    /// chose it before. The device keeps the program.
     ///
     /// # Errors
-    /// See [`is_gone`].
-    pub fn read(&self, packet: &mut [u8]) -> io::Result<Option<usize>> {
+    /// `EINVAL` if the kernel does not know of that, or `program` is no socket filter; one for which
+    /// [`is_gone`] holds.
+    pub fn set_steering(&self, program: BorrowedFd<'_>) -> io::Result<()> {
+        tuntap::set_steering(&self.0, program).map_err(mark_gone)
+    }
+
+    /// Reads one packet, or one that stands for several, into `packet`. Gives what is left to do on it,
+    /// and its length; `None` if none waits.
+    ///
+    /// `packet` should have room for 64 KiB: the rest of a longer packet is lost, and what is left then
+    /// says in its IP header that it was longer.
+    ///
+    /// # Errors
+    /// `InvalidData` if there was one on which is to be done what nobody asked for: it is lost, others may
+    /// wait. See [`is_gone`].
+    pub fn read(&self, packet: &mut [u8]) -> io::Result<Option<(VnetHeader, usize)>> {
         loop {
             match tuntap::read_packet(&self.0, packet) {
-                Ok(len) => return Ok(Some(len)),
+                Ok((header, len)) => {
+                    let header = VnetHeader::from_bytes(&header);
+                    return Ok(Some((header.ok_or(io::ErrorKind::InvalidData)?, len)));
+                }
                 Err(error) => match error.kind() {
                     io::ErrorKind::WouldBlock => return Ok(None),
                     io::ErrorKind::Interrupted => {}
@@ -252,18 +268,34 @@ impl TunQueue {
     /// # Errors
     /// `EIO` while the device is down, `EINVAL` for what is no IP packet; see [`is_gone`].
     pub fn write(&self, packet: &[u8]) -> io::Result<()> {
-        loop {
-            match tuntap::write_packet(&self.0, packet) {
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                result => return result.map_err(mark_gone),
-            }
-        }
+        write(|| tuntap::write_packet(&self.0, packet))
+    }
+
+    /// Writes the packets of a run at once.
+    ///
+    /// # Errors
+    /// As [`write`](Self::write); `EINVAL` also for a run of UDP before Linux 6.2. None of the packets is
+    /// written then.
+    pub fn write_run(&self, run: &Run<'_>) -> io::Result<()> {
+        let head = run.head();
+        let parts = run.parts(&head);
+        write(|| tuntap::write_parts(&self.0, &parts))
     }
 }
 
 impl AsFd for TunQueue {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
+    }
+}
+
+/// Does a write until no signal interrupts it.
+fn write(once: impl Fn() -> io::Result<()>) -> io::Result<()> {
+    loop {
+        match once() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            result => return result.map_err(mark_gone),
+        }
     }
 }
 
@@ -282,8 +314,14 @@ mod tests {
     use std::process::Command;
     use std::time::Duration;
 
+    use wg_common::headers::{Checksum, PROTOCOL_UDP, inner_packet};
+    use wg_common::upper::upper;
+
     use super::*;
     use crate::require_root;
+    use crate::segments::join::{Batch, PACKETS_MAX, Plan};
+    use crate::segments::packets_for_tests::{TestPacket, TestUpper};
+    use crate::segments::{Cut, finish_checksum};
     use crate::sys::netns::in_new_netns;
     use crate::sys::wait::{PollFd, PollFlags, poll};
 
@@ -339,8 +377,9 @@ mod tests {
             socket.send_to(b"out", "10.9.0.2:6000").unwrap();
             wait(queue);
             let mut packet = [0; 2048];
-            let len = queue.read(&mut packet).unwrap().unwrap();
+            let (header, len) = queue.read(&mut packet).unwrap().unwrap();
             assert_eq!(len, 20 + 8 + 3);
+            finish_checksum(header.checksum.unwrap(), &mut packet[..len]).unwrap();
             assert_eq!(packet[0], 0x45);
             assert_eq!(packet[28..len], *b"out");
 
@@ -357,6 +396,69 @@ mod tests {
         });
     }
 
+    /// What is read next, cut into packets and finished.
+    fn read_packets(queue: &TunQueue) -> Vec<Vec<u8>> {
+        wait(queue);
+        let mut bytes = vec![0; 65_575];
+        let (header, len) = queue.read(&mut bytes).unwrap().unwrap();
+        let bytes = &mut bytes[..len];
+        let Some(segments) = header.segments else {
+            if let Some(checksum) = header.checksum {
+                finish_checksum(checksum, bytes).unwrap();
+            }
+            return vec![bytes.to_vec()];
+        };
+        let cut = Cut::new(segments, header.checksum, bytes).unwrap();
+        let segment = |index| {
+            let mut segment = vec![0; cut.segment_len(index)];
+            cut.write(bytes, index, &mut segment);
+            segment
+        };
+        (0..cut.count()).map(segment).collect()
+    }
+
+    /// Whether the checksum behind the IP header is right.
+    fn verifies(packet: &[u8]) -> bool {
+        let (inner, behind) = (inner_packet(packet).unwrap(), upper(packet).unwrap());
+        let rest = &packet[behind.offset..];
+        let pseudo = Checksum::pseudo(inner.src, inner.dst, behind.protocol, rest.len() as u32);
+        inner.len == packet.len() && pseudo.bytes(rest).finish() == 0
+    }
+
+    #[test]
+    fn the_kernels_super_packets_of_udp_are_cut_into_right_packets() {
+        require_root!();
+        in_new_netns(|| {
+            let name = device_name(7);
+            let queue = &Tun::open(&name, 1).unwrap().into_queues()[0];
+            ip(&format!("addr add 10.9.0.1/24 dev {name}"));
+            ip(&format!("addr add fd09::1/64 dev {name} nodad"));
+            ip(&format!("link set {name} up mtu 1420"));
+            for (own, to) in [("10.9.0.1:0", "10.9.0.2:6000"), ("[fd09::1]:0", "[fd09::2]:6000")] {
+                let sender = UdpSocket::bind(own).unwrap();
+                socket::set_segment_len(&sender, 1000).unwrap();
+                let payload: Vec<u8> = (0..40_500u32).map(|i| (i / 7) as u8).collect();
+                sender.send_to(&payload, to).unwrap();
+                let (mut got, mut most) = (Vec::new(), 0);
+                while got.len() < payload.len() {
+                    let packets = read_packets(queue);
+                    most = most.max(packets.len());
+                    for packet in packets {
+                        assert!(packet.len() <= 1420);
+                        let behind = upper(&packet).unwrap();
+                        if behind.protocol == PROTOCOL_UDP {
+                            assert!(verifies(&packet));
+                            got.extend_from_slice(&packet[behind.offset + 8..]);
+                        }
+                    }
+                }
+                assert_eq!(got, payload);
+                // From Linux 6.2 on.
+                assert_eq!(most, 41, "the kernel did not cut it");
+            }
+        });
+    }
+
     #[test]
     fn a_long_packet_is_cut_to_the_buffer() {
         require_root!();
@@ -368,7 +470,7 @@ mod tests {
             let socket = UdpSocket::bind("10.9.0.1:0").unwrap();
             socket.send_to(&[0; 100], "10.9.0.2:6000").unwrap();
             wait(queue);
-            assert_eq!(queue.read(&mut [0; 64]).unwrap(), Some(64));
+            assert_eq!(queue.read(&mut [0; 64]).unwrap().unwrap().1, 64);
         });
     }
 
@@ -450,5 +552,102 @@ mod tests {
                 assert!(!is_gone(&queue.write(packet).unwrap_err()));
             }
         });
+    }
+
+    /// Writes packets that must be one run.
+    fn write_joined(queue: &TunQueue, packets: &[TestPacket]) {
+        let packets: Vec<_> = packets.iter().map(TestPacket::bytes).collect();
+        let batch: Batch<'_> = packets.iter().map(Vec::as_slice).collect();
+        let plan = Plan::of(&batch, true);
+        let [run] = plan.runs().collect::<Vec<_>>().try_into().unwrap();
+        queue.write_run(&run).unwrap();
+    }
+
+    #[test]
+    fn a_run_of_udp_comes_to_a_socket_as_its_datagrams() {
+        require_root!();
+        in_new_netns(|| {
+            let name = device_name(7);
+            let queue = &Tun::open(&name, 1).unwrap().into_queues()[0];
+            ip(&format!("addr add 10.9.0.1/24 dev {name}"));
+            ip(&format!("addr add fd09::1/64 dev {name} nodad"));
+            ip(&format!("link set {name} up"));
+            for (src, dst) in [("10.9.0.2", "10.9.0.1"), ("fd09::2", "fd09::1")] {
+                let socket = UdpSocket::bind((dst, 5002)).unwrap();
+                socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+                let mut packets: Vec<_> =
+                    (0..PACKETS_MAX).map(|number| TestPacket::udp(src, dst, number, 333)).collect();
+                packets[PACKETS_MAX - 1].payload.truncate(7);
+                write_joined(queue, &packets);
+                for packet in packets {
+                    let mut datagram = [0; 1024];
+                    let (len, from) = socket.recv_from(&mut datagram).unwrap();
+                    assert_eq!(datagram[..len], packet.payload);
+                    assert_eq!(from, (packet.src, packet.ports.0).into());
+                }
+            }
+        });
+    }
+
+    /// Two devices between which the kernel forwards:
+    ///
+    /// ```text
+    /// fd09::2, 10.9.0.2 ─ (written) near ─ kernel ─ far (read) ─ 10.8.0.2, fd08::2
+    /// ```
+    #[test]
+    fn the_kernel_cuts_a_run_into_what_came_in() {
+        require_root!();
+        in_new_netns(|| {
+            let names = [device_name(8), device_name(9)];
+            let [near, far] =
+                [0, 1].map(|at| Tun::open(&names[at], 1).unwrap().into_queues().remove(0));
+            tuntap::switch_offloads_off(&far).unwrap();
+            for (name, net) in names.iter().zip([9, 8]) {
+                ip(&format!("addr add 10.{net}.0.1/24 dev {name}"));
+                ip(&format!("addr add fd0{net}::1/64 dev {name} nodad"));
+                ip(&format!("link set {name} up"));
+            }
+            for forwarding in ["ipv4/ip_forward", "ipv6/conf/all/forwarding"] {
+                std::fs::write(format!("/proc/sys/net/{forwarding}"), "1").unwrap();
+            }
+            for (src, dst) in [("10.9.0.2", "10.8.0.2"), ("fd09::2", "fd08::2")] {
+                for make in [TestPacket::tcp, TestPacket::udp] {
+                    for (count, payload_len, last_len) in
+                        [(44, 1401, 800), (2, 1, 1), (64, 536, 535)]
+                    {
+                        let mut packets: Vec<_> =
+                            (0..count).map(|number| make(src, dst, number, payload_len)).collect();
+                        packets[count - 1].payload.truncate(last_len);
+                        set_flags(&mut packets[0], 0x80);
+                        set_flags(&mut packets[count - 1], 0x08);
+                        write_joined(&near, &packets);
+                        for mut packet in packets {
+                            packet.ttl -= 1;
+                            assert_eq!(read_from(&far, &packet), packet.bytes());
+                        }
+                    }
+                }
+            }
+        });
+    }
+
+    fn set_flags(packet: &mut TestPacket, more: u16) {
+        if let TestUpper::Tcp { flags, .. } = &mut packet.upper {
+            *flags |= more;
+        }
+    }
+
+    /// The next packet that has the source of this one: the kernel sends some of its own.
+    fn read_from(queue: &TunQueue, packet: &TestPacket) -> Vec<u8> {
+        loop {
+            wait(queue);
+            let mut read = vec![0; 2048];
+            let (header, len) = queue.read(&mut read).unwrap().unwrap();
+            assert_eq!(header, VnetHeader::PLAIN);
+            read.truncate(len);
+            if inner_packet(&read).unwrap().src == packet.src {
+                return read;
+            }
+        }
     }
 }

@@ -5,22 +5,36 @@
 //! `datapath::inbound`; what is sent comes from `datapath::outbound` and from handshakes.
 //!
 //! **Path MTU.** Anyone can forge the ICMP message that says "too big", so it must not be able to
-//! shrink what a tunnel carries. IPv4: `IP_PMTUDISC_INTERFACE`, that is, only the outgoing
-//! interface's MTU counts and DF is clear, so that a router with a narrower link fragments. IPv6
+//! shrink what a tunnel carries. IPv4: `IP_PMTUDISC_OMIT`, that is, only the outgoing interface's MTU
+//! counts and DF is clear, so that this host fragments what its own link does not carry, and a router
+//! what a link behind does not. (`IP_PMTUDISC_INTERFACE` differs in the first: it refuses.) IPv6
 //! routers do not fragment, so ignoring the message altogether would lose every full-size packet on
 //! a path that really is narrower: with `IPV6_PMTUDISC_DONT` it only makes this host fragment outer
 //! datagrams (to no less than 1,280 bytes). In neither case does the inner MTU change.
+//!
+//! **Runs.** Datagrams of one sender, or to one receiver, that are alike cross the kernel as one
+//! (`UDP_GRO`, `UDP_SEGMENT`), and are datagrams again on both sides of this room. A run that the kernel
+//! refuses is sent one by one at once: it cuts up a datagram that is too long for the path, but not the
+//! pieces of a run. Where that happened no such runs are tried for some seconds (`refusals`).
+
+mod refusals;
+mod runs;
 
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use arrayvec::ArrayVec;
 use wg_common::endpoint::Endpoint;
 
-use crate::sys::errno::{EADDRNOTAVAIL, EAFNOSUPPORT, EINVAL, ENETUNREACH, ENODEV};
-use crate::sys::mmsg;
-pub use crate::sys::mmsg::{BATCH_MAX, Datagram, ReceiveBatch};
+use self::refusals::Refusals;
+use crate::sys::errno::{
+    EADDRNOTAVAIL, EAFNOSUPPORT, EINVAL, EIO, EMSGSIZE, ENETUNREACH, ENODEV, ENOPROTOOPT,
+    EOPNOTSUPP,
+};
+pub use crate::sys::mmsg::{BATCH_MAX, Datagram, Outgoing, ReceiveBatch};
 use crate::sys::socket::{self, Family};
+use crate::sys::{clock, mmsg};
 
 /// Bytes asked for in each direction: some 5,000 full-size datagrams, 50 ms of a gigabit.
 const BUFFER_LEN: usize = 8 << 20;
@@ -204,12 +218,25 @@ pub struct Sent {
 }
 const _: () = assert!(BATCH_MAX <= u64::BITS as usize);
 
+impl Sent {
+    /// Adds what became of some of the batch, of which the first is datagram `at`.
+    fn add(&mut self, part: Self, at: usize) {
+        self.sent += part.sent;
+        self.failed += part.failed;
+        self.stale_sources |= part.stale_sources << at;
+        self.error = part.error.or(self.error.take());
+    }
+}
+
 /// A UDP socket of one IP version that does not block.
 #[derive(Debug)]
 pub struct UdpSocket {
     fd: OwnedFd,
     family: Family,
     port: u16,
+    /// Whether the kernel knows runs.
+    sends_runs: bool,
+    refusals: Refusals,
 }
 
 impl UdpSocket {
@@ -220,9 +247,14 @@ impl UdpSocket {
     /// [`UdpError::NotUdp`] for anything else.
     pub fn from_fd(fd: OwnedFd) -> Result<Self, UdpError> {
         match socket::udp_local(&fd) {
-            Ok((family, port)) if port != 0 => Ok(Self { fd, family, port }),
+            Ok((family, port)) if port != 0 => Ok(Self::new(fd, family, port)),
             _ => Err(UdpError::NotUdp),
         }
+    }
+
+    fn new(fd: OwnedFd, family: Family, port: u16) -> Self {
+        let sends_runs = socket::can_segment(&fd);
+        Self { fd, family, port, sends_runs, refusals: Refusals::default() }
     }
 
     /// The socket's descriptor, for who takes it over.
@@ -236,10 +268,12 @@ impl UdpSocket {
             socket::set_nonblocking(&fd)?;
             socket::set_receive_details(&fd, family)?;
             socket::set_path_mtu_rules(&fd, family)?;
+            // Without, each datagram comes alone.
+            let _ = socket::set_gro(&fd);
             socket::set_buffers(&fd, BUFFER_LEN)
         };
         options().map_err(io_error("setting options of a UDP socket"))?;
-        Ok(Self { fd, family, port })
+        Ok(Self::new(fd, family, port))
     }
 
     /// The local port.
@@ -274,7 +308,8 @@ impl UdpSocket {
         })
     }
 
-    /// Receives up to [`BATCH_MAX`] datagrams with one call and gives their number; 0: none waits.
+    /// Receives about [`BATCH_MAX`] datagrams and gives their number; 0: none waits. Runs that were
+    /// joined on their way here may make it more.
     ///
     /// # Errors
     /// The system's. None is the fault of a datagram.
@@ -282,23 +317,56 @@ impl UdpSocket {
         batch.receive(&self.fd)
     }
 
+    /// Datagrams that the kernel has dropped before this socket, nearly all for want of room. Wraps
+    /// around.
+    ///
+    /// # Errors
+    /// The system's, if it does not know.
+    pub fn drops(&self) -> io::Result<u32> {
+        socket::drops(&self.fd)
+    }
+
     /// Sends up to [`BATCH_MAX`] datagrams, in order, with one call if nothing goes wrong; replies
-    /// leave from the address that the peer dialled. `tos` is the outer TOS or traffic class.
+    /// leave from the address that the peer dialled. Neighbours that are alike cross the kernel as one.
     ///
     /// A datagram that the kernel refuses does not keep back those behind it; only when the send
     /// buffer is full are the rest lost too. An endpoint of the other IP version fails.
     ///
     /// # Panics
     /// If there are more than [`BATCH_MAX`].
-    pub fn send(&self, datagrams: &[(&[u8], &Endpoint)], tos: u8) -> Sent {
+    pub fn send(&self, datagrams: &[Outgoing<'_>]) -> Sent {
         assert!(datagrams.len() <= BATCH_MAX, "one call sends a batch");
+        self.send_runs(datagrams, &self.runs_of(datagrams))
+    }
+
+    /// The lengths of the runs that `datagrams` are to be sent in.
+    fn runs_of(&self, datagrams: &[Outgoing<'_>]) -> ArrayVec<usize, BATCH_MAX> {
+        let now = (!self.refusals.is_empty()).then(clock::boot_now);
+        let mut runs = ArrayVec::new();
+        let mut rest = datagrams;
+        while let Some(first) = rest.first() {
+            let remote = first.endpoint.remote.ip();
+            let is_allowed = self.sends_runs
+                && now.is_none_or(|now| self.refusals.allows(remote, first.bytes.len(), now));
+            let len = if is_allowed { runs::run_len(rest) } else { 1 };
+            runs.push(len);
+            rest = &rest[len..];
+        }
+        runs
+    }
+
+    fn send_runs(&self, datagrams: &[Outgoing<'_>], runs: &[usize]) -> Sent {
         let mut outcome = Sent::default();
         let mut next = 0;
-        while next < datagrams.len() {
-            match mmsg::send(&self.fd, &datagrams[next..], tos) {
+        let mut runs = runs;
+        while let Some(&run_len) = runs.first() {
+            match mmsg::send(&self.fd, &datagrams[next..], runs.iter().copied()) {
                 Ok(sent) => {
-                    outcome.sent += sent;
-                    next += sent;
+                    let (gone, left) = runs.split_at(sent);
+                    let count: usize = gone.iter().sum();
+                    outcome.sent += count;
+                    next += count;
+                    runs = left;
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     outcome.failed += datagrams.len() - next;
@@ -306,40 +374,62 @@ impl UdpSocket {
                     break;
                 }
                 Err(error) => {
-                    let (bytes, endpoint) = datagrams[next];
-                    match self.send_without_source(bytes, endpoint, tos, error) {
-                        Ok(()) => {
-                            outcome.sent += 1;
-                            outcome.stale_sources |= 1 << next;
-                        }
-                        Err(error) => {
-                            outcome.failed += 1;
-                            outcome.error = Some(error);
-                        }
-                    }
-                    next += 1;
+                    let run = &datagrams[next..next + run_len];
+                    let apart = match run {
+                        [single] => self.send_without_source(single, error),
+                        run => self.send_apart(run, &error),
+                    };
+                    outcome.add(apart, next);
+                    next += run_len;
+                    runs = &runs[1..];
                 }
             }
         }
         outcome
     }
 
+    /// Sends the datagrams of a run that was refused for `error` one by one, and takes note if it was for
+    /// being a run.
+    fn send_apart(&self, run: &[Outgoing<'_>], error: &io::Error) -> Sent {
+        let apart = self.send_runs(run, &[1; BATCH_MAX][..run.len()]);
+        let remote = run[0].endpoint.remote.ip();
+        // A local address that is gone is refused for reasons that could be those of a run, too: then
+        // the datagrams did not go with it alone either.
+        let went_alone = apart.sent > 0 && apart.stale_sources == 0;
+        match error.raw_os_error() {
+            // The pieces are longer than the path's MTU; older kernels say that it is invalid.
+            Some(EMSGSIZE) => {
+                self.refusals.refused_by(remote, run[0].bytes.len(), clock::boot_now());
+            }
+            Some(EINVAL) if went_alone => {
+                self.refusals.refused_by(remote, run[0].bytes.len(), clock::boot_now());
+            }
+            // The NIC computes no checksums, or IPsec is in between.
+            Some(EIO) if went_alone => {
+                self.refusals.refused_by(remote, 0, clock::boot_now());
+            }
+            Some(EOPNOTSUPP | ENOPROTOOPT) if went_alone => {
+                self.refusals.refused_by_all(clock::boot_now());
+            }
+            _ => {}
+        }
+        apart
+    }
+
     /// Tries once more, without the local address, if that can have been the reason for `error`.
-    fn send_without_source(
-        &self,
-        bytes: &[u8],
-        endpoint: &Endpoint,
-        tos: u8,
-        error: io::Error,
-    ) -> io::Result<()> {
+    fn send_without_source(&self, datagram: &Outgoing<'_>, error: io::Error) -> Sent {
         // Not an address of this host: EINVAL, in IPv4 ENETUNREACH on newer kernels. Its link is
         // gone: ENODEV. Without a source the true unreachable fails again.
         let errno = error.raw_os_error();
-        let stale = matches!(errno, Some(EINVAL | EADDRNOTAVAIL | ENETUNREACH | ENODEV));
-        if endpoint.local.is_none() || !stale {
-            return Err(error);
+        let may_be_stale = matches!(errno, Some(EINVAL | EADDRNOTAVAIL | ENETUNREACH | ENODEV));
+        if datagram.endpoint.local.is_none() || !may_be_stale {
+            return Sent { failed: 1, error: Some(error), ..Sent::default() };
         }
-        mmsg::send(&self.fd, &[(bytes, &Endpoint::configured(endpoint.remote))], tos).map(drop)
+        let endpoint = Endpoint::configured(datagram.endpoint.remote);
+        match mmsg::send(&self.fd, &[Outgoing { endpoint: &endpoint, ..*datagram }], [1]) {
+            Ok(_) => Sent { sent: 1, stale_sources: 1, ..Sent::default() },
+            Err(error) => Sent { failed: 1, error: Some(error), ..Sent::default() },
+        }
     }
 }
 
@@ -351,15 +441,17 @@ impl AsFd for UdpSocket {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::HashSet;
+    use std::collections::{BTreeSet, HashSet};
     use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
     use std::process::Command;
     use std::time::Duration;
 
+    use proptest::prelude::*;
     use wg_common::endpoint::LocalSource;
 
     use super::*;
     use crate::require_root;
+    use crate::sys::errno::EPERM;
     use crate::sys::netns::{NetNs, in_new_netns};
     use crate::sys::wait::{PollFd, PollFlags, poll};
 
@@ -376,6 +468,13 @@ mod tests {
         let mut batch = ReceiveBatch::new().unwrap();
         assert!(socket.receive(&mut batch).unwrap() > 0);
         batch.datagrams().map(|got| (got.bytes.to_vec(), got.endpoint, got.tos)).collect()
+    }
+
+    /// Sends these, all with this TOS.
+    fn send(socket: &UdpSocket, datagrams: &[(&[u8], &Endpoint)], tos: u8) -> Sent {
+        let datagrams: Vec<_> =
+            datagrams.iter().map(|&(bytes, endpoint)| Outgoing { bytes, endpoint, tos }).collect();
+        socket.send(&datagrams)
     }
 
     fn single() -> UdpSockets {
@@ -427,7 +526,7 @@ mod tests {
             let payloads: Vec<Vec<u8>> =
                 (0..64).map(|i| vec![i; 1 + usize::from(i) * 23]).collect();
             let datagrams: Vec<_> = payloads.iter().map(|p| (&p[..], &endpoint)).collect();
-            let sent = from.send(&datagrams, 0x88);
+            let sent = send(from, &datagrams, 0x88);
             assert_eq!((sent.sent, sent.failed, sent.stale_sources), (64, 0, 0));
 
             let got = receive(to);
@@ -449,13 +548,15 @@ mod tests {
         for (round, count) in [64, 1, 0, 3, 64].into_iter().enumerate() {
             let payload = [round as u8; 32];
             let datagrams: Vec<_> = (0..count).map(|_| (&payload[..], &endpoint)).collect();
-            assert_eq!(a.v4.send(&datagrams, 0).sent, count);
+            assert_eq!(send(&a.v4, &datagrams, 0).sent, count);
             assert_eq!(b.v4.receive(&mut batch).unwrap(), count);
             assert_eq!((batch.len(), batch.is_empty()), (count, count == 0));
             for got in batch.datagrams() {
                 assert_eq!(got.bytes, payload);
                 assert!(got.endpoint.local.is_some() && !got.truncated);
-                assert_eq!(got.bytes[16..].as_ptr().addr() % 64, 0);
+                if got.run_len == count {
+                    assert_eq!(got.bytes[16..].as_ptr().addr() % 64, 0);
+                }
                 got.bytes.fill(0xff);
             }
         }
@@ -466,18 +567,263 @@ mod tests {
         let (a, b) = (single(), single());
         let payload = vec![7; 65_507];
         let endpoint = Endpoint::configured(loopback(&b.v4));
-        assert_eq!(a.v4.send(&[(&payload, &endpoint)], 0).sent, 1);
+        assert_eq!(send(&a.v4, &[(&payload, &endpoint)], 0).sent, 1);
         assert_eq!(receive(&b.v4)[0].0, payload);
+    }
+
+    /// Datagrams of these lengths, each with a number in its first bytes, as far as there is room.
+    fn numbered(lens: impl IntoIterator<Item = usize>) -> Vec<Vec<u8>> {
+        let make = |(number, len): (usize, usize)| {
+            let mut payload = vec![number as u8; len];
+            let number = (number as u32).to_le_bytes();
+            let room = len.min(4);
+            payload[..room].copy_from_slice(&number[..room]);
+            payload
+        };
+        lens.into_iter().enumerate().map(make).collect()
+    }
+
+    fn all_to<'a>(
+        endpoint: &'a Endpoint,
+        payloads: &'a [Vec<u8>],
+    ) -> Vec<(&'a [u8], &'a Endpoint)> {
+        payloads.iter().map(|payload| (&payload[..], endpoint)).collect()
+    }
+
+    fn payloads_of(got: Vec<(Vec<u8>, Endpoint, u8)>) -> Vec<Vec<u8>> {
+        got.into_iter().map(|(bytes, ..)| bytes).collect()
+    }
+
+    #[test]
+    fn a_run_crosses_the_kernel_as_one_and_comes_out_as_it_went_in() {
+        let (a, b) = (single(), single());
+        for (from, to) in [(Some(&a.v4), Some(&b.v4)), (a.v6.as_ref(), b.v6.as_ref())] {
+            let (Some(from), Some(to)) = (from, to) else { continue };
+            assert!(from.sends_runs, "this kernel knows runs");
+            let endpoint = Endpoint::configured(loopback(to));
+            let payloads = numbered([1452; 63].into_iter().chain([700]));
+            let sent = send(from, &all_to(&endpoint, &payloads), 0x89);
+            assert_eq!((sent.sent, sent.failed, sent.stale_sources), (64, 0, 0), "{sent:?}");
+            assert!(from.refusals.is_empty());
+
+            let mut batch = ReceiveBatch::new().unwrap();
+            assert_eq!(to.receive(&mut batch).unwrap(), 64);
+            assert_eq!((batch.buffer_count(), batch.may_have_more()), (2, false));
+            let run_lens: Vec<usize> = batch.datagrams().map(|got| got.run_len).collect();
+            assert_eq!(run_lens, (1..=45).rev().chain((1..=19).rev()).collect::<Vec<_>>());
+            for (got, payload) in batch.datagrams().zip(&payloads) {
+                assert_eq!(got.bytes, payload);
+                assert_eq!((got.endpoint.remote, got.tos), (loopback(from), 0x89));
+                assert_eq!(got.endpoint.local.unwrap().addr, loopback(to).ip());
+                assert!(!got.truncated);
+            }
+        }
+    }
+
+    #[test]
+    fn a_receiver_that_knows_no_runs_gets_datagrams() {
+        let a = single();
+        let plain = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        let endpoint = Endpoint::configured(plain.local_addr().unwrap());
+        let payloads = numbered([500; 20].into_iter().chain([3]));
+        assert_eq!(send(&a.v4, &all_to(&endpoint, &payloads), 0).sent, 21);
+        let mut buffer = [0; 2048];
+        for payload in payloads {
+            let len = plain.recv(&mut buffer).unwrap();
+            assert_eq!(buffer[..len], payload);
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn any_mixture_arrives_as_it_was_sent(
+            stretches in prop::collection::vec(
+                (
+                    prop_oneof![Just(0), 1..200_usize, 1400..1460_usize, 20_000..65_507_usize],
+                    1..20_usize,
+                    any::<u8>(),
+                    any::<bool>(),
+                ),
+                1..8,
+            ),
+        ) {
+            let (a, b) = (single(), [single(), single()]);
+            let endpoints = b.each_ref().map(|to| Endpoint::configured(loopback(&to.v4)));
+            let each = stretches.iter().flat_map(|&(len, count, tos, other)| {
+                std::iter::repeat_n((len, tos, usize::from(other)), count)
+            });
+            // What the buffers of a socket hold without privileges.
+            let mut room = 150_000;
+            let fits = |&(len, ..): &(usize, u8, usize)| {
+                room -= i64::try_from(len).unwrap();
+                room >= 0
+            };
+            let each: Vec<_> = each.take(64).take_while(fits).collect();
+            let payloads = numbered(each.iter().map(|&(len, ..)| len));
+            let datagrams: Vec<_> = payloads
+                .iter()
+                .zip(&each)
+                .map(|(bytes, &(_, tos, to))| Outgoing { bytes, endpoint: &endpoints[to], tos })
+                .collect();
+            let sent = a.v4.send(&datagrams);
+            prop_assert_eq!((sent.sent, sent.failed), (datagrams.len(), 0));
+            for (number, to) in b.iter().enumerate() {
+                let mut batch = ReceiveBatch::new().unwrap();
+                let mut got: Vec<(Vec<u8>, u8)> = Vec::new();
+                while to.v4.receive(&mut batch).unwrap() > 0 {
+                    got.extend(batch.datagrams().map(|got| (got.bytes.to_vec(), got.tos)));
+                }
+                let its = payloads.iter().zip(&each).filter(|(_, (.., to))| *to == number);
+                let its: Vec<_> = its.map(|(payload, &(_, tos, _))| (payload.clone(), tos)).collect();
+                prop_assert!(got == its, "receiver {}", number);
+            }
+        }
+    }
+
+    #[test]
+    fn the_longest_run_is_taken() {
+        let (a, b) = (single(), single());
+        for (from, to) in [(Some(&a.v4), Some(&b.v4)), (a.v6.as_ref(), b.v6.as_ref())] {
+            let (Some(from), Some(to)) = (from, to) else { continue };
+            let endpoint = Endpoint::configured(loopback(to));
+            // As many bytes as may be; and as many datagrams.
+            for lens in [[1452; 45].into_iter().chain([133]).collect(), vec![1; 64]] {
+                let payloads = numbered(lens);
+                let datagrams = all_to(&endpoint, &payloads);
+                assert_eq!(send(from, &datagrams, 0).sent, payloads.len());
+                let mut batch = ReceiveBatch::new().unwrap();
+                assert_eq!(to.receive(&mut batch).unwrap(), payloads.len());
+                assert_eq!(batch.buffer_count(), 1);
+                assert!(batch.datagrams().map(|got| got.bytes.to_vec()).eq(payloads));
+                assert!(from.refusals.is_empty());
+            }
+        }
+    }
+
+    #[test]
+    fn a_batch_of_runs_is_bounded_and_leaves_the_rest_in_the_socket() {
+        let (a, b) = (single(), single());
+        let endpoint = Endpoint::configured(loopback(&b.v4));
+        let payloads = numbered([40; 64 * 64]);
+        for part in payloads.chunks(64) {
+            assert_eq!(send(&a.v4, &all_to(&endpoint, part), 0).sent, 64);
+        }
+        let mut batch = ReceiveBatch::new().unwrap();
+        let mut got = Vec::new();
+        while b.v4.receive(&mut batch).unwrap() > 0 {
+            assert!(batch.len() <= mmsg::RECEIVED_MAX && batch.buffer_count() <= BATCH_MAX);
+            assert!(batch.len() == 16 * 64 && batch.may_have_more(), "{}", batch.len());
+            assert_eq!(batch.datagrams().count(), batch.len());
+            got.extend(batch.datagrams().map(|got| got.bytes.to_vec()));
+        }
+        assert!(got == payloads);
+        assert!(!batch.may_have_more());
+    }
+
+    #[test]
+    fn a_run_from_an_address_that_went_away_is_sent_and_its_path_not_blamed() {
+        let (a, b) = (single(), single());
+        let cases = [
+            (Some(&a.v4), Some(&b.v4), "192.0.2.1"),
+            (a.v6.as_ref(), b.v6.as_ref(), "2001:db8::1"),
+        ];
+        for (from, to, gone) in cases {
+            let (Some(from), Some(to)) = (from, to) else { continue };
+            let plain = Endpoint::configured(loopback(to));
+            let local = Some(LocalSource { addr: gone.parse().unwrap(), ifindex: 1 });
+            let stale = Endpoint { local, ..plain };
+            let payloads = numbered([100; 6]);
+            let mut datagrams = all_to(&stale, &payloads);
+            (datagrams[0].1, datagrams[5].1) = (&plain, &plain);
+            let sent = send(from, &datagrams, 0);
+            assert_eq!((sent.sent, sent.failed, sent.stale_sources), (6, 0, 0b1_1110), "{sent:?}");
+            assert!(from.refusals.is_empty());
+            assert_eq!(payloads_of(receive(to)), payloads);
+        }
+    }
+
+    #[test]
+    fn what_is_refused_as_a_run_goes_one_by_one_and_is_remembered() {
+        let shorter = [EINVAL, EMSGSIZE];
+        for errno in [EIO, EINVAL, EMSGSIZE, EOPNOTSUPP, ENOPROTOOPT, EPERM] {
+            let (a, b) = (single(), single());
+            let endpoint = Endpoint::configured(loopback(&b.v4));
+            let payloads = numbered([100, 100, 100, 30]);
+            let datagrams = |len: usize, endpoint| {
+                let cut = move |payload| Outgoing {
+                    bytes: &payloads_at(payload)[..len],
+                    endpoint,
+                    tos: 1,
+                };
+                [0, 1, 2].map(cut)
+            };
+            let run: Vec<_> = payloads
+                .iter()
+                .map(|bytes| Outgoing { bytes, endpoint: &endpoint, tos: 1 })
+                .collect();
+            let sent = a.v4.send_apart(&run, &io::Error::from_raw_os_error(errno));
+            assert_eq!((sent.sent, sent.failed), (4, 0));
+            let mut batch = ReceiveBatch::new().unwrap();
+            assert_eq!(b.v4.receive(&mut batch).unwrap(), 4);
+            assert_eq!(batch.buffer_count(), 4, "they went one by one");
+            assert!(batch.datagrams().map(|got| got.bytes.to_vec()).eq(payloads.iter().cloned()));
+
+            let elsewhere = Endpoint::configured("127.0.0.2:9".parse().unwrap());
+            let run_lens = |len, endpoint| a.v4.runs_of(&datagrams(len, endpoint)).to_vec();
+            let apart = vec![1, 1, 1];
+            let expected = [
+                if errno == EPERM { vec![3] } else { apart.clone() },
+                if errno == EPERM || shorter.contains(&errno) { vec![3] } else { apart.clone() },
+                if [EOPNOTSUPP, ENOPROTOOPT].contains(&errno) { apart } else { vec![3] },
+            ];
+            let found = [(100, &endpoint), (99, &endpoint), (100, &elsewhere)];
+            assert_eq!(found.map(|(len, to)| run_lens(len, to)), expected, "error {errno}");
+            // And what is sent then arrives.
+            assert_eq!(a.v4.send(&run).sent, 4);
+            assert_eq!(payloads_of(receive(&b.v4)), payloads);
+        }
+    }
+
+    fn payloads_at(number: usize) -> &'static [u8; 100] {
+        &[[0; 100], [1; 100], [2; 100]][number]
+    }
+
+    #[test]
+    fn a_kernel_without_runs_is_sent_none() {
+        let (a, b) = (single(), single());
+        let from = UdpSocket { sends_runs: false, ..a.v4 };
+        let endpoint = Endpoint::configured(loopback(&b.v4));
+        let payloads = numbered([100; 5]);
+        assert_eq!(send(&from, &all_to(&endpoint, &payloads), 0).sent, 5);
+        let mut batch = ReceiveBatch::new().unwrap();
+        assert_eq!(b.v4.receive(&mut batch).unwrap(), 5);
+        assert_eq!(batch.buffer_count(), 5);
+    }
+
+    #[test]
+    fn what_finds_no_room_in_a_socket_is_counted() {
+        let (a, b) = (single(), single());
+        socket::set_buffers(&b.v4, 0).unwrap();
+        let endpoint = Endpoint::configured(loopback(&b.v4));
+        assert_eq!(b.v4.drops().unwrap(), 0);
+        let payload = [1; 1000];
+        for _ in 0..50 {
+            assert_eq!(send(&a.v4, &[(&payload, &endpoint)], 0).sent, 1);
+        }
+        let kept = receive(&b.v4).len();
+        assert!((1..50).contains(&kept));
+        assert_eq!(b.v4.drops().unwrap() as usize, 50 - kept);
     }
 
     #[test]
     fn a_reply_leaves_from_the_address_dialled() {
         let (server, client) = (single(), single());
         let dialled: SocketAddr = (Ipv4Addr::new(127, 3, 2, 1), server.v4.port()).into();
-        client.v4.send(&[(b"hello", &Endpoint::configured(dialled))], 0);
+        send(&client.v4, &[(b"hello", &Endpoint::configured(dialled))], 0);
         let (_, endpoint, _) = receive(&server.v4).remove(0);
         assert_eq!(endpoint.local.unwrap().addr, dialled.ip());
-        server.v4.send(&[(b"reply", &endpoint)], 0);
+        send(&server.v4, &[(b"reply", &endpoint)], 0);
         assert_eq!(receive(&client.v4)[0].1.remote, dialled);
     }
 
@@ -487,7 +833,8 @@ mod tests {
         let remote = loopback(&b.v4);
         let gone = LocalSource { addr: IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)), ifindex: 1 };
         let (plain, stale) = (Endpoint::configured(remote), Endpoint { remote, local: Some(gone) });
-        let sent = a.v4.send(&[(b"1", &plain), (b"2", &stale), (b"3", &plain), (b"4", &stale)], 0);
+        let sent =
+            send(&a.v4, &[(b"1", &plain), (b"2", &stale), (b"3", &plain), (b"4", &stale)], 0);
         assert_eq!((sent.sent, sent.failed, sent.stale_sources), (4, 0, 0b1010), "{sent:?}");
         let got: Vec<u8> = receive(&b.v4).iter().map(|(bytes, ..)| bytes[0]).collect();
         assert_eq!(got, b"1234");
@@ -495,7 +842,7 @@ mod tests {
         let (Some(a), Some(b)) = (&a.v6, &b.v6) else { return };
         let gone = LocalSource { addr: "2001:db8::1".parse().unwrap(), ifindex: 1 };
         let stale = Endpoint { remote: loopback(b), local: Some(gone) };
-        let sent = a.send(&[(b"1", &stale)], 0);
+        let sent = send(a, &[(b"1", &stale)], 0);
         assert_eq!((sent.sent, sent.failed, sent.stale_sources), (1, 0, 1));
     }
 
@@ -512,7 +859,7 @@ mod tests {
             (&b"x"[..], &other_family),
             (&b"3"[..], &endpoint),
         ];
-        let sent = a.v4.send(&batch, 0);
+        let sent = send(&a.v4, &batch, 0);
         assert_eq!((sent.sent, sent.failed, sent.stale_sources), (3, 2, 0));
         assert!(sent.error.is_some());
         let got: Vec<u8> = receive(&b.v4).iter().map(|(bytes, ..)| bytes[0]).collect();
@@ -549,7 +896,7 @@ mod tests {
         let (port, remote) = (b.v4.port(), loopback(&b.v4));
         let b = UdpSocket::from_fd(b.v4.into_fd()).unwrap();
         assert_eq!((b.port(), b.family()), (port, Family::V4));
-        a.v4.send(&[(b"x", &Endpoint::configured(remote))], 0);
+        send(&a.v4, &[(b"x", &Endpoint::configured(remote))], 0);
         assert!(receive(&b)[0].1.local.is_some());
     }
 
@@ -592,11 +939,11 @@ mod tests {
         let port = server.v4.port();
         let dialled = std::net::SocketAddrV6::new("fe80::1".parse().unwrap(), port, 0, scope);
         let (server, client) = (server.v6.unwrap(), client.v6.unwrap());
-        let sent = client.send(&[(b"hello", &Endpoint::configured(dialled.into()))], 0);
+        let sent = send(&client, &[(b"hello", &Endpoint::configured(dialled.into()))], 0);
         assert_eq!(sent.sent, 1, "{sent:?}");
         let (_, endpoint, _) = receive(&server).remove(0);
         assert_eq!(endpoint.local.unwrap().addr, IpAddr::V6(*dialled.ip()));
-        let sent = server.send(&[(b"reply", &endpoint)], 0);
+        let sent = send(&server, &[(b"reply", &endpoint)], 0);
         assert_eq!((sent.sent, sent.stale_sources), (1, 0), "{sent:?}");
         assert_eq!(receive(&client)[0].1.remote, SocketAddr::V6(dialled));
     }
@@ -609,7 +956,7 @@ mod tests {
         let (here, there) = (near.run(single).v6.unwrap(), far.run(single).v6.unwrap());
         let endpoint =
             Endpoint::configured(SocketAddr::new("fd00::2".parse().unwrap(), there.port()));
-        let sent = here.send(&[(&[1; 1452], &endpoint)], 0);
+        let sent = send(&here, &[(&[1; 1452], &endpoint)], 0);
         assert_eq!(sent.sent, 1, "{sent:?}");
         assert_eq!(receive(&there)[0].0, [1; 1452]);
     }
@@ -659,7 +1006,7 @@ mod tests {
             Endpoint::configured(SocketAddr::new("10.8.2.2".parse().unwrap(), there.v4.port()));
         for i in 0..3 {
             // As DF is clear, the router cuts it up and has nothing to complain about.
-            assert_eq!(here.v4.send(&[(&[i; 1452], &endpoint)], 0).sent, 1);
+            assert_eq!(send(&here.v4, &[(&[i; 1452], &endpoint)], 0).sent, 1);
             assert_eq!(receive(&there.v4)[0].0, [i; 1452]);
         }
     }
@@ -674,7 +1021,7 @@ mod tests {
         let mut batch = ReceiveBatch::new().unwrap();
         let mut lost = 0;
         loop {
-            assert_eq!(here.send(&[(&[1; 1452], &endpoint)], 0).sent, 1);
+            assert_eq!(send(&here, &[(&[1; 1452], &endpoint)], 0).sent, 1);
             let mut fds = [PollFd::new(&there, PollFlags::IN)];
             if poll(&mut fds, Duration::from_millis(200)).unwrap() == 1 {
                 break;
@@ -687,15 +1034,88 @@ mod tests {
     }
 
     #[test]
-    fn ipv4_datagrams_beyond_the_link_are_refused() {
+    fn ipv6_runs_beyond_the_link_are_cut_up_by_this_host_and_shorter_ones_still_go() {
         require_root!();
-        let (near, _far, name) = pair(2);
+        let (near, far, name) = pair(3);
         near.run(|| ip(&format!("link set {name} mtu 1280")));
-        let here = near.run(single).v4;
-        let endpoint = Endpoint::configured("10.8.0.2:9".parse().unwrap());
-        let sent = here.send(&[(&[1; 1452], &endpoint), (&[1; 1252], &endpoint)], 0);
-        assert_eq!((sent.sent, sent.failed), (1, 1));
-        assert_eq!(sent.error.unwrap().raw_os_error(), Some(crate::sys::errno::EMSGSIZE));
+        let (here, there) = (near.run(single).v6.unwrap(), far.run(single).v6.unwrap());
+        let endpoint =
+            Endpoint::configured(SocketAddr::new("fd00::2".parse().unwrap(), there.port()));
+        for (len, run_lens) in [(1452, vec![1; 44]), (1200, vec![44])] {
+            let payloads = numbered([len; 44]);
+            let datagrams = all_to(&endpoint, &payloads);
+            for _ in 0..2 {
+                let sent = send(&here, &datagrams, 0);
+                assert_eq!((sent.sent, sent.failed), (44, 0), "{sent:?}");
+                let mut got = Vec::new();
+                while got.len() < 44 {
+                    got.extend(payloads_of(receive(&there)));
+                }
+                assert!(got == payloads);
+            }
+            let datagrams: Vec<_> = datagrams
+                .iter()
+                .map(|&(bytes, endpoint)| Outgoing { bytes, endpoint, tos: 0 })
+                .collect();
+            assert_eq!(here.runs_of(&datagrams)[..], run_lens, "{len} bytes");
+        }
+    }
+
+    #[test]
+    fn a_run_that_meets_a_narrow_path_arrives_whole() {
+        require_root!();
+        let [near, _router, far] = narrow_path(2);
+        let (here, there) = (near.run(single), far.run(single));
+        let payloads = numbered([1452; 44]);
+        // As DF is clear, the router cuts each up.
+        let remote = SocketAddr::new("10.8.2.2".parse().unwrap(), there.v4.port());
+        let endpoint = Endpoint::configured(remote);
+        assert_eq!(send(&here.v4, &all_to(&endpoint, &payloads), 0).sent, 44);
+        let all: BTreeSet<_> = payloads.iter().cloned().collect();
+        let mut got = BTreeSet::new();
+        while got.len() < 44 {
+            got.extend(payloads_of(receive(&there.v4)));
+        }
+        assert!(got == all);
+
+        // Here the router complains, and from then on this host does it.
+        let (here, there) = (here.v6.unwrap(), there.v6.unwrap());
+        let remote = SocketAddr::new("fd02::2".parse().unwrap(), there.port());
+        let endpoint = Endpoint::configured(remote);
+        for lost in 0.. {
+            assert!(lost < 20, "the message makes this host cut datagrams up");
+            assert_eq!(send(&here, &all_to(&endpoint, &payloads), 0).sent, 44);
+            let mut fds = [PollFd::new(&there, PollFlags::IN)];
+            if poll(&mut fds, Duration::from_millis(200)).unwrap() == 1 {
+                break;
+            }
+        }
+        let mut got = BTreeSet::new();
+        while got.len() < 44 {
+            got.extend(payloads_of(receive(&there)));
+        }
+        assert!(got == all);
+    }
+
+    #[test]
+    fn ipv4_datagrams_beyond_the_link_are_fragmented() {
+        require_root!();
+        let (near, far, name) = pair(2);
+        near.run(|| ip(&format!("link set {name} mtu 1280")));
+        let (here, there) = (near.run(single).v4, far.run(single).v4);
+        let remote = SocketAddr::new("10.8.0.2".parse().unwrap(), there.port());
+        let endpoint = Endpoint::configured(remote);
+        let sent = send(&here, &[(&[1; 1452], &endpoint), (&[2; 1252], &endpoint)], 0);
+        assert_eq!((sent.sent, sent.failed), (2, 0));
+        let mut batch = ReceiveBatch::new().unwrap();
+        let mut lens = Vec::new();
+        while lens.len() < 2 {
+            let mut fds = [PollFd::new(&there, PollFlags::IN)];
+            assert_eq!(poll(&mut fds, Duration::from_secs(10)).unwrap(), 1);
+            there.receive(&mut batch).unwrap();
+            lens.extend(batch.datagrams().map(|datagram| datagram.bytes.len()));
+        }
+        assert_eq!(lens, [1452, 1252]);
     }
 
     #[test]

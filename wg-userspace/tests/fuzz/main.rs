@@ -123,6 +123,16 @@ fn routing() {
 }
 
 #[test]
+fn join() {
+    repeat("join", 2_000);
+}
+
+#[test]
+fn cut() {
+    repeat("cut", 20_000);
+}
+
+#[test]
 fn every_target_is_run_here_and_by_the_fuzzer() {
     let source = include_str!("main.rs");
     for Target { name, .. } in TARGETS {

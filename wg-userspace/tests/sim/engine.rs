@@ -515,6 +515,7 @@ impl Engine {
             .map(|parcel| Arrival {
                 bytes: &mut parcel.buffer[..parcel.len],
                 from: parcel.from,
+                tos: parcel.tos,
                 path: parcel.path,
                 worker: parcel.origin,
             })
@@ -541,6 +542,7 @@ impl Engine {
             .map(|datagram| Arrival {
                 bytes: &mut datagram.bytes,
                 from: datagram.from,
+                tos: 0,
                 path: Path::Socket,
                 worker,
             })

@@ -12,9 +12,10 @@ use rand::{SeedableRng, TryCryptoRng, TryRng};
 use wg_common::endpoint::Endpoint;
 use wg_common::id::WorkerId;
 use wg_userspace::datapath::inbound::PacketSink;
-use wg_userspace::datapath::outbound::{DatagramSink, PacketSource, Unsent};
+use wg_userspace::datapath::outbound::{DatagramSink, Outgoing, PacketSource, Unsent};
 use wg_userspace::handshake::Outside;
 use wg_userspace::noise::Timestamp;
+use wg_userspace::segments::{Run, VnetHeader};
 
 /// A datagram that left a device.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -86,11 +87,11 @@ impl State {
 }
 
 impl DatagramSink for SimOutside {
-    fn send(&self, datagrams: &[(&[u8], &Endpoint)], tos: u8) -> Unsent {
+    fn send(&self, datagrams: &[Outgoing<'_>]) -> Unsent {
         let mut state = self.state();
         let mut unsent = Unsent::default();
-        for (place, (bytes, to)) in datagrams.iter().enumerate() {
-            let (went, stale) = state.send(bytes, to, tos);
+        for (place, datagram) in datagrams.iter().enumerate() {
+            let (went, stale) = state.send(datagram.bytes, datagram.endpoint, datagram.tos);
             unsent.failed += usize::from(!went);
             unsent.stale_sources |= u64::from(stale) << place;
         }
@@ -147,21 +148,21 @@ pub struct SimTun {
 }
 
 impl PacketSource for SimTun {
-    fn read(&self, buffer: &mut [u8]) -> io::Result<Option<usize>> {
+    fn read(&self, buffer: &mut [u8]) -> io::Result<Option<(VnetHeader, usize)>> {
         let Some(packet) = self.to_read.borrow_mut().pop_front() else { return Ok(None) };
         buffer[..packet.len()].copy_from_slice(&packet);
         let len = packet.len();
         self.read.borrow_mut().push(packet);
-        Ok(Some(len))
+        Ok(Some((VnetHeader::PLAIN, len)))
     }
 }
 
 impl PacketSink for SimTun {
-    fn write(&self, packet: &[u8]) -> io::Result<()> {
+    fn write(&self, run: &Run<'_>) -> io::Result<()> {
         if self.full.get() {
             return Err(io::ErrorKind::WouldBlock.into());
         }
-        self.written.borrow_mut().push(packet.to_vec());
+        self.written.borrow_mut().extend(run.packets().map(<[u8]>::to_vec));
         Ok(())
     }
 }

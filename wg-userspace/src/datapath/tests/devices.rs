@@ -1,6 +1,6 @@
 //! One thread that serves two devices, and what must not get from one of them to the other.
 
-use std::net::{SocketAddr, UdpSocket};
+use std::net::SocketAddr;
 use std::os::unix::net::UnixDatagram;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -22,9 +22,9 @@ use crate::datapath::thread::{WorkerThread, XskPort};
 use crate::datapath::{BATCH_LEN, Crew, Shared, SocketGroup, WorkQueue, Worker};
 use crate::noise::Role;
 use crate::routing::AllowedIps;
-use crate::sys::SharedWords;
+use crate::sys::{SharedWords, socket};
 use crate::tun::TunQueue;
-use crate::udp;
+use crate::udp::{self, ReceiveBatch, UdpSocket};
 use crate::xsk::XskOptions;
 use crate::xsk::twin::{self, KernelTwin};
 
@@ -48,14 +48,14 @@ struct Lab {
     thread: WorkerThread,
     nic: KernelTwin,
     /// Where the peers of both are.
-    far: UdpSocket,
+    far: std::net::UdpSocket,
 }
 
 impl Lab {
     fn new() -> Self {
         let heartbeats = Arc::new(SharedWords::private(2).unwrap());
         let crew = Crew::new(2, Some(Arc::clone(&heartbeats))).unwrap();
-        let far = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let far = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
         far.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
         let devices = [0, 1].map(|number| Device::new(&crew, number, far.local_addr().unwrap()));
         let workers = devices.iter().map(|device| {
@@ -75,18 +75,41 @@ impl Lab {
 
     /// A frame comes to the NIC.
     fn deliver(&mut self, port: u16, message: &[u8]) {
+        self.deliver_with(port, message, 0);
+    }
+
+    /// With this outer TOS.
+    fn deliver_with(&mut self, port: u16, message: &[u8], tos: u8) {
         let headers = OuterHeaders {
             dst_mac: [2; 6],
             src_mac: [4; 6],
             tags: [None, None],
             src: "192.0.2.1:1000".parse().unwrap(),
             dst: SocketAddr::new("192.0.2.9".parse().unwrap(), port),
-            tos: 0,
+            tos,
             ttl: 64,
         };
         let mut frame = [vec![0; headers.len()], message.to_vec()].concat();
         headers.write(&mut frame).unwrap();
         assert!(self.nic.deliver(&frame));
+    }
+
+    /// Where a device is reached without the NIC.
+    fn address(&self, device: usize) -> Endpoint {
+        Endpoint::configured(SocketAddr::from(([127, 0, 0, 1], self.port(device))))
+    }
+
+    /// A socket whose datagrams to the first device reach the socket of the first thread.
+    fn sender(&self) -> UdpSocket {
+        let to = self.address(0);
+        let sockets = self.devices[0].shared.sockets.load_full();
+        let mut received = ReceiveBatch::new().unwrap();
+        let reaches_it = |far: &UdpSocket| {
+            far.send(&[udp::Outgoing { bytes: b"?", endpoint: &to, tos: 0 }]);
+            sockets.of_worker[0].v4.receive(&mut received).unwrap() == 1
+        };
+        let mut senders = (0..100).map(|_| udp::bind_group(0, 1, 0).unwrap().1.remove(0).v4);
+        senders.find(reaches_it).unwrap()
     }
 
     /// Has the thread wait for nothing, and turn once.
@@ -205,6 +228,71 @@ fn a_packet_is_opened_by_the_device_that_lent_its_index_and_no_other() {
     for device in &lab.devices {
         assert_eq!(device.written(0), std::slice::from_ref(&inner));
         assert_eq!(device.dropped(DropReason::UnknownIndex), 1);
+    }
+}
+
+#[test]
+fn runs_are_opened_in_order_and_with_their_marks() {
+    let mut lab = Lab::new();
+    lab.turn();
+    let far = lab.sender();
+    let to = lab.address(0);
+    let mut inner = packet(PEER_1, US, 100);
+    inner[1] = 0b10;
+    // More than the AEAD takes at once, and no multiple of it.
+    let messages: Vec<_> = (0..150)
+        .map(|counter| {
+            inner[20..24].copy_from_slice(&(counter as u32).to_le_bytes());
+            lab.devices[0].message(counter, &inner)
+        })
+        .collect();
+    for messages in messages.chunks(50) {
+        let run: Vec<_> = messages
+            .iter()
+            .map(|bytes| udp::Outgoing { bytes, endpoint: &to, tos: 0b11 })
+            .collect();
+        assert_eq!(far.send(&run).sent, run.len());
+    }
+    assert!(!lab.turn(), "they fill three buffers");
+    let written = lab.devices[0].written(0);
+    assert_eq!(written.len(), messages.len());
+    for (number, packet) in written.iter().enumerate() {
+        assert_eq!((packet[1], &packet[20..24]), (0b11, &(number as u32).to_le_bytes()[..]));
+    }
+}
+
+#[test]
+fn a_mark_on_a_frame_reaches_the_packet() {
+    let mut lab = Lab::new();
+    let mut inner = packet(PEER_1, US, 96);
+    inner[1] = 0b01;
+    let (port, message) = (lab.port(0), lab.devices[0].message(1, &inner));
+    lab.deliver_with(port, &message, 0xff);
+    lab.turn();
+    assert_eq!(lab.devices[0].written(0)[0][1], 0b11);
+}
+
+#[test]
+fn what_the_kernel_drops_before_a_socket_is_counted_once_a_second() {
+    let mut lab = Lab::new();
+    lab.turn();
+    let far = lab.sender();
+    let to = lab.address(0);
+    let sockets = lab.devices[0].shared.sockets.load_full();
+    let own = &sockets.of_worker[0].v4;
+    socket::set_buffers(own, 0).unwrap();
+    for _ in 0..50 {
+        far.send(&[udp::Outgoing { bytes: &[9; 1000], endpoint: &to, tos: 0 }]);
+    }
+    let dropped = own.drops().unwrap();
+    assert!((1..50).contains(&dropped));
+    lab.turn();
+    assert_eq!(lab.devices[0].dropped(DropReason::SocketFull), 0, "not asked yet");
+    for after in [1, 2, 3] {
+        let later = START + Duration::from_secs(after);
+        lab.turn_at(reading(later, Duration::ZERO, Duration::ZERO));
+        assert_eq!(lab.devices[0].dropped(DropReason::SocketFull), u64::from(dropped));
+        assert_eq!(lab.devices[1].dropped(DropReason::SocketFull), 0);
     }
 }
 

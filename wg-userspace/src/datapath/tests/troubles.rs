@@ -6,7 +6,7 @@ use super::*;
 struct Cut;
 
 impl DatagramSink for Cut {
-    fn send(&self, datagrams: &[(&[u8], &Endpoint)], _tos: u8) -> Unsent {
+    fn send(&self, datagrams: &[Outgoing<'_>]) -> Unsent {
         Unsent { failed: datagrams.len(), stale_sources: 0 }
     }
 }

@@ -72,6 +72,7 @@ fn peers_in_one_batch_do_not_lend_each_other_their_addresses() {
         .map(|bytes| Arrival {
             bytes,
             from: endpoint("192.0.2.1:1000"),
+            tos: 0,
             path: Path::Socket,
             worker: WorkerId(0),
         })

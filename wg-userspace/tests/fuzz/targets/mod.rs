@@ -6,10 +6,12 @@
 //! public interface only, so that both can.
 
 pub mod config;
+pub mod cut;
 pub mod frames;
 pub mod handover;
 pub mod handshake;
 mod host;
+pub mod join;
 pub mod packets;
 pub mod routing;
 pub mod sessions;
@@ -36,7 +38,9 @@ pub const TARGETS: &[Target] = &[
     Target { name: "config", run: config::run, seeds: config::seeds },
     Target { name: "sessions", run: sessions::run, seeds: sessions::seeds },
     Target { name: "window", run: window::run, seeds: window::seeds },
+    Target { name: "join", run: join::run, seeds: join::seeds },
     Target { name: "routing", run: routing::run, seeds: routing::seeds },
+    Target { name: "cut", run: cut::run, seeds: cut::seeds },
 ];
 
 /// Takes values off an input; once it has ended, they are zero.

@@ -13,6 +13,7 @@ use ipnet::IpNet;
 use wg_common::endpoint::Endpoint;
 use wg_common::headers::{inner_destination, inner_packet};
 use wg_common::id::{DeviceId, PeerId, WorkerId};
+use wg_common::mss::{self, TcpChecksum};
 use wg_common::outcome::DropReason;
 use wg_common::protocol::{
     DEFAULT_MTU, REJECT_AFTER_MESSAGES, REJECT_AFTER_TIME, REPLAY_WINDOW_LEN, TAG_LEN,
@@ -23,9 +24,10 @@ use wg_userspace::aead::{BatchAead, Job, RingAead};
 use wg_userspace::counters::{Path, Totals};
 use wg_userspace::datapath::handoff::{Mesh, Parcel, Work};
 use wg_userspace::datapath::inbound::{Arrival, Inbound, PacketSink};
-use wg_userspace::datapath::outbound::{DatagramSink, Outbound, PacketSource, Unsent};
+use wg_userspace::datapath::outbound::{DatagramSink, Outbound, Outgoing, PacketSource, Unsent};
 use wg_userspace::datapath::{Shared, SocketGroup, WorkQueue};
 use wg_userspace::routing::AllowedIps;
+use wg_userspace::segments::{Run, VnetHeader};
 use wg_userspace::session::{HotPeer, Keypair};
 
 use super::Input;
@@ -51,10 +53,10 @@ struct Tun {
 }
 
 impl PacketSource for Tun {
-    fn read(&self, buffer: &mut [u8]) -> io::Result<Option<usize>> {
+    fn read(&self, buffer: &mut [u8]) -> io::Result<Option<(VnetHeader, usize)>> {
         let Some(packet) = self.to_read.borrow_mut().pop_front() else { return Ok(None) };
         buffer[..packet.len()].copy_from_slice(&packet);
-        Ok(Some(packet.len()))
+        Ok(Some((VnetHeader::PLAIN, packet.len())))
     }
 
     fn answer(&self, packet: &[u8]) {
@@ -63,8 +65,8 @@ impl PacketSource for Tun {
 }
 
 impl PacketSink for Tun {
-    fn write(&self, packet: &[u8]) -> io::Result<()> {
-        self.written.borrow_mut().push(packet.to_vec());
+    fn write(&self, run: &Run<'_>) -> io::Result<()> {
+        self.written.borrow_mut().extend(run.packets().map(<[u8]>::to_vec));
         Ok(())
     }
 }
@@ -73,8 +75,8 @@ impl PacketSink for Tun {
 struct Wire(RefCell<Vec<Vec<u8>>>);
 
 impl DatagramSink for Wire {
-    fn send(&self, datagrams: &[(&[u8], &Endpoint)], _tos: u8) -> Unsent {
-        self.0.borrow_mut().extend(datagrams.iter().map(|(bytes, _)| bytes.to_vec()));
+    fn send(&self, datagrams: &[Outgoing<'_>]) -> Unsent {
+        self.0.borrow_mut().extend(datagrams.iter().map(|datagram| datagram.bytes.to_vec()));
         Unsent::default()
     }
 }
@@ -229,7 +231,7 @@ impl World {
         AEAD.open(&mut jobs);
         assert!(jobs[0].ok);
         let (inner, padding) = buffer[..buffer.len() - TAG_LEN].split_at(packet.len());
-        assert_eq!(inner, packet, "altered on its way");
+        assert_eq!(inner, through_the_tunnel(packet), "altered on its way");
         assert!(padding.iter().all(|byte| *byte == 0) && padding.len() < 16);
         let len = inner.len() + padding.len();
         assert!(len.is_multiple_of(16) || len == DEFAULT_MTU || packet.len() > DEFAULT_MTU);
@@ -253,12 +255,12 @@ impl World {
         let worker = worker % self.inbound.len();
         let (mut bytes, path) = (datagram.to_vec(), Path::Socket);
         let id = WorkerId(worker as u16);
-        let mut arrivals = [Arrival { bytes: &mut bytes, from, path, worker: id }];
+        let mut arrivals = [Arrival { bytes: &mut bytes, from, tos: 0, path, worker: id }];
         self.inbound[worker].process(&mut arrivals, &self.tun, self.now);
         while let Some(mut parcel) = self.home.as_mut().and_then(|home| home.pop().ok()) {
             let bytes = &mut parcel.buffer[..parcel.len];
-            let Parcel { from, path, origin, .. } = parcel;
-            let mut arrivals = [Arrival { bytes, from, path, worker: origin }];
+            let Parcel { from, tos, path, origin, .. } = parcel;
+            let mut arrivals = [Arrival { bytes, from, tos, path, worker: origin }];
             self.inbound[0].process(&mut arrivals, &self.tun, self.now);
             self.shared.workers[1].parcels.give_back(parcel.buffer);
         }
@@ -293,7 +295,8 @@ impl World {
 
         let delivered = self.receive(worker, &datagram, from);
         let inner = inner_packet(packet).ok().filter(|inner| owner(inner.src) == Some(1));
-        let expected = inner.filter(|_| is_right).map(|inner| packet[..inner.len].to_vec());
+        let expected =
+            inner.filter(|_| is_right).map(|inner| through_the_tunnel(&packet[..inner.len]));
         assert_eq!(delivered.first(), expected.as_ref());
         assert!(delivered.len() <= 1);
         if is_right {
@@ -328,6 +331,13 @@ fn inner_source(packet: &[u8]) -> Result<IpAddr, DropReason> {
         _ => {}
     }
     inner_destination(&swapped)
+}
+
+/// A packet as it leaves a tunnel: only the size that a SYN offers may be another.
+fn through_the_tunnel(packet: &[u8]) -> Vec<u8> {
+    let mut packet = packet.to_vec();
+    mss::clamp(&mut packet, DEFAULT_MTU, TcpChecksum::Full);
+    packet
 }
 
 /// Why packets of the TUN device are dropped and datagrams are not.
