@@ -172,7 +172,7 @@ impl SharedKeypairs {
 
     /// Replaces them by what `change` makes of them; calls it again if another thread was faster.
     /// Gives back what was replaced.
-    pub(crate) fn update(&self, change: impl Fn(&Keypairs) -> Keypairs) -> Arc<Keypairs> {
+    pub fn update(&self, change: impl Fn(&Keypairs) -> Keypairs) -> Arc<Keypairs> {
         self.0.rcu(|keypairs| change(keypairs))
     }
 }
