@@ -147,18 +147,18 @@ fn a_gateway_forwards_by_rules_that_it_takes_away_again() {
 #[test]
 fn what_is_printed_says_where_each_file_goes() {
     let line = "gateway --endpoint [2001:db8::1]:443 --network6 fd09::/64 --clients laptop";
-    let shape = shape(&format!("{line} /tmp/new"));
+    let shape = shape(&format!("{line} /srv/new"));
     let ends = shapes::ends(&shape, &mut StdRng::seed_from_u64(1)).unwrap();
     assert_eq!(
         report(&ends, common_of(&shape)),
         "Written, for its owner alone to read:\n  \
-           /tmp/new/gateway/wg0.conf  10.9.0.1, fd09::1, found at [2001:db8::1]:443\n  \
-           /tmp/new/laptop/wg0.conf   10.9.0.2, fd09::2\n\
+           /srv/new/gateway/wg0.conf  10.9.0.1, fd09::1, found at [2001:db8::1]:443\n  \
+           /srv/new/laptop/wg0.conf   10.9.0.2, fd09::2\n\
          \n\
          Next:\n  \
-           tidegate check /tmp/new/*/wg0.conf\n\
+           tidegate check /srv/new/*/wg0.conf\n\
          Move each file to /etc/wireguard of its own host; it has that host's private key:\n  \
-           scp -p /tmp/new/gateway/wg0.conf root@[2001:db8::1]:/etc/wireguard/\n\
+           scp -p /srv/new/gateway/wg0.conf root@[2001:db8::1]:/etc/wireguard/\n\
          gateway has to forward; for good, write it into a file of /etc/sysctl.d:\n  \
            sysctl -w net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1 \
          net.ipv6.conf.eth0.accept_ra=2\n\
