@@ -262,8 +262,9 @@ impl Worker {
                 counters.drop(DropReason::TooLarge, 1);
                 continue;
             }
-            // What came as one is opened as one where there is room for it: it can go on as one.
-            if arrivals.remaining_capacity() < datagram.run_len.min(BATCH_LEN) {
+            // What came as one is opened as one if a batch has room for it: it can go on as one.
+            let room = if datagram.run_len > BATCH_LEN { 1 } else { datagram.run_len };
+            if arrivals.remaining_capacity() < room {
                 self.receive(&mut arrivals, now);
                 arrivals.clear();
             }
