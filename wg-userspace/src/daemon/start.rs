@@ -213,13 +213,21 @@ fn bind_xsks(keeper: &Keeper, setup: &Setup) -> (Vec<Nic>, Vec<String>, Vec<Vec<
             };
             status.queues += 1;
             status.zero_copy |= xsk.is_zero_copy().unwrap_or(false);
-            of_worker[worker].push(XskPort { xsk, ifindex: nic.ifindex, dropped: [0; 2] });
+            let transmits = transmits_in_tests();
+            let dropped = [0; 2];
+            of_worker[worker].push(XskPort { xsk, ifindex: nic.ifindex, dropped, transmits });
         }
         if status.queues > 0 {
             nics.push(status);
         }
     }
     (nics, refused, of_worker)
+}
+
+/// A hook for tests: `TIDEGATE_TEST_XSK_TRANSMIT=1` has XSKs send, too, where that is slower than a socket: in
+/// copy mode.
+fn transmits_in_tests() -> bool {
+    cfg!(debug_assertions) && std::env::var("TIDEGATE_TEST_XSK_TRANSMIT").is_ok_and(|it| it == "1")
 }
 
 fn mode_in_use(setup: &Setup, refused: &[String], nics: &[Nic]) -> ModeInUse {

@@ -44,6 +44,8 @@ pub struct XskPort {
     /// What the kernel had dropped before this socket when it was last asked: for want of room in the
     /// rx ring, and of a chunk.
     pub dropped: [u64; 2],
+    /// Whether packets leave by it, too. Else sockets send.
+    pub transmits: bool,
 }
 
 /// One thread of the data path, before and while it runs.
