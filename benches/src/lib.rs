@@ -73,6 +73,7 @@ pub fn frame(dst: SocketAddr, message: &[u8]) -> Vec<u8> {
         dst,
         tos: 0,
         ttl: 64,
+        id: 0,
     };
     let mut frame = vec![0; headers.len()];
     frame.extend_from_slice(message);

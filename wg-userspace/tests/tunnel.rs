@@ -304,6 +304,7 @@ fn with_option(captured: &[u8], port: u16) -> Vec<u8> {
         dst: datagram.dst,
         tos: datagram.tos,
         ttl: 64,
+        id: 0,
     };
     // Written anew for the UDP checksum, which is unfinished in what a veth sends.
     let mut frame = captured[..datagram.payload.end].to_vec();

@@ -149,6 +149,7 @@ fn to(dst: SocketAddr) -> OuterHeaders {
         dst,
         tos: 0,
         ttl: 64,
+        id: 0,
     }
 }
 

@@ -88,6 +88,7 @@ impl Lab {
             dst: SocketAddr::new("192.0.2.9".parse().unwrap(), port),
             tos,
             ttl: 64,
+            id: 0,
         };
         let mut frame = [vec![0; headers.len()], message.to_vec()].concat();
         headers.write(&mut frame).unwrap();

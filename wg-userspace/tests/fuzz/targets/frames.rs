@@ -46,6 +46,7 @@ fn rewrite(frame: &[u8], read: &OuterDatagram) {
         dst: read.dst,
         tos: read.tos,
         ttl: 64,
+        id: 0,
     };
     let mut written = vec![0; headers.len()];
     written.extend_from_slice(&frame[read.payload.clone()]);
@@ -149,6 +150,7 @@ pub fn seeds() -> Vec<Vec<u8>> {
                 dst: dst.parse().unwrap(),
                 tos: 0x88,
                 ttl: 64,
+                id: 0,
             };
             let mut frame = vec![4; headers.len() + 40];
             headers.write(&mut frame).unwrap();
