@@ -105,6 +105,8 @@ reasons! {
     /// The kernel dropped the datagram before a UDP socket that had no room: the worker did not keep up.
     /// (Or its UDP checksum was wrong: the kernel counts both as one.)
     SocketFull = "socket_full",
+    /// The NIC did not keep up with what an XSK sends.
+    XskSend = "xsk_send",
 }
 
 macro_rules! steer_events {

@@ -157,6 +157,7 @@ pub fn why_dropped(reason: &str) -> Option<&'static str> {
         "handshake_failed" => "waited for a handshake that was given up",
         "queue_full" | "no_buffer" | "home_stuck" => "more than the workers can take",
         "xsk_ring_full" | "xsk_no_chunk" => "came faster than a worker takes them from the NIC",
+        "xsk_send" => "more than the NIC sends",
         "socket_full" => "came faster than a worker takes them from the socket",
         "too_large" => "larger than the MTU or a buffer",
         "tun_write" => "not taken by the interface: it is down, or its queue full",

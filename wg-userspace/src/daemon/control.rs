@@ -76,6 +76,9 @@ pub struct Control {
     ticked: Cell<Now>,
     /// When it last looked by which links peers are reached.
     pub(super) ways_looked: Cell<Now>,
+    /// Peers to whom XSKs send, whose ways are to be looked at anew; and when there were some the last time.
+    pub(super) ways_in_use: RefCell<Vec<Arc<HotPeer>>>,
+    pub(super) ways_gathered: Cell<Now>,
     /// Sessions were cleared for everything that ended keypairs before.
     cleared: Cell<Now>,
     /// How often all sessions were cleared, and why.
@@ -112,6 +115,8 @@ impl Control {
             continuity: RefCell::default(),
             ticked: Cell::default(),
             ways_looked: Cell::default(),
+            ways_in_use: RefCell::default(),
+            ways_gathered: Cell::default(),
             cleared: Cell::default(),
             clearings: RefCell::default(),
             former_sockets: RefCell::default(),

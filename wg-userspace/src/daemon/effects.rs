@@ -58,7 +58,7 @@ pub(super) fn preshared_key_of(device: &Device, id: PeerId) -> PresharedKey {
 fn set_endpoint<O: Outside>(handshakes: &Handshakes<O>, peer: PeerId, addr: SocketAddr) {
     if let Some(cell) = handshakes.cell(peer) {
         cell.hot.endpoint.store(Some(Arc::new(Endpoint::configured(addr))));
-        cell.hot.inner_mtu.forget();
+        cell.hot.forget_way();
     }
 }
 

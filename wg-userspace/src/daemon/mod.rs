@@ -159,6 +159,8 @@ async fn serve(
                 Ok(Event::Addresses { added, removed }) => {
                     for device in devices.values() {
                         device.control.addresses_changed(&added, &removed);
+                        // Nothing is to leave from an address that is gone.
+                        device.routes.notify_one();
                     }
                 }
                 Ok(Event::Link { device, mtu, is_up }) => {
@@ -178,6 +180,10 @@ async fn serve(
                 }
                 Ok(Event::RoutesChanged) => {
                     devices.values().for_each(|device| device.routes.notify_one());
+                }
+                Ok(Event::NeighboursMoved(moved)) => {
+                    let moved = moved.into_iter().map(|(link, at, mac)| ((link, at), mac)).collect();
+                    devices.values().for_each(|device| device.control.neighbours_moved(&moved));
                 }
                 Ok(Event::Cloned) => devices.values().for_each(|device| device.control.cloned()),
                 Ok(Event::Ping) => keeper.alive(),

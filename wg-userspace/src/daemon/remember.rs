@@ -78,7 +78,7 @@ impl Control {
             let known = remembered.known(&peer.public_key);
             if let (Some(addr), Some(cell)) = (known.endpoint, self.handshakes.cell(id)) {
                 cell.hot.endpoint.store(Some(Arc::new(Endpoint::configured(addr))));
-                cell.hot.inner_mtu.forget();
+                cell.hot.forget_way();
                 if known.is_by_name {
                     self.names.borrow_mut().led(&peer.public_key, addr);
                 }

@@ -213,9 +213,7 @@ fn bind_xsks(keeper: &Keeper, setup: &Setup) -> (Vec<Nic>, Vec<String>, Vec<Vec<
             };
             status.queues += 1;
             status.zero_copy |= xsk.is_zero_copy().unwrap_or(false);
-            let transmits = transmits_in_tests();
-            let dropped = [0; 2];
-            of_worker[worker].push(XskPort { xsk, ifindex: nic.ifindex, dropped, transmits });
+            of_worker[worker].push(XskPort::new(xsk, nic.ifindex, transmits_in_tests()));
         }
         if status.queues > 0 {
             nics.push(status);

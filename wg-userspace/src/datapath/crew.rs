@@ -2,7 +2,7 @@
 //! for whom, what wakes them.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use wg_common::id::WorkerId;
@@ -21,6 +21,8 @@ pub struct Crew {
     /// The heartbeats as the kernel side sees them, if there is one.
     kernel_heartbeats: Option<Arc<SharedWords>>,
     staging: Arc<Budget>,
+    /// Whether some XSK sends.
+    transmits: AtomicBool,
 }
 
 /// What one thread shares with everyone else, beside what it does for a device.
@@ -57,7 +59,18 @@ impl Crew {
             })
             .collect::<std::io::Result<_>>()?;
         let (deputies_epoch, staging) = (AtomicU32::new(0), Arc::default());
-        Ok(Arc::new(Self { threads, deputies_epoch, kernel_heartbeats, staging }))
+        let transmits = AtomicBool::new(false);
+        Ok(Arc::new(Self { threads, deputies_epoch, kernel_heartbeats, staging, transmits }))
+    }
+
+    /// Takes note that some XSK sends, so that it is worth while to find out how.
+    pub fn note_transmits(&self) {
+        self.transmits.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether some XSK sends.
+    pub fn transmits(&self) -> bool {
+        self.transmits.load(Ordering::Relaxed)
     }
 
     /// Number of threads, and so of workers of each device.

@@ -397,7 +397,7 @@ impl Inbound {
         if peer.endpoint.load().as_deref() != Some(&endpoint) {
             tracing::debug!(peer = %peer.label(), endpoint = %endpoint.remote, "endpoint moved");
             peer.endpoint.store(Some(Arc::new(endpoint)));
-            peer.inner_mtu.forget();
+            peer.forget_way();
             self.shared.want_inner_mtu(peer);
         }
         if group.keypair.wants_rekey_on_receive(now) {

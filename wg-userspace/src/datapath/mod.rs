@@ -25,6 +25,7 @@ mod staging;
 #[cfg(test)]
 mod tests;
 pub mod thread;
+pub mod transmit;
 mod work_queue;
 pub mod worker;
 

@@ -60,13 +60,27 @@ impl PacketSource for TunQueue {
 pub trait DatagramSink {
     /// Sends at most [`BATCH_LEN`] datagrams, those of one IP version in order.
     fn send(&self, datagrams: &[Outgoing<'_>]) -> Unsent;
+
+    /// As [`send`](Self::send), of messages to peers who are known: in their order, so many to each.
+    fn send_to_peers(
+        &self,
+        datagrams: &[Outgoing<'_>],
+        _peers: &[(&HotPeer, usize)],
+        _now: Now,
+    ) -> Unsent {
+        self.send(datagrams)
+    }
 }
 
 /// What did not go as it should when a batch was sent.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Unsent {
-    /// Datagrams that are lost.
+    /// Datagrams that the socket did not take, which are lost.
     pub failed: usize,
+    /// Datagrams for which an XSK had no room, which are lost.
+    pub no_room: usize,
+    /// Datagrams that went by an XSK.
+    pub by_xsk: usize,
     /// Bit *i*: datagram *i* went, but the address of ours that its endpoint names is gone.
     pub stale_sources: u64,
 }
@@ -583,17 +597,25 @@ impl Outbound {
                 Outgoing { bytes, endpoint, tos: message.tos }
             })
             .collect();
-        let Unsent { failed, stale_sources } = socket.send(&datagrams);
-        if failed > 0 {
+        let peers: ArrayVec<(&HotPeer, usize), BATCH_LEN> = messages
+            .chunk_by(|one, next| one.group == next.group)
+            .map(|its| (&*groups[its[0].group].peer, its.len()))
+            .collect();
+        let unsent = socket.send_to_peers(&datagrams, &peers, now);
+        let Unsent { failed, no_room, by_xsk, stale_sources } = unsent;
+        let lost = failed + no_room;
+        if lost > 0 {
             counters.drop(DropReason::SocketSend, failed as u64);
+            counters.drop(DropReason::XskSend, no_room as u64);
         }
-        counters.sent(Path::Socket, datagrams.len().saturating_sub(failed) as u64);
+        counters.sent(Path::Xsk, by_xsk as u64);
+        counters.sent(Path::Socket, datagrams.len().saturating_sub(lost + by_xsk) as u64);
         for (place, message) in messages.iter().enumerate() {
             if stale_sources >> place & 1 != 0 {
                 groups[message.group].peer.forget_local_source();
             }
         }
-        if failed == datagrams.len() {
+        if lost == datagrams.len() {
             for group in groups.iter().filter(|group| group.sent_bytes > 0) {
                 group.peer.note_unsent(group.endpoint.remote, now);
             }
@@ -640,7 +662,8 @@ fn group_of(
             return Err(DropReason::NoEndpoint);
         }
     };
-    if peer.inner_mtu.is_unknown() {
+    let asks_for_way = shared.crew.transmits() && !peer.knows_way_to(&endpoint);
+    if peer.inner_mtu.is_unknown() || asks_for_way {
         shared.want_inner_mtu(peer);
     }
     let keypair = if behind_staged { None } else { shared.sealing_keypair(peer, now) };

@@ -16,6 +16,7 @@ use wg_common::time::{Now, Reading};
 use super::BATCH_LEN;
 use super::crew::Crew;
 use super::inbound::Arrival;
+use super::transmit::{TX_CHUNKS, TxState};
 use super::worker::Worker;
 use crate::counters::Path;
 use crate::sys::clock;
@@ -27,6 +28,8 @@ use crate::xsk::{Frame, Xsk};
 /// counts as stale.
 pub(super) const SLEEP_MAX: Duration = Duration::from_millis(100);
 
+/// A NIC that has not taken all that is to be sent is told again after this time.
+const KICK_AGAIN: Duration = Duration::from_millis(1);
 /// The kernel is asked this often what it dropped before the XSKs and sockets.
 const ASK_INTERVAL: Duration = Duration::from_secs(1);
 /// Descriptors that one thread waits for: its wake-up, XSKs, and of each device three of each worker that
@@ -46,6 +49,15 @@ pub struct XskPort {
     pub dropped: [u64; 2],
     /// Whether packets leave by it, too. Else sockets send.
     pub transmits: bool,
+    /// What is known of its tx ring.
+    pub(super) tx: TxState,
+}
+
+impl XskPort {
+    /// An XSK that is bound on the NIC with this index.
+    pub fn new(xsk: Xsk, ifindex: u32, transmits: bool) -> Self {
+        Self { xsk, ifindex, dropped: [0; 2], transmits, tx: TxState::default() }
+    }
 }
 
 /// One thread of the data path, before and while it runs.
@@ -72,9 +84,13 @@ impl WorkerThread {
     pub fn new(
         id: WorkerId,
         crew: Arc<Crew>,
-        ports: Vec<XskPort>,
+        mut ports: Vec<XskPort>,
         workers: Vec<Worker>,
     ) -> std::io::Result<Self> {
+        for port in ports.iter_mut().filter(|port| port.transmits) {
+            port.xsk.set_apart_to_send(TX_CHUNKS);
+            crew.note_transmits();
+        }
         Ok(Self {
             id,
             crew,
@@ -92,7 +108,9 @@ impl WorkerThread {
     pub fn run(mut self) {
         let mut more = true;
         while self.any_left() {
-            self.wait(if more { Duration::ZERO } else { SLEEP_MAX });
+            let sleep =
+                if self.ports.iter_mut().any(XskPort::waits) { KICK_AGAIN } else { SLEEP_MAX };
+            self.wait(if more { Duration::ZERO } else { sleep });
             #[cfg(debug_assertions)]
             if let Some(stall) = &mut self.stall {
                 stall.hold(&self.workers, clock::boot_now());
@@ -118,6 +136,7 @@ impl WorkerThread {
         let now = reading.after;
         self.crew.beat(self.id, now);
         let mut more = false;
+        self.ports.iter_mut().for_each(|port| port.reap(now));
         for port in 0..self.ports.len() {
             more |= self.receive_frames(port, now);
         }
@@ -126,8 +145,9 @@ impl WorkerThread {
         self.first = if self.first + 1 < count { self.first + 1 } else { 0 };
         let (before, from) = self.workers.split_at_mut(self.first);
         for worker in from.iter_mut().chain(before) {
-            more |= worker.turn(&mut self.received, now);
+            more |= worker.turn(&mut self.received, &mut self.ports, now);
         }
+        self.ports.iter_mut().for_each(XskPort::kick);
         self.count_kernel_drops(now);
         more
     }

@@ -14,7 +14,8 @@ use super::handoff::{Mesh, Parcel};
 use super::inbound::{Arrival, Inbound};
 use super::outbound::Outbound;
 use super::shared::{Shared, SocketGroup};
-use super::thread::SLEEP_MAX;
+use super::thread::{SLEEP_MAX, XskPort};
+use super::transmit::Exit;
 use crate::aead::BatchAead;
 use crate::counters::Path;
 use crate::session::Continuity;
@@ -118,7 +119,12 @@ impl Worker {
     }
 
     /// One bounded round over its device's own sources of packets. Says whether there may be more.
-    pub(super) fn turn(&mut self, received: &mut ReceiveBatch, now: Now) -> bool {
+    pub(super) fn turn(
+        &mut self,
+        received: &mut ReceiveBatch,
+        ports: &mut [XskPort],
+        now: Now,
+    ) -> bool {
         let is_down = !self.shared.is_up();
         let mut more = self.receive_parcels(now);
         for i in 0..self.reads.len() {
@@ -128,22 +134,22 @@ impl Worker {
             let v4 = v4 && self.receive_datagrams(&theirs.v4, received, now);
             let v6 = v6
                 && theirs.v6.as_ref().is_some_and(|v6| self.receive_datagrams(v6, received, now));
-            let tun = tun && self.send_packets(worker, now);
+            let tun = tun && self.send_packets(worker, ports, now);
             self.reads[i] = Reads { worker, v4, v6, tun };
             more |= v4 | v6 | tun;
         }
         self.drained = is_down && self.reads.iter().all(|reads| !reads.tun);
-        more | self.flush_staged(now)
+        more | self.flush_staged(ports, now)
     }
 
     /// Sends staged packets whose keypair has come. Looking for them costs time with each peer that
     /// has some, so it is done after a wake-up, which follows every new keypair, and now and then.
-    fn flush_staged(&mut self, now: Now) -> bool {
+    fn flush_staged(&mut self, ports: &mut [XskPort], now: Now) -> bool {
         if !self.flush && now.since(self.flushed) < SLEEP_MAX {
             return false;
         }
         let own = &self.sockets.of_worker[usize::from(self.id.0)];
-        self.flush = self.outbound.flush_staged(own, now);
+        self.flush = self.outbound.flush_staged(&Exit::new(own, ports), now);
         self.flushed = now;
         self.flush
     }
@@ -280,10 +286,10 @@ impl Worker {
         may_have_more
     }
 
-    fn send_packets(&mut self, worker: usize, now: Now) -> bool {
+    fn send_packets(&mut self, worker: usize, ports: &mut [XskPort], now: Now) -> bool {
         let tun = &self.shared.tun_queues[worker];
         let own = &self.sockets.of_worker[usize::from(self.id.0)];
-        match self.outbound.process(tun, own, now) {
+        match self.outbound.process(tun, &Exit::new(own, ports), now) {
             Ok(more) => more,
             Err(error) if tun::is_gone(&error) => {
                 self.shared.report_tun_gone();

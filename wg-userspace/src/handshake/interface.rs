@@ -39,14 +39,14 @@ impl<O: Outside> Handshakes<O> {
 
     /// Has workers ask anew how large packets to each peer may be: a mark may lead to other routes.
     pub fn forget_ways(&self) {
-        self.all_cells().iter().for_each(|cell| cell.hot.inner_mtu.forget());
+        self.all_cells().iter().for_each(|cell| cell.hot.forget_way());
     }
 
     /// The same for peers that have no keypairs.
     pub fn forget_ways_of_sleepers(&self) {
         for cell in self.all_cells() {
             if !is_awake(&cell.hot) {
-                cell.hot.inner_mtu.forget();
+                cell.hot.forget_way();
             }
         }
     }

@@ -3,13 +3,15 @@
 //! One [`Host`] is one netlink socket in the network namespace of the thread that made it; its
 //! requests run on the tokio runtime that was current then. [`AddressWatch`] tells which
 //! addresses the host has, for the steer program; [`LinkWatch`] what becomes of the TUN device;
-//! [`RouteWatch`] that datagrams may leave by another link; [`CloneWatch`] whether this virtual machine
+//! [`RouteWatch`] that datagrams may leave by another link, [`NeighbourWatch`] who is on it; [`CloneWatch`] whether this virtual machine
 //! is a copy. This room does not know what a device or a
 //! peer is: it is told names, prefixes and numbers.
 
 mod address_watch;
 mod clone_watch;
 mod link_watch;
+mod neighbour_watch;
+mod next_hop;
 mod policy;
 mod route;
 mod route_watch;
@@ -30,10 +32,13 @@ use netlink_packet_route::{
 use rtnetlink::{LinkGetRequest, LinkUnspec, RouteMessageBuilder};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
+use wg_common::headers::PROTOCOL_UDP;
 
 pub use address_watch::{AddressChange, AddressWatch};
 pub use clone_watch::CloneWatch;
 pub use link_watch::{LinkChange, LinkWatch};
+pub use neighbour_watch::{Neighbour, NeighbourChange, NeighbourOf, NeighbourWatch};
+pub use next_hop::NextHop;
 pub use policy::{Family, Rule};
 pub use route::missing_routes;
 pub use route_watch::RouteWatch;
@@ -105,6 +110,9 @@ pub struct Link {
     pub mtu: u32,
     /// Whether it was taken up. It may have no carrier all the same.
     pub is_up: bool,
+    /// Its MAC address, if frames can be sent on it as they are: it is Ethernet, up, part of no other link, and on
+    /// top of none.
+    pub ethernet: Option<[u8; 6]>,
     /// Receive queues that its driver made room for, at least 1. Not all of them need be in use.
     pub rx_queue_count: u32,
 }
@@ -116,6 +124,7 @@ impl Link {
             name: String::new(),
             mtu: 0,
             is_up: message.header.flags.contains(LinkFlags::Up),
+            ethernet: next_hop::ethernet_address(&message),
             rx_queue_count: 1,
         };
         for attribute in message.attributes {
@@ -166,6 +175,8 @@ pub struct Towards {
     pub source: Option<IpAddr>,
     /// Index of the link by which they leave, for an address that is its link's only; 0: whichever suits.
     pub link: u32,
+    /// UDP ports of this host and of the remote one, which rules may ask for; or whichever.
+    pub ports: Option<(u16, u16)>,
 }
 
 /// By what datagrams leave.
@@ -175,6 +186,8 @@ pub struct Way {
     pub link: u32,
     /// The MTU in bytes that somebody has given the route, if it is not the link's.
     pub mtu: Option<u32>,
+    /// What else is to be known to send past the kernel, if that would do what the kernel does.
+    pub next_hop: Option<NextHop>,
 }
 
 /// Number of the main routing table.
@@ -396,7 +409,7 @@ impl Host {
     }
 
     /// By which link datagrams leave, and the MTU that their route was given; nothing if they would not
-    /// leave.
+    /// leave. The next hop costs another question.
     ///
     /// # Errors
     /// When the kernel does not answer.
@@ -404,19 +417,21 @@ impl Host {
         &self,
         towards: &Towards,
         mark: u32,
+        with_next_hop: bool,
     ) -> Result<Option<Way>, HostError> {
         let Some(route) = self.route_towards(towards, mark, RouteFlags::empty()).await? else {
             return Ok(None);
         };
         let Some(link) = output_link(&route) else { return Ok(None) };
-        let mut mtu = None;
-        if own_mtu(&route).is_some() {
+        let (mut mtu, mut hop) = (None, None);
+        if own_mtu(&route).is_some() || with_next_hop {
             // It may be what an ICMP message said, which anybody can send. The route that matched, as it
             // was configured, knows nothing of those.
-            let route = self.route_towards(towards, mark, RouteFlags::FibMatch).await?;
-            mtu = route.as_ref().and_then(own_mtu);
+            let matched = self.route_towards(towards, mark, RouteFlags::FibMatch).await?;
+            mtu = matched.as_ref().and_then(own_mtu);
+            hop = matched.and_then(|matched| next_hop::next_hop(towards.remote, &route, &matched));
         }
-        Ok(Some(Way { link, mtu }))
+        Ok(Some(Way { link, mtu, next_hop: hop.filter(|_| with_next_hop) }))
     }
 
     async fn route_towards(
@@ -446,6 +461,14 @@ impl Host {
         query.header.flags = flags;
         if mark != 0 {
             query.attributes.push(RouteAttribute::Mark(mark));
+        }
+        if let Some((local, remote)) = towards.ports {
+            let ports = [
+                RouteAttribute::IpProto(PROTOCOL_UDP),
+                RouteAttribute::Sport(local),
+                RouteAttribute::Dport(remote),
+            ];
+            query.attributes.extend(ports);
         }
         if towards.link != 0 {
             query.attributes.push(RouteAttribute::Oif(towards.link));

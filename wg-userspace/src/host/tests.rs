@@ -161,8 +161,8 @@ fn the_link_towards_a_host_follows_routes_sources_and_marks() {
         let [there, ours, foreign] =
             ["10.0.0.2", "10.0.0.1", "10.9.9.9"].map(|ip| ip.parse().unwrap());
         let towards = async |source, mark| {
-            let towards = Towards { remote: there, source: Some(source), link: 0 };
-            host.way_towards(&towards, mark).await.unwrap().map(|way| way.link)
+            let towards = Towards { remote: there, source: Some(source), link: 0, ports: None };
+            host.way_towards(&towards, mark, false).await.unwrap().map(|way| way.link)
         };
         assert_eq!(towards(ours, 0).await, Some(a));
         assert_eq!(towards(foreign, 0).await, None, "no address of this host");
@@ -192,8 +192,9 @@ fn the_mtu_of_a_way_is_what_somebody_has_set_and_never_what_a_message_said() {
         let host = Host::new().unwrap();
         let link = host.link_index("link0").await.unwrap();
         let way = async |remote: &str| {
-            let towards = Towards { remote: remote.parse().unwrap(), source: None, link: 0 };
-            host.way_towards(&towards, 0).await.unwrap()
+            let towards =
+                Towards { remote: remote.parse().unwrap(), source: None, link: 0, ports: None };
+            host.way_towards(&towards, 0, false).await.unwrap()
         };
         for (remote, mtu) in [
             ("10.0.0.9", None),
@@ -202,22 +203,26 @@ fn the_mtu_of_a_way_is_what_somebody_has_set_and_never_what_a_message_said() {
             ("10.8.0.1", Some(1290)),
             ("fd07::1", Some(1310)),
         ] {
-            assert_eq!(way(remote).await, Some(Way { link, mtu }), "{remote}");
+            assert_eq!(way(remote).await, Some(Way { link, mtu, next_hop: None }), "{remote}");
         }
         assert_eq!(way("192.0.2.1").await, None);
         // Of one link, an address may be on several.
-        let towards = Towards { remote: "fe80::1".parse().unwrap(), source: None, link };
-        assert_eq!(host.way_towards(&towards, 0).await.unwrap(), Some(Way { link, mtu: None }));
+        let towards =
+            Towards { remote: "fe80::1".parse().unwrap(), source: None, link, ports: None };
+        assert_eq!(
+            host.way_towards(&towards, 0, false).await.unwrap(),
+            Some(Way { link, mtu: None, next_hop: None })
+        );
 
         // A router, which is the test, says that the way behind it is narrower; the kernel believes it,
         // for a socket that asked for such messages.
         let socket = std::net::UdpSocket::bind("10.0.0.1:0").unwrap();
         learn_mtu(&socket, "10.7.0.1:9".parse().unwrap(), 1000);
         assert_eq!(host.path_mtu("10.7.0.1".parse().unwrap()).await.unwrap(), Some(1000));
-        assert_eq!(way("10.7.0.1").await, Some(Way { link, mtu: Some(1300) }));
+        assert_eq!(way("10.7.0.1").await, Some(Way { link, mtu: Some(1300), next_hop: None }));
         learn_mtu(&socket, "10.0.0.9:9".parse().unwrap(), 1000);
         assert_eq!(host.path_mtu("10.0.0.9".parse().unwrap()).await.unwrap(), Some(1000));
-        assert_eq!(way("10.0.0.9").await, Some(Way { link, mtu: None }));
+        assert_eq!(way("10.0.0.9").await, Some(Way { link, mtu: None, next_hop: None }));
     });
 }
 

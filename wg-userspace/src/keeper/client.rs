@@ -226,7 +226,8 @@ impl Keeper {
         done(answer).unwrap_or_else(|refusal| lost(&refusal));
     }
 
-    /// The links by which datagrams leave, and how large they may be.
+    /// The links by which datagrams leave, and how large they may be; `with_hops` also what is needed to send
+    /// past the kernel.
     ///
     /// # Errors
     /// If the kernel does not tell the routes.
@@ -236,11 +237,12 @@ impl Keeper {
     pub fn links_towards(
         &self,
         mark: u32,
+        with_hops: bool,
         towards: Vec<Towards>,
     ) -> Result<Vec<Option<LinkTowards>>, Refusal> {
         let count = towards.len();
         assert!(count <= LINKS_MAX, "they fit into a message");
-        match self.ask(&Request::LinksTowards { mark, towards }).0 {
+        match self.ask(&Request::LinksTowards { mark, with_hops, towards }).0 {
             Answer::Links(links) if links.len() == count => Ok(links),
             Answer::Refused(refusal) => Err(refusal),
             _ => lost(&ChannelError::Unexpected),

@@ -1,6 +1,5 @@
 //! What the keeper opens and keeps, whatever becomes of the data process.
 
-use std::collections::HashMap;
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -18,11 +17,12 @@ use wg_common::map::{
 };
 
 use super::protocol::{
-    Answer, DeviceSetup, LINKS_MAX, LinkTowards, OWNERS_MAX, Refusal, Request, Setup, SteeredNic,
+    Answer, DeviceSetup, LINKS_MAX, OWNERS_MAX, Refusal, Request, Setup, SteeredNic,
 };
+use super::ways::{Look, Neighbours};
 use crate::bpf::{BpfError, LogReader, Steer, SteerOptions, TunSteering};
 use crate::daemon::{Error, Mode, Options};
-use crate::host::{AddressChange, Host, HostError, Towards, Way};
+use crate::host::{AddressChange, Host, Towards};
 use crate::sys::errno::ENODEV;
 use crate::sys::{SharedWords, affinity, memory, random};
 use crate::tun::{Tun, TunError, TunQueue};
@@ -50,6 +50,8 @@ pub struct Edges {
     heartbeats: Heartbeats,
     /// An XSK that is open, and not bound.
     unbound: Option<OwnedFd>,
+    /// Those on the NICs with the steer program.
+    pub neighbours: Neighbours,
 }
 
 /// What is open for one device.
@@ -121,6 +123,7 @@ impl Edges {
             steer_log,
             heartbeats,
             unbound: None,
+            neighbours: Neighbours::default(),
         };
         for device in edges.devices.iter().flatten() {
             steer_port(edges.kernel.steer.as_ref(), device.id, None, device.sockets.port);
@@ -200,6 +203,11 @@ impl Edges {
         }
     }
 
+    /// Indexes of the NICs with the steer program.
+    pub fn steered_links(&self) -> Vec<u32> {
+        self.kernel.nics.iter().map(|nic| nic.ifindex).collect()
+    }
+
     /// Does what the data process asks for.
     ///
     /// # Errors
@@ -231,11 +239,12 @@ impl Edges {
                 let entry = QueueEntry::new(slot, WorkerId(worker));
                 self.bind_xsk(&socket, QueueKey { ifindex, queue }, entry)
             }
-            Request::LinksTowards { mark, towards } => {
+            Request::LinksTowards { mark, with_hops, towards } => {
                 if towards.len() > LINKS_MAX {
                     return Err(Nonsense);
                 }
-                links_towards(host, mark, &towards).await
+                let look = Look::new(host, &self.neighbours, mark, with_hops);
+                links_towards(look, &towards).await
             }
             Request::SteerCounters => self.counters(),
             Request::ConnectPeerSource => self.connect_peer_source(),
@@ -514,34 +523,12 @@ fn clone(fd: BorrowedFd<'_>) -> Result<OwnedFd, Refusal> {
     fd.try_clone_to_owned().map_err(|error| refusal(&error, error.raw_os_error()))
 }
 
-async fn links_towards(host: &Host, mark: u32, towards: &[Towards]) -> Answered {
+async fn links_towards(mut look: Look<'_>, towards: &[Towards]) -> Answered {
     let mut links = Vec::with_capacity(towards.len());
-    // Most peers are reached by one link.
-    let mut mtus = HashMap::new();
     for towards in towards {
-        let link = link_towards(host, mark, towards, &mut mtus).await;
-        links.push(link.map_err(|error| refusal(error, None))?);
+        links.push(look.towards(towards).await.map_err(|error| refusal(error, None))?);
     }
     Ok((Answer::Links(links), Vec::new()))
-}
-
-/// `mtus` are those of links that were looked at before.
-async fn link_towards(
-    host: &Host,
-    mark: u32,
-    towards: &Towards,
-    mtus: &mut HashMap<u32, u32>,
-) -> Result<Option<LinkTowards>, HostError> {
-    let Some(Way { link, mtu }) = host.way_towards(towards, mark).await? else { return Ok(None) };
-    let links = match mtus.get(&link) {
-        Some(&links) => links,
-        None => {
-            let Some(found) = host.link_by_index(link).await? else { return Ok(None) };
-            mtus.insert(link, found.mtu);
-            found.mtu
-        }
-    };
-    Ok(Some(LinkTowards { link, mtu: mtu.unwrap_or(links).min(links) }))
 }
 
 impl Group {

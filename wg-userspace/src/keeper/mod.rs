@@ -7,7 +7,8 @@
 //!
 //! [`run`] is its loop, [`edges`] what it keeps and does when asked, [`child`] the data process as a
 //! process, [`protocol`] what both say to each other, [`client`] the data process's end of it, [`notify`]
-//! what the service manager is told, [`resolve`] looks up names of endpoints for the data process.
+//! what the service manager is told, [`resolve`] looks up names of endpoints for the data process, [`ways`]
+//! the ways to peers.
 
 mod child;
 mod client;
@@ -16,6 +17,7 @@ mod follow;
 pub mod notify;
 pub mod protocol;
 mod resolve;
+mod ways;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -32,11 +34,12 @@ use wg_common::time::Now;
 
 use self::child::Data;
 use self::edges::Edges;
-use self::protocol::{ADDRESSES_MAX, ChannelError, Event, Request};
+use self::protocol::{ADDRESSES_MAX, ChannelError, Event, NEIGHBOURS_MAX, Request};
 use self::resolve::{Question, Resolved, Resolver};
 use crate::daemon::Options;
 use crate::host::{
-    AddressChange, AddressWatch, CloneWatch, Host, LinkChange, LinkWatch, RouteWatch,
+    AddressChange, AddressWatch, CloneWatch, Host, LinkChange, LinkWatch, NeighbourChange,
+    NeighbourWatch, RouteWatch,
 };
 use crate::sys::{FileWatch, clock};
 use crate::tun::is_gone;
@@ -46,6 +49,8 @@ pub use self::client::{Begin, Events, Keeper, NoXsk};
 
 /// Routes that change all the time are told this often.
 const BETWEEN_ROUTES: Duration = Duration::from_millis(100);
+/// So are neighbours.
+const BETWEEN_NEIGHBOURS: Duration = Duration::from_millis(50);
 
 /// The data process is looked at this often.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
@@ -151,6 +156,11 @@ async fn keep(options: &Options, launch: &Launch, ready: impl FnOnce()) -> anyho
                     keeping.device_gone(device);
                 }
                 Watched::Routes => keeping.tell(&Event::RoutesChanged),
+                Watched::Neighbours(changes) => keeping.neighbours_changed(&changes),
+                Watched::NeighboursLost => {
+                    keeping.edges.neighbours = ways::Neighbours::default();
+                    keeping.tell(&Event::RoutesChanged);
+                }
                 Watched::Cloned => keeping.tell(&Event::Cloned),
             },
         }
@@ -361,6 +371,15 @@ impl Keeping<'_> {
         self.tell(&Event::Addresses { added, removed });
     }
 
+    fn neighbours_changed(&mut self, changes: &[NeighbourChange]) {
+        let moved = self.edges.neighbours.change(changes);
+        if moved.len() > NEIGHBOURS_MAX {
+            self.tell(&Event::RoutesChanged);
+        } else if !moved.is_empty() {
+            self.tell(&Event::NeighboursMoved(moved));
+        }
+    }
+
     fn link_is(&mut self, device: DeviceId, mtu: Option<u32>, is_up: bool) {
         self.known.links.insert(device, (mtu, is_up));
         self.tell(&Event::Link { device: device.0, mtu, is_up });
@@ -437,6 +456,8 @@ enum Watched {
     /// The file of a device's UAPI socket is gone.
     SocketGone(DeviceId),
     Routes,
+    Neighbours(Vec<NeighbourChange>),
+    NeighboursLost,
     Cloned,
 }
 
@@ -455,6 +476,10 @@ impl Watches {
             }
         }
         watches.watch_routes(RouteWatch::new()?);
+        let links = edges.steered_links();
+        if !links.is_empty() {
+            watches.watch_neighbours(NeighbourWatch::new(host.clone(), links)?);
+        }
         match CloneWatch::new() {
             Ok(watch) => watches.watch_clones(watch),
             Err(error) => {
@@ -517,6 +542,26 @@ impl Watches {
                     return;
                 }
                 tokio::time::sleep(BETWEEN_ROUTES).await;
+            }
+        });
+    }
+
+    fn watch_neighbours(&self, mut watch: NeighbourWatch) {
+        let tell = self.tell.clone();
+        tokio::task::spawn_local(async move {
+            loop {
+                let watched = match watch.next().await {
+                    Ok(changes) => Watched::Neighbours(changes),
+                    Err(error) => {
+                        tracing::warn!(%error, "neighbours are not followed: sockets send");
+                        Watched::NeighboursLost
+                    }
+                };
+                let is_last = matches!(watched, Watched::NeighboursLost);
+                if tell.send(watched).await.is_err() || is_last {
+                    return;
+                }
+                tokio::time::sleep(BETWEEN_NEIGHBOURS).await;
             }
         });
     }

@@ -26,7 +26,9 @@ pub const MESSAGE_LEN_MAX: usize = 64 << 10;
 /// Most descriptors beside a message. The kernel takes 253.
 pub const FD_COUNT_MAX: usize = 250;
 /// Most entries in a [`Request::LinksTowards`].
-pub const LINKS_MAX: usize = 256;
+pub const LINKS_MAX: usize = 128;
+/// Most neighbours in an [`Event::NeighboursMoved`].
+pub const NEIGHBOURS_MAX: usize = 256;
 /// Most addresses in an [`Event::Addresses`].
 pub const ADDRESSES_MAX: usize = 512;
 /// Most prefixes in a [`Request::SetOwners`].
@@ -127,6 +129,8 @@ pub enum Request {
     LinksTowards {
         /// With this mark.
         mark: u32,
+        /// Whether what is needed to send past the kernel is to be told, too.
+        with_hops: bool,
         /// Where they go.
         towards: Vec<Towards>,
     },
@@ -211,6 +215,25 @@ pub struct LinkTowards {
     pub link: u32,
     /// Longest IP packet in bytes: what somebody has set for the route, and what the interface takes.
     pub mtu: u32,
+    /// What is needed to send past the kernel, if that was asked for, and would do what the kernel does.
+    pub hop: Option<HopTowards>,
+}
+
+/// How datagrams leave by a link of Ethernet.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct HopTowards {
+    /// The neighbour to whom they are given.
+    pub neighbour: IpAddr,
+    /// The address of this host from which they leave.
+    pub source: IpAddr,
+    /// Their TTL or hop limit.
+    pub hop_limit: u8,
+    /// Longest IP packet in bytes that the kernel would send in one piece.
+    pub mtu: u32,
+    /// The MAC address of the link.
+    pub src_mac: [u8; 6],
+    /// That of the neighbour, if the kernel knows one.
+    pub dst_mac: Option<[u8; 6]>,
 }
 
 /// Why something was refused.
@@ -319,6 +342,8 @@ pub enum Event {
     },
     /// Datagrams may leave by other links.
     RoutesChanged,
+    /// These neighbours, each with the index of its link, have this MAC address now, or none that is known.
+    NeighboursMoved(Vec<(u32, IpAddr, Option<[u8; 6]>)>),
     /// This virtual machine is a copy, or went back.
     Cloned,
     /// To be answered with [`Request::Alive`].
@@ -456,14 +481,16 @@ mod tests {
             scope.spawn(|| {
                 // As long as it can get.
                 let remote = "abcd:ef01:2345:6789:abcd:ef01:2345:6789".parse().unwrap();
-                let longest = Towards { remote, source: Some(remote), link: u32::MAX };
+                let ports = Some((u16::MAX, u16::MAX));
+                let longest = Towards { remote, source: Some(remote), link: u32::MAX, ports };
                 let towards = vec![longest; LINKS_MAX];
-                send(&here, &Request::LinksTowards { mark: 7, towards }, &fds).unwrap();
+                let request = Request::LinksTowards { mark: 7, with_hops: true, towards };
+                send(&here, &request, &fds).unwrap();
                 send(&here, &Request::Ready, &[]).unwrap();
             });
             let (message, received) = receive::<Request>(&there).unwrap();
             assert!(
-                matches!(message, Request::LinksTowards { mark: 7, towards } if towards.len() == LINKS_MAX)
+                matches!(message, Request::LinksTowards { mark: 7, towards, .. } if towards.len() == LINKS_MAX)
             );
             assert_eq!(received.len(), FD_COUNT_MAX);
             let mut file = std::fs::File::from(received.into_iter().next().unwrap());
@@ -473,6 +500,28 @@ mod tests {
         });
         drop(here);
         assert!(matches!(receive::<Request>(&there), Err(ChannelError::Closed)));
+    }
+
+    #[test]
+    fn as_many_ways_as_may_be_asked_for_fit_into_an_answer() {
+        let (here, there) = pair().unwrap();
+        let longest: IpAddr = "abcd:ef01:2345:6789:abcd:ef01:2345:6789".parse().unwrap();
+        let hop = HopTowards {
+            neighbour: longest,
+            source: longest,
+            hop_limit: u8::MAX,
+            mtu: u32::MAX,
+            src_mac: [0xff; 6],
+            dst_mac: Some([0xff; 6]),
+        };
+        let link = LinkTowards { link: u32::MAX, mtu: u32::MAX, hop: Some(hop) };
+        send(&here, &Answer::Links(vec![Some(link); LINKS_MAX]), &[]).unwrap();
+        let (answer, _) = receive::<Answer>(&there).unwrap();
+        assert!(matches!(answer, Answer::Links(links) if links == vec![Some(link); LINKS_MAX]));
+        let moved =
+            Event::NeighboursMoved(vec![(u32::MAX, longest, Some([0xff; 6])); NEIGHBOURS_MAX]);
+        send(&here, &moved, &[]).unwrap();
+        assert!(receive::<Event>(&there).is_ok());
     }
 
     #[test]

@@ -276,7 +276,7 @@ impl Session {
         self.peer.activity.restore(&export.moments);
         if let Some(endpoint) = export.endpoint {
             self.peer.endpoint.store(Some(Arc::new(endpoint)));
-            self.peer.inner_mtu.forget();
+            self.peer.forget_way();
         }
 
         let mut keypairs = Keypairs::default();

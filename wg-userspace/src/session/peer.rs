@@ -10,7 +10,7 @@ use wg_common::endpoint::Endpoint;
 use wg_common::id::{DeviceId, PeerId};
 use wg_common::time::Now;
 
-use super::{Activity, InnerMtu, Keypair, Keypairs, PeerNotes};
+use super::{Activity, InnerMtu, Keypair, Keypairs, LinkWay, PeerNotes};
 use crate::key::PublicKey;
 
 /// What workers know of a peer. Read and moved by atomics; nobody ever waits for anybody.
@@ -29,6 +29,10 @@ pub struct HotPeer {
     pub endpoint: ArcSwapOption<Endpoint>,
     /// How large packets may be on the way there. Control finds out.
     pub inner_mtu: InnerMtu,
+    /// How to send past the kernel on that way. Nothing until control has looked.
+    pub way: ArcSwapOption<LinkWay>,
+    /// The identification of the next IPv4 datagram that is sent past the kernel.
+    pub datagram_id: AtomicU32,
     /// What timers run on.
     pub activity: Activity,
     /// Bytes of `wg show`.
@@ -63,6 +67,8 @@ impl HotPeer {
             keypairs: SharedKeypairs::default(),
             endpoint: ArcSwapOption::empty(),
             inner_mtu: InnerMtu::default(),
+            way: ArcSwapOption::empty(),
+            datagram_id: AtomicU32::new(0),
             activity: Activity::default(),
             transfer: Transfer::default(),
             staged: AtomicU32::new(0),
@@ -101,6 +107,17 @@ impl HotPeer {
     /// What workers have noted, if anything.
     pub fn notes(&self) -> Option<Arc<PeerNotes>> {
         self.notes.load_full()
+    }
+
+    /// Forgets what was found out of the way to its endpoint: that is another one, or routes are.
+    pub fn forget_way(&self) {
+        self.way.store(None);
+        self.inner_mtu.forget();
+    }
+
+    /// Whether it was found out how to send to `endpoint`, even if that is by the socket.
+    pub fn knows_way_to(&self, endpoint: &Endpoint) -> bool {
+        self.way.load().as_ref().is_some_and(|way| way.is_for(endpoint))
     }
 
     /// A packet for the peer is dropped, since no endpoint is known.

@@ -20,6 +20,7 @@ pub mod tuntap;
 pub mod uevent;
 pub mod wait;
 pub mod xdp;
+pub mod xfrm;
 
 pub use file_watch::FileWatch;
 pub use memory::SharedWords;

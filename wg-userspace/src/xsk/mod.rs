@@ -535,6 +535,27 @@ impl Xsk {
         self.ledger.take_for_frame()
     }
 
+    /// From now on sets so many chunks apart to be sent: no more are sent at a time, and never are so many
+    /// received into that fewer are left. 0, as in the beginning: whoever comes first has them.
+    pub fn set_apart_to_send(&mut self, chunks: u32) {
+        self.ledger.set_apart_to_send(chunks);
+    }
+
+    /// As [`Xsk::allocate`], of the chunks that are set apart. `None` if they are all under way.
+    pub fn allocate_to_send(&mut self) -> Option<Frame> {
+        if self.ledger.may_send() { self.allocate() } else { None }
+    }
+
+    /// Chunks that were given to be sent, and have not come back.
+    pub fn sending(&self) -> usize {
+        self.ledger.sending()
+    }
+
+    /// Packets in the tx ring that the kernel has not taken.
+    pub fn tx_outstanding(&mut self) -> u32 {
+        self.tx.outstanding()
+    }
+
     /// Puts a packet, link header and all, into the tx ring. It leaves with [`Xsk::kick`].
     ///
     /// # Errors

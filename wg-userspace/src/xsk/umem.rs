@@ -143,6 +143,11 @@ pub(super) struct Ledger {
     /// Chunks of the pool, the last one used on top: it is likely to be still in a cache.
     pool: Vec<u32>,
     frames: usize,
+    /// Chunks with each of the kernel's holders.
+    receiving: usize,
+    sending: usize,
+    /// Chunks that are set apart to be sent.
+    to_send: usize,
 }
 
 impl Ledger {
@@ -162,6 +167,9 @@ impl Ledger {
             holders: vec![Holder::Unknown; umem.chunk_count as usize],
             pool: Vec::with_capacity(umem.chunk_count as usize),
             frames: 0,
+            receiving: 0,
+            sending: 0,
+            to_send: 0,
         }
     }
 
@@ -179,12 +187,21 @@ impl Ledger {
             && self.holders[chunk as usize] == Holder::Unknown
         {
             self.holders[chunk as usize] = now;
+            match now {
+                Holder::Receiving => self.receiving += 1,
+                Holder::Sending => self.sending += 1,
+                _ => {}
+            }
         }
     }
 
     /// Takes a chunk from the pool to be received into, and gives its address for the fill ring.
     pub(super) fn take_for_fill(&mut self) -> Option<u64> {
+        if self.to_send > 0 && self.receiving + self.to_send >= self.holders.len() {
+            return None;
+        }
         let chunk = self.pool.pop()?;
+        self.receiving += 1;
         self.holders[chunk as usize] = Holder::Receiving;
         Some(u64::from(chunk) * u64::from(self.chunk_size))
     }
@@ -210,6 +227,9 @@ impl Ledger {
         if !fits || !ours || options != 0 {
             return None;
         }
+        if *holder == Holder::Receiving {
+            self.receiving -= 1;
+        }
         *holder = Holder::Frame;
         self.frames += 1;
         Some(Frame { umem: self.umem, addr, len })
@@ -221,6 +241,9 @@ impl Ledger {
         let holder = &mut self.holders[chunk as usize];
         if !matches!(holder, Holder::Sending | Holder::Unknown) {
             return false;
+        }
+        if *holder == Holder::Sending {
+            self.sending -= 1;
         }
         *holder = Holder::Pool;
         self.pool.push(chunk);
@@ -236,6 +259,7 @@ impl Ledger {
     /// Gives a frame's chunk to be sent.
     pub(super) fn send(&mut self, frame: Frame) {
         self.end(frame, Holder::Sending);
+        self.sending += 1;
     }
 
     /// # Panics
@@ -257,6 +281,21 @@ impl Ledger {
     pub(super) fn descriptor(&self, frame: &Frame) -> Descriptor {
         assert_eq!(frame.umem, self.umem, "a frame is sent by its own XSK");
         Descriptor { addr: frame.addr.into(), len: frame.len, options: 0 }
+    }
+
+    /// Sets so many chunks apart to be sent.
+    pub(super) fn set_apart_to_send(&mut self, chunks: u32) {
+        self.to_send = (chunks as usize).min(self.holders.len());
+    }
+
+    /// Whether another chunk may be sent.
+    pub(super) fn may_send(&self) -> bool {
+        self.to_send == 0 || self.sending < self.to_send
+    }
+
+    /// Chunks that were given to be sent.
+    pub(super) fn sending(&self) -> usize {
+        self.sending
     }
 
     /// Frames that callers have, or have lost.

@@ -63,7 +63,7 @@ impl Lab {
             Worker::new(WorkerId(0), Arc::clone(&device.shared), mesh, &AEAD)
         });
         let (xsk, nic) = twin::pair(7, 0, XskOptions::default()).unwrap();
-        let ports = vec![XskPort { xsk, ifindex: 7, dropped: [0; 2], transmits: false }];
+        let ports = vec![XskPort::new(xsk, 7, false)];
         let workers = workers.collect();
         let thread = WorkerThread::new(WorkerId(0), Arc::clone(&crew), ports, workers).unwrap();
         Self { crew, heartbeats, devices, thread, nic, far }

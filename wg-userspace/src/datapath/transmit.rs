@@ -1,0 +1,229 @@
+//! The way out of a worker: by an XSK what one can send, by the sockets all else.
+//!
+//! By an XSK go messages to peers of whom control has published a [`LinkWay`](crate::session::LinkWay) that
+//! leads out of a NIC on which this thread has an XSK that transmits: copied once, into a frame behind their
+//! headers. The NIC is told once a turn. What is longer than the way's MTU, or has a DSCP, which routes may
+//! heed, goes by the socket; so a flow whose packets are alike keeps to one of both.
+//!
+//! **Order.** When the tx ring or the chunks that are set apart for it are used up, the NIC is told at once.
+//! What it does not take then is dropped and counted, as a socket does with a full buffer: by the socket it
+//! would overtake what is in the ring. Only a ring in which nothing has moved for [`STUCK_AFTER`] is passed
+//! by, until it moves: what lies in there is late already.
+
+use std::cell::RefCell;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use arrayvec::ArrayVec;
+use wg_common::headers::{ETHERNET_LEN, OuterHeaders};
+use wg_common::time::Now;
+
+use super::BATCH_LEN;
+use super::outbound::{DatagramSink, Outgoing, Unsent};
+use super::thread::XskPort;
+use crate::session::{Hop, HotPeer};
+use crate::udp::UdpSockets;
+use crate::xsk::Xsk;
+
+/// A ring of which the NIC has taken nothing for so long counts as stuck.
+const STUCK_AFTER: Duration = Duration::from_millis(100);
+/// Chunks of an XSK that are set apart for what it sends: a batch of each worker, and a millisecond at a
+/// million packets a second. The others are received into, so that neither starves the other.
+pub const TX_CHUNKS: u32 = 1024;
+/// The part of a TOS byte that is ECN's.
+const ECN: u8 = 3;
+
+/// What is known of an XSK's tx ring.
+#[derive(Debug, Default)]
+pub struct TxState {
+    /// When the NIC last took something, or there was nothing to take.
+    moved: Now,
+    /// Whether there may be something in the ring.
+    is_used: bool,
+}
+
+impl XskPort {
+    /// Takes back what was sent. To be called at the beginning of each turn.
+    pub(super) fn reap(&mut self, now: Now) {
+        if !self.transmits && !self.tx.is_used {
+            return;
+        }
+        if self.xsk.complete() > 0 || self.xsk.tx_outstanding() == 0 {
+            self.tx.moved = now;
+        }
+    }
+
+    /// Has the NIC send what is in the ring. To be called at the end of each turn.
+    pub(super) fn kick(&mut self) {
+        if !self.tx.is_used {
+            return;
+        }
+        if let Err(error) = self.xsk.kick() {
+            // It is down, or gone: what lies in the ring goes when it is back.
+            tracing::trace!(%error, "sending by an XSK");
+        }
+        self.tx.is_used = self.xsk.sending() > 0;
+    }
+
+    /// Whether what lies in the ring has to be kicked again.
+    pub(super) fn waits(&mut self) -> bool {
+        self.tx.is_used && self.xsk.tx_outstanding() > 0
+    }
+
+    fn is_stuck(&self, now: Now) -> bool {
+        self.tx.is_used && now.since(self.tx.moved) >= STUCK_AFTER
+    }
+
+    /// Puts a message behind headers into the ring.
+    fn put(&mut self, headers: &OuterHeaders, message: &[u8]) -> Put {
+        match put(&mut self.xsk, headers, message) {
+            Put::NoRoom => {}
+            put => {
+                self.tx.is_used = true;
+                return put;
+            }
+        }
+        // Perhaps the NIC has only not been told of what is there.
+        let _ = self.xsk.kick();
+        self.xsk.complete();
+        put(&mut self.xsk, headers, message)
+    }
+}
+
+/// What became of a message.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Put {
+    /// It is in the ring.
+    InRing,
+    /// There is no room at present.
+    NoRoom,
+    /// It does not fit a frame.
+    TooLong,
+}
+
+fn put(xsk: &mut Xsk, headers: &OuterHeaders, message: &[u8]) -> Put {
+    let Some(mut frame) = xsk.allocate_to_send() else { return Put::NoRoom };
+    let header_len = headers.len();
+    let len = header_len + message.len();
+    let fits = len <= frame.len();
+    frame.truncate(len);
+    let bytes = xsk.umem().bytes_mut(&mut frame);
+    let written = if let Some(room) = bytes.get_mut(header_len..)
+        && fits
+    {
+        room.copy_from_slice(message);
+        headers.write(bytes)
+    } else {
+        None
+    };
+    if written.is_none() {
+        xsk.recycle(frame);
+        return Put::TooLong;
+    }
+    match xsk.transmit(frame) {
+        Ok(()) => Put::InRing,
+        Err(frame) => {
+            xsk.recycle(frame);
+            Put::NoRoom
+        }
+    }
+}
+
+/// Where a worker's messages leave: its sockets, and the XSKs of its thread.
+pub struct Exit<'a> {
+    sockets: &'a UdpSockets,
+    ports: RefCell<&'a mut [XskPort]>,
+}
+
+impl<'a> Exit<'a> {
+    /// By these.
+    pub fn new(sockets: &'a UdpSockets, ports: &'a mut [XskPort]) -> Self {
+        Self { sockets, ports: RefCell::new(ports) }
+    }
+
+    /// Sends what is for one peer by an XSK, as far as that can be; the rest is given to `by_socket`.
+    fn send_by_xsk<'d>(
+        &self,
+        peer: &HotPeer,
+        datagrams: &[Outgoing<'d>],
+        outcome: &mut Unsent,
+        by_socket: &mut impl FnMut(usize, Outgoing<'d>),
+        now: Now,
+    ) {
+        let mut ports = self.ports.borrow_mut();
+        let way = peer.way.load();
+        let found = way.as_deref().zip(datagrams.first()).and_then(|(way, first)| {
+            let hop = way.hop().filter(|hop| hop.is_resolved && way.is_for(first.endpoint))?;
+            let leads = |port: &&mut XskPort| {
+                port.transmits && port.ifindex == hop.link && !port.is_stuck(now)
+            };
+            Some((way, hop, ports.iter_mut().find(leads)?))
+        });
+        let Some((way, hop, port)) = found else {
+            datagrams.iter().enumerate().for_each(|(at, datagram)| by_socket(at, *datagram));
+            return;
+        };
+        way.note_used();
+        let count = datagrams.len() as u32;
+        let first_id = peer.datagram_id.fetch_add(count, Ordering::Relaxed) as u16;
+        for (at, datagram) in datagrams.iter().enumerate() {
+            let put = match self.headers(hop, datagram, first_id.wrapping_add(at as u16)) {
+                Some(headers) => port.put(&headers, datagram.bytes),
+                None => Put::TooLong,
+            };
+            match put {
+                Put::InRing => outcome.by_xsk += 1,
+                Put::NoRoom => outcome.no_room += 1,
+                Put::TooLong => by_socket(at, *datagram),
+            }
+        }
+    }
+
+    /// What stands before a datagram, if it may go by an XSK.
+    fn headers(&self, hop: &Hop, datagram: &Outgoing<'_>, id: u16) -> Option<OuterHeaders> {
+        let Outgoing { bytes, endpoint, tos } = datagram;
+        let mut headers = OuterHeaders { tos: *tos, id, ..hop.headers };
+        headers.src.set_port(self.sockets.for_remote(&endpoint.remote)?.port());
+        headers.dst.set_port(endpoint.remote.port());
+        let packet_len = headers.len() - ETHERNET_LEN + bytes.len();
+        (packet_len <= hop.mtu && tos & !ECN == 0).then_some(headers)
+    }
+}
+
+impl DatagramSink for Exit<'_> {
+    fn send(&self, datagrams: &[Outgoing<'_>]) -> Unsent {
+        self.sockets.send(datagrams)
+    }
+
+    fn send_to_peers(
+        &self,
+        datagrams: &[Outgoing<'_>],
+        peers: &[(&HotPeer, usize)],
+        now: Now,
+    ) -> Unsent {
+        if self.ports.borrow().iter().all(|port| !port.transmits) {
+            return self.sockets.send(datagrams);
+        }
+        let mut outcome = Unsent::default();
+        let mut rest: ArrayVec<Outgoing<'_>, BATCH_LEN> = ArrayVec::new();
+        let mut places: ArrayVec<usize, BATCH_LEN> = ArrayVec::new();
+        let mut begin = 0;
+        for &(peer, count) in peers {
+            let mut by_socket = |at: usize, datagram| {
+                rest.push(datagram);
+                places.push(begin + at);
+            };
+            let its = &datagrams[begin..begin + count];
+            self.send_by_xsk(peer, its, &mut outcome, &mut by_socket, now);
+            begin += count;
+        }
+        if !rest.is_empty() {
+            let by_socket = self.sockets.send(&rest);
+            outcome.failed += by_socket.failed;
+            for (bit, place) in places.into_iter().enumerate() {
+                outcome.stale_sources |= (by_socket.stale_sources >> bit & 1) << place;
+            }
+        }
+        outcome
+    }
+}
