@@ -418,6 +418,8 @@ pub struct DataPath {
     pub steer: BTreeMap<String, u64>,
     /// Tunnel packets received, by path.
     pub paths: BTreeMap<String, u64>,
+    /// Tunnel packets sent, by path.
+    pub sent: BTreeMap<String, u64>,
 }
 
 impl DataPath {

@@ -112,6 +112,8 @@ pub struct DataPath {
     pub steer: BTreeMap<String, u64>,
     /// Tunnel packets received, by the path that they came: `xsk` or `socket`.
     pub paths: BTreeMap<String, u64>,
+    /// Tunnel packets sent, by the path that they left: `xsk` or `socket`.
+    pub sent: BTreeMap<String, u64>,
 }
 
 /// Whether packets out of the TUN device come to the worker that their peer belongs to.

@@ -131,6 +131,7 @@ fn data_path(path: &DataPath, paint: Paint) -> String {
     }
     for (word, counters) in [
         ("received by", &path.paths),
+        ("sent by", &path.sent),
         ("steer", &path.steer),
         ("drops", &path.drops),
         ("sessions cleared", &path.sessions_cleared),
@@ -290,7 +291,7 @@ mod tests {
         let json = r#"{"mode":"native","reason":null,"workers":2,"stuck_workers":1,"under_load":true,
             "nics":[{"name":"eth0","queues":4,"zero_copy":true},{"name":"eth1","queues":1}],
             "drops":{"bad_tag":1,"replay":3,"queue_full":0},"steer":{"steered":7},
-            "paths":{"xsk":12,"socket":0}}"#;
+            "paths":{"xsk":12,"socket":0},"sent":{"xsk":1,"socket":8}}"#;
         let device = Interface {
             name: "wg0".to_owned(),
             listen_port: 51820,
@@ -301,7 +302,7 @@ mod tests {
             interface(&device, PLAIN, 0),
             "interface: wg0\n  listening port: 51820\n  data path: native, eth0 (4 queues, zero-copy), \
              eth1 (1 queue, copy), 2 workers (1 stuck), under load\n  \
-             received by: xsk 12\n  steer: steered 7\n  drops: bad_tag 1, replay 3\n    \
+             received by: xsk 12\n  sent by: socket 8, xsk 1\n  steer: steered 7\n  drops: bad_tag 1, replay 3\n    \
              bad_tag: altered on their way, or sealed with a key of another session\n    \
              replay: came twice, or very late\n"
         );

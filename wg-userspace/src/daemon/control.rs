@@ -488,6 +488,7 @@ impl uapi::Handler for Control {
             under_load: self.handshakes.is_under_load(now),
             aead: self.aead.to_owned(),
             paths: Path::ALL.iter().map(|&path| (path.name(), totals.received(path))).collect(),
+            sent: Path::ALL.iter().map(|&path| (path.name(), totals.sent(path))).collect(),
             drops: totals.drops().map(|(reason, count)| (reason.name(), count)).collect(),
             peer_source: self.pulling.as_ref().map(Pulling::status).unwrap_or_default(),
             quiesced: Quiesced::of(self.shared.quiesced_until(), now),

@@ -30,6 +30,8 @@ pub struct Status {
     pub aead: String,
     /// Tunnel packets received, by path.
     pub paths: BTreeMap<&'static str, u64>,
+    /// Tunnel packets sent, by path.
+    pub sent: BTreeMap<&'static str, u64>,
     /// Whether, and until when, there are no keypairs.
     pub quiesced: Option<Quiesced>,
     /// How often all sessions were cleared, by why.
