@@ -55,6 +55,13 @@ fn tunnel<'a>(lab: &'a Lab, endpoint: &str, options: &[&str]) -> [Daemon<'a>; 2]
     gateway.configure(lab, GATEWAY_CONF);
     let client = Daemon::start(&lab.client, &lab.interface('c'), UDP);
     client.configure(lab, &CLIENT_CONF.replace(GATEWAY_V4, endpoint));
+    let answered =
+        lab::wait_for(
+            "an answer",
+            LIMIT,
+            || Ok(pings(&lab.client, GATEWAY_INNER[0]).then_some(())),
+        );
+    answered.unwrap();
     [gateway, client]
 }
 
@@ -127,7 +134,6 @@ fn a_router_is_the_next_hop() {
     lab.gateway.ip(&format!("route add 203.0.113.2 via {CLIENT_V4}")).unwrap();
     lab.client.ip(&format!("route replace {GATEWAY_V4}/32 dev outer src 203.0.113.2")).unwrap();
     let [gateway, _client] = tunnel(&lab, GATEWAY_V4, &["--workers", "1"]);
-    assert!(pings(&lab.client, GATEWAY_INNER[0]));
     assert!(gateway.dump()[1][2].starts_with("203.0.113.2:"), "{:?}", gateway.dump());
     sends_by(&gateway, "xsk", LIMIT);
     // Two ways: which one, the kernel knows.
@@ -147,7 +153,6 @@ fn a_neighbour_gets_another_mac() {
     }
     lab.gateway.set_sysctl("net/ipv4/neigh/outer/delay_first_probe_time", "1").unwrap();
     let [gateway, _client] = tunnel(&lab, GATEWAY_V4, &["--workers", "1"]);
-    assert!(pings(&lab.client, GATEWAY_INNER[0]));
     sends_by(&gateway, "xsk", LIMIT);
     // It tells.
     lab.client.set_sysctl("net/ipv4/conf/outer/arp_notify", "1").unwrap();
@@ -165,7 +170,6 @@ fn a_neighbour_gets_another_mac() {
 fn a_neighbour_that_is_not_resolved_is_left_to_the_kernel() {
     let Some(lab) = lab("a_neighbour_that_is_not_resolved_is_left_to_the_kernel") else { return };
     let [gateway, _client] = tunnel(&lab, GATEWAY_V4, &["--workers", "1"]);
-    assert!(pings(&lab.client, GATEWAY_INNER[0]));
     sends_by(&gateway, "xsk", LIMIT);
     lab.client.ip("link set outer arp off").unwrap();
     lab.gateway.ip(&format!("neigh del {CLIENT_V4} dev outer")).unwrap();
@@ -184,7 +188,6 @@ fn what_leaves_by_another_link_leaves_by_the_socket() {
     let Some(lab) = lab("what_leaves_by_another_link_leaves_by_the_socket") else { return };
     second_link(&lab);
     let [gateway, _client] = tunnel(&lab, GATEWAY_V4, &["--workers", "1"]);
-    assert!(pings(&lab.client, GATEWAY_INNER[0]));
     sends_by(&gateway, "xsk", LIMIT);
     let changes = [
         // A route, a rule for a mark, a rule for a port.
@@ -211,7 +214,6 @@ fn what_leaves_by_another_link_leaves_by_the_socket() {
 fn a_link_that_was_down_is_used_again() {
     let Some(lab) = lab("a_link_that_was_down_is_used_again") else { return };
     let [gateway, _client] = tunnel(&lab, GATEWAY_V4, &["--workers", "1"]);
-    assert!(pings(&lab.client, GATEWAY_INNER[0]));
     sends_by(&gateway, "xsk", LIMIT);
     for end in [&lab.gateway, &lab.client] {
         end.ip("link set outer down").unwrap();
@@ -225,7 +227,6 @@ fn a_link_that_was_down_is_used_again() {
 fn a_process_that_follows_another_sends_by_its_xsks() {
     let Some(lab) = lab("a_process_that_follows_another_sends_by_its_xsks") else { return };
     let [gateway, _client] = tunnel(&lab, GATEWAY_V4, &["--workers", "1"]);
-    assert!(pings(&lab.client, GATEWAY_INNER[0]));
     sends_by(&gateway, "xsk", LIMIT);
     let keeper = gateway.process.pid();
     let child = fs::read_to_string(format!("/proc/{keeper}/task/{keeper}/children")).unwrap();
@@ -273,7 +274,6 @@ fn headers_are_those_of_the_kernel() {
         // As the kernel's WireGuard.
         lab.gateway.set_sysctl("net/ipv6/auto_flowlabels", "0").unwrap();
         let [gateway, _client] = tunnel(&lab, &endpoint, &["--workers", "1"]);
-        assert!(pings(&lab.client, GATEWAY_INNER[0]));
         let port: u16 = value(GATEWAY_CONF, "ListenPort").parse().unwrap();
         let mut captured = Vec::new();
         for (path, rule) in [("xsk", "del"), ("socket", "add")] {

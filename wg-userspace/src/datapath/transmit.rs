@@ -227,3 +227,209 @@ impl DatagramSink for Exit<'_> {
         outcome
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::UdpSocket as Receiver;
+    use std::sync::Arc;
+
+    use wg_common::endpoint::Endpoint;
+    use wg_common::headers::parse_frame;
+    use wg_common::id::{DeviceId, PeerId};
+
+    use super::*;
+    use crate::key::PublicKey;
+    use crate::session::LinkWay;
+    use crate::udp;
+    use crate::xsk::twin::{self, KernelTwin};
+    use crate::xsk::{BindMode, XskOptions};
+
+    const LINK: u32 = 7;
+    /// Chunks that are set apart.
+    const ROOM: usize = 4;
+    const SMALL: XskOptions = XskOptions {
+        mode: BindMode::Copy,
+        chunk_size: 2048,
+        chunk_count: 16,
+        ring_size: 8,
+        fill_level: 8,
+    };
+
+    /// An XSK with its other end, sockets, and a peer that both lead to.
+    struct Setting {
+        port: XskPort,
+        nic: KernelTwin,
+        sockets: UdpSockets,
+        receiver: Receiver,
+        peer: HotPeer,
+        now: Now,
+    }
+
+    impl Setting {
+        fn new() -> Self {
+            let (xsk, nic) = twin::pair(LINK, 0, SMALL).unwrap();
+            let mut port = XskPort::new(xsk, LINK, true);
+            port.xsk.set_apart_to_send(ROOM as u32);
+            let receiver = Receiver::bind("127.0.0.1:0").unwrap();
+            receiver.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+            let (_, mut sockets) = udp::bind_group(0, 1, 0).unwrap();
+            let peer = HotPeer::new(PeerId(0), DeviceId(0), PublicKey::from_bytes([0; 32]));
+            let sockets = sockets.remove(0);
+            let now = Now::from_boot_ns(1_000_000_000);
+            let mut setting = Self { port, nic, sockets, receiver, peer, now };
+            setting.publish(|_| {});
+            setting.turn();
+            setting
+        }
+
+        fn endpoint(&self) -> Endpoint {
+            Endpoint::configured(self.receiver.local_addr().unwrap())
+        }
+
+        fn publish(&self, change: impl FnOnce(&mut Hop)) {
+            let headers = OuterHeaders {
+                dst_mac: [2, 0, 0, 0, 0, 2],
+                src_mac: [2, 0, 0, 0, 0, 1],
+                tags: [None, None],
+                src: "192.0.2.1:0".parse().unwrap(),
+                dst: "127.0.0.1:0".parse().unwrap(),
+                tos: 0,
+                ttl: 64,
+                id: 0,
+            };
+            let neighbour = "192.0.2.254".parse().unwrap();
+            let mut hop = Hop { link: LINK, neighbour, mtu: 1500, headers, is_resolved: true };
+            change(&mut hop);
+            self.peer.way.store(Some(Arc::new(LinkWay::new(&self.endpoint(), Some(hop)))));
+        }
+
+        /// Sends messages of these lengths, the first filled with 0, the next with 1, and so on.
+        fn send(&mut self, lens: &[usize], tos: u8) -> Unsent {
+            let messages: Vec<_> = (0..).zip(lens).map(|(i, &len)| vec![i; len]).collect();
+            let endpoint = self.endpoint();
+            let outgoing = |bytes| Outgoing { bytes, endpoint: &endpoint, tos };
+            let datagrams: Vec<_> = messages.iter().map(|bytes| outgoing(&bytes[..])).collect();
+            let ports = std::slice::from_mut(&mut self.port);
+            let exit = Exit::new(&self.sockets, ports);
+            exit.send_to_peers(&datagrams, &[(&self.peer, datagrams.len())], self.now)
+        }
+
+        fn turn(&mut self) {
+            self.port.kick();
+            self.now = self.now + Duration::from_millis(1);
+            self.port.reap(self.now);
+        }
+
+        /// What has come by the socket: the first byte of each.
+        fn by_socket(&self, count: usize) -> Vec<u8> {
+            let mut buffer = [0; 2048];
+            let one = |_| {
+                self.receiver.recv(&mut buffer).unwrap();
+                buffer[0]
+            };
+            (0..count).map(one).collect()
+        }
+    }
+
+    #[test]
+    fn messages_leave_by_the_xsk_in_order_behind_their_headers() {
+        let mut setting = Setting::new();
+        setting.peer.datagram_id.store(0x1_ffff, Ordering::Relaxed);
+        assert_eq!(setting.send(&[32, 1000, 33], 2), Unsent { by_xsk: 3, ..Unsent::default() });
+        setting.turn();
+        for (i, len, id) in [(0, 32, 0xffff_u16), (1, 1000, 0), (2, 33, 1)] {
+            let (_, frame) = setting.nic.take_transmitted().unwrap();
+            let read = parse_frame(&frame).unwrap();
+            let port = setting.sockets.v4.port();
+            assert_eq!(read.src, SocketAddr::new("192.0.2.1".parse().unwrap(), port));
+            assert_eq!((read.dst, read.tos), (setting.endpoint().remote, 2));
+            assert_eq!(frame[read.payload], vec![i; len]);
+            assert_eq!(frame[18..20], id.to_be_bytes());
+        }
+        assert!(setting.nic.take_transmitted().is_none());
+        assert!(setting.peer.way.load().as_ref().unwrap().take_used());
+    }
+
+    #[test]
+    fn what_is_doubtful_leaves_by_the_socket() {
+        let mut setting = Setting::new();
+        // IP and UDP take 28 bytes.
+        let by_socket = |setting: &mut Setting, lens: &[usize], tos, expected: &[u8]| {
+            let outcome = setting.send(lens, tos);
+            assert_eq!(outcome.by_xsk, lens.len() - expected.len());
+            assert_eq!((outcome.failed, outcome.no_room), (0, 0));
+            assert_eq!(setting.by_socket(expected.len()), expected);
+            while let Some((chunk, _)) = setting.nic.take_transmitted() {
+                setting.nic.complete(chunk);
+            }
+            setting.turn();
+            while let Some((chunk, _)) = setting.nic.take_transmitted() {
+                setting.nic.complete(chunk);
+            }
+            setting.turn();
+        };
+        by_socket(&mut setting, &[1472, 1473, 1472], 0, &[1]);
+        by_socket(&mut setting, &[32, 32], 0x88, &[0, 1]);
+        setting.publish(|hop| hop.mtu = 9000);
+        by_socket(&mut setting, &[1900, 32], 0, &[0]);
+        setting.publish(|hop| hop.is_resolved = false);
+        by_socket(&mut setting, &[32], 0, &[0]);
+        setting.publish(|hop| hop.link = LINK + 1);
+        by_socket(&mut setting, &[32], 0, &[0]);
+        setting.publish(|_| {});
+        by_socket(&mut setting, &[32], 0, &[]);
+        let other = Endpoint::configured("192.0.2.9:1".parse().unwrap());
+        let hop = *setting.peer.way.load().as_ref().unwrap().hop().unwrap();
+        setting.peer.way.store(Some(Arc::new(LinkWay::new(&other, Some(hop)))));
+        by_socket(&mut setting, &[32], 0, &[0]);
+        setting.peer.forget_way();
+        by_socket(&mut setting, &[32], 0, &[0]);
+        setting.publish(|_| {});
+        setting.port.transmits = false;
+        by_socket(&mut setting, &[32], 0, &[0]);
+    }
+
+    #[test]
+    fn a_ring_that_is_full_drops_and_one_that_is_stuck_is_passed_by() {
+        let mut setting = Setting::new();
+        let outcome = setting.send(&[32; 7], 0);
+        assert_eq!(outcome, Unsent { by_xsk: ROOM, no_room: 7 - ROOM, ..Unsent::default() });
+        for _ in 0..99 {
+            setting.turn();
+        }
+        let outcome = setting.send(&[32], 0);
+        assert_eq!(outcome, Unsent { no_room: 1, ..Unsent::default() }, "it would overtake");
+        setting.turn();
+        setting.turn();
+        assert_eq!(setting.send(&[32], 0), Unsent::default());
+        assert_eq!(setting.by_socket(1), [0]);
+        // It moves again.
+        let (chunk, _) = setting.nic.take_transmitted().unwrap();
+        setting.nic.complete(chunk);
+        setting.turn();
+        let outcome = setting.send(&[32; 2], 0);
+        assert_eq!(outcome, Unsent { by_xsk: 1, no_room: 1, ..Unsent::default() });
+    }
+
+    #[test]
+    fn neither_direction_takes_what_the_other_needs() {
+        let mut setting = Setting::new();
+        // All that can be received is under way, and as much is sent as can be.
+        let mut frames = ArrayVec::new();
+        let mut delivered = 0;
+        for _ in 0..10 {
+            while setting.nic.deliver(&[0; 60]) {
+                delivered += 1;
+            }
+            setting.port.xsk.receive(&mut frames);
+            // Only half of them come back at once.
+            if let Some(frame) = frames.pop() {
+                setting.port.xsk.recycle(frame);
+            }
+        }
+        assert!(delivered >= SMALL.fill_level);
+        assert_eq!(setting.send(&[32; ROOM], 0).by_xsk, ROOM);
+        frames.into_iter().for_each(|frame| setting.port.xsk.recycle(frame));
+        assert!(setting.nic.deliver(&[0; 60]), "there is always something to receive into");
+    }
+}

@@ -197,7 +197,8 @@ impl Ledger {
 
     /// Takes a chunk from the pool to be received into, and gives its address for the fill ring.
     pub(super) fn take_for_fill(&mut self) -> Option<u64> {
-        if self.to_send > 0 && self.receiving + self.to_send >= self.holders.len() {
+        let received = self.receiving + self.frames;
+        if self.to_send > 0 && received + self.to_send >= self.holders.len() {
             return None;
         }
         let chunk = self.pool.pop()?;
