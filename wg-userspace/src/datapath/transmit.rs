@@ -230,7 +230,7 @@ impl DatagramSink for Exit<'_> {
 
 #[cfg(test)]
 mod tests {
-    use std::net::UdpSocket as Receiver;
+    use std::net::{SocketAddr, UdpSocket as Receiver};
     use std::sync::Arc;
 
     use wg_common::endpoint::Endpoint;
