@@ -55,7 +55,10 @@ pub struct XskPort {
 
 impl XskPort {
     /// An XSK that is bound on the NIC with this index.
-    pub fn new(xsk: Xsk, ifindex: u32, transmits: bool) -> Self {
+    pub fn new(mut xsk: Xsk, ifindex: u32, transmits: bool) -> Self {
+        if transmits {
+            xsk.set_apart_to_send(TX_CHUNKS);
+        }
         Self { xsk, ifindex, dropped: [0; 2], transmits, tx: TxState::default() }
     }
 }
@@ -84,11 +87,10 @@ impl WorkerThread {
     pub fn new(
         id: WorkerId,
         crew: Arc<Crew>,
-        mut ports: Vec<XskPort>,
+        ports: Vec<XskPort>,
         workers: Vec<Worker>,
     ) -> std::io::Result<Self> {
-        for port in ports.iter_mut().filter(|port| port.transmits) {
-            port.xsk.set_apart_to_send(TX_CHUNKS);
+        if ports.iter().any(|port| port.transmits) {
             crew.note_transmits();
         }
         Ok(Self {

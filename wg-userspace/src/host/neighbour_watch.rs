@@ -1,11 +1,11 @@
-//! The neighbours on some links, and how they change.
+//! The neighbours of the host, and how they change.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::net::IpAddr;
 
 use futures_util::{FutureExt as _, Stream, StreamExt as _, TryStreamExt as _};
 use netlink_packet_route::neighbour::{
-    NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState,
+    NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
 };
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use rtnetlink::MulticastGroup;
@@ -31,35 +31,32 @@ pub type NeighbourChange = (NeighbourOf, Option<Neighbour>);
 
 type Messages = Box<dyn Stream<Item = NetlinkMessage<RouteNetlinkMessage>> + Send + Unpin>;
 
-/// Tells every neighbour on some links once, and then what changes.
+/// Tells every neighbour once, and then what changes.
 ///
 /// Nothing is missed: the watch subscribes before it lists, and lists again when the kernel says that it
 /// lost a message.
 pub struct NeighbourWatch {
     host: Host,
-    links: HashSet<u32>,
     messages: Messages,
     known: HashMap<NeighbourOf, Neighbour>,
     must_list: bool,
 }
 
 impl NeighbourWatch {
-    /// Starts to watch the neighbours on the links with these indexes, in the namespace of `host`, which must
-    /// be this thread's.
+    /// Starts to watch the neighbours in the namespace of `host`, which must be this thread's.
     ///
     /// # Errors
     /// [`HostError::Open`] when the kernel gives no socket.
     ///
     /// # Panics
     /// Outside of a tokio runtime.
-    pub fn new(host: Host, links: impl IntoIterator<Item = u32>) -> Result<Self, HostError> {
+    pub fn new(host: Host) -> Result<Self, HostError> {
         let (connection, _, messages) =
             rtnetlink::new_multicast_connection(&[MulticastGroup::Neigh])
                 .map_err(HostError::Open)?;
         tokio::spawn(connection);
         Ok(Self {
             host,
-            links: links.into_iter().collect(),
             messages: Box::new(messages.map(|(message, _)| message)),
             known: HashMap::new(),
             must_list: true,
@@ -104,7 +101,7 @@ impl NeighbourWatch {
             NetlinkPayload::Overrun(_) => return self.must_list = true,
             _ => return,
         };
-        let Some((of, neighbour)) = self.read(&message) else { return };
+        let Some((of, neighbour)) = read(&message) else { return };
         let now = neighbour.filter(|_| is_there);
         let before = match now {
             Some(now) => self.known.insert(of, now),
@@ -125,7 +122,7 @@ impl NeighbourWatch {
                 .await
                 .map_err(|error| HostError::new("listing neighbours", error))?;
             for message in found {
-                if let Some((of, Some(neighbour))) = self.read(&message) {
+                if let Some((of, Some(neighbour))) = read(&message) {
                     listed.insert(of, neighbour);
                 }
             }
@@ -140,40 +137,41 @@ impl NeighbourWatch {
         let new = self.known.iter().filter(|(of, now)| before.get(of) != Some(now));
         gone.chain(new.map(|(&of, &now)| (of, Some(now)))).collect()
     }
+}
 
-    /// Who is meant, if it is on one of the links, and how it is.
-    fn read(&self, message: &NeighbourMessage) -> Option<(NeighbourOf, Option<Neighbour>)> {
-        let link = message.header.ifindex;
-        if !self.links.contains(&link) {
-            return None;
-        }
-        let (mut address, mut mac) = (None, None);
-        for attribute in &message.attributes {
-            match attribute {
-                NeighbourAttribute::Destination(NeighbourAddress::Inet(ip)) => {
-                    address = Some(IpAddr::V4(*ip));
-                }
-                NeighbourAttribute::Destination(NeighbourAddress::Inet6(ip)) => {
-                    address = Some(IpAddr::V6(*ip));
-                }
-                NeighbourAttribute::LinkLayerAddress(bytes) => {
-                    mac = <[u8; 6]>::try_from(&bytes[..]).ok().filter(is_unicast);
-                }
-                _ => {}
-            }
-        }
-        let is_stale = match message.header.state {
-            NeighbourState::Stale => Some(true),
-            NeighbourState::Reachable
-            | NeighbourState::Delay
-            | NeighbourState::Probe
-            | NeighbourState::Permanent => Some(false),
-            // Not resolved, not there, or a link without addresses.
-            _ => None,
-        };
-        let neighbour = mac.zip(is_stale).map(|(mac, is_stale)| Neighbour { mac, is_stale });
-        Some(((link, address?), neighbour))
+/// Who is meant, and how it is.
+fn read(message: &NeighbourMessage) -> Option<(NeighbourOf, Option<Neighbour>)> {
+    // For whom this host answers.
+    if message.header.flags.contains(NeighbourFlags::Proxy) {
+        return None;
     }
+    let link = message.header.ifindex;
+    let (mut address, mut mac) = (None, None);
+    for attribute in &message.attributes {
+        match attribute {
+            NeighbourAttribute::Destination(NeighbourAddress::Inet(ip)) => {
+                address = Some(IpAddr::V4(*ip));
+            }
+            NeighbourAttribute::Destination(NeighbourAddress::Inet6(ip)) => {
+                address = Some(IpAddr::V6(*ip));
+            }
+            NeighbourAttribute::LinkLayerAddress(bytes) => {
+                mac = <[u8; 6]>::try_from(&bytes[..]).ok().filter(is_unicast);
+            }
+            _ => {}
+        }
+    }
+    let is_stale = match message.header.state {
+        NeighbourState::Stale => Some(true),
+        NeighbourState::Reachable
+        | NeighbourState::Delay
+        | NeighbourState::Probe
+        | NeighbourState::Permanent => Some(false),
+        // Not resolved, not there, or a link without addresses.
+        _ => None,
+    };
+    let neighbour = mac.zip(is_stale).map(|(mac, is_stale)| Neighbour { mac, is_stale });
+    Some(((link, address?), neighbour))
 }
 
 fn closed() -> HostError {

@@ -226,6 +226,101 @@ fn the_mtu_of_a_way_is_what_somebody_has_set_and_never_what_a_message_said() {
     });
 }
 
+#[test]
+fn a_next_hop_is_told_where_there_is_one_and_no_more_to_it() {
+    require_root!();
+    in_new_netns(|| async {
+        for (link, address) in [("a", "10.0.0.1/24"), ("b", "10.0.1.1/24")] {
+            ip(&format!("link add dev {link}0 type veth peer name {link}1"));
+            ip(&format!("link set {link}1 up"));
+            ip(&format!("link set {link}0 up"));
+            ip(&format!("address add {address} dev {link}0"));
+        }
+        ip("address add 10.0.0.7/24 dev a0");
+        ip("-6 address add fd00::1/64 dev a0 nodad");
+        ip("route add 10.1.0.0/16 via 10.0.0.254 hoplimit 9");
+        ip("route add 10.2.0.0/16 nexthop via 10.0.0.254 nexthop via 10.0.1.254");
+        ip("nexthop add id 3 via 10.0.0.254 dev a0");
+        ip("route add 10.3.0.0/16 nhid 3");
+        ip("route add blackhole 10.4.0.0/16");
+        ip("-6 route add fd01::/16 via fe80::9 dev a0");
+        ip("-6 route add fd02::/16 nexthop via fd00::8 nexthop via fd00::9");
+        let host = Host::new().unwrap();
+        let a = host.link_index("a0").await.unwrap();
+        let mac = host.link_by_index(a).await.unwrap().unwrap().ethernet;
+        assert!(ip("link show a0").contains("link/ether") && mac.is_some());
+        let hop = async |remote: &str, source: Option<&str>| {
+            let source = source.map(|ip| ip.parse().unwrap());
+            let (remote, ports) = (remote.parse().unwrap(), Some((51820, 7)));
+            let towards = Towards { remote, source, link: 0, ports };
+            let way = host.way_towards(&towards, 0, true).await.unwrap();
+            let hop = way.and_then(|way| way.next_hop)?;
+            Some((hop.neighbour.to_string(), hop.source.to_string(), hop.hop_limit))
+        };
+        let told = |neighbour: &str, source: &str, limit| {
+            Some((neighbour.to_owned(), source.to_owned(), limit))
+        };
+        assert_eq!(hop("10.0.0.2", None).await, told("10.0.0.2", "10.0.0.1", 64));
+        assert_eq!(hop("10.0.0.2", Some("10.0.0.7")).await, told("10.0.0.2", "10.0.0.7", 64));
+        assert_eq!(hop("10.1.0.1", None).await, told("10.0.0.254", "10.0.0.1", 9));
+        assert_eq!(hop("fd00::2", None).await, told("fd00::2", "fd00::1", 64));
+        assert_eq!(hop("fd00::2", Some("fd00::1")).await, told("fd00::2", "fd00::1", 64));
+        assert_eq!(hop("fd01::2", None).await, told("fe80::9", "fd00::1", 64));
+        for doubtful in ["10.2.0.1", "10.3.0.1", "10.4.0.1", "10.0.0.1", "10.0.0.255", "fd02::1"] {
+            assert_eq!(hop(doubtful, None).await, None, "{doubtful}");
+        }
+        ip("rule add ipproto udp dport 7 table 7");
+        ip("route add default via 10.0.0.253 table 7");
+        assert_eq!(hop("10.0.0.2", None).await, told("10.0.0.253", "10.0.0.1", 64));
+    });
+}
+
+#[test]
+fn neighbours_are_told_and_found_out_about() {
+    require_root!();
+    in_new_netns(|| async {
+        ip("link add dev link0 type veth peer name link1");
+        ip("link set link1 up");
+        ip("link set link0 up");
+        ip("address add 10.0.0.1/24 dev link0");
+        let set = |what: &str| ip(&format!("neigh {what} dev link0"));
+        set("add 10.0.0.2 lladdr 02:00:00:00:00:02 nud stale");
+        set("add 10.0.0.3 lladdr 02:00:00:00:00:03 nud failed");
+        let host = Host::new().unwrap();
+        let link = host.link_index("link0").await.unwrap();
+        let [second, third]: [IpAddr; 2] = ["10.0.0.2", "10.0.0.3"].map(|ip| ip.parse().unwrap());
+        let mut watch = NeighbourWatch::new(host.clone()).unwrap();
+        let mut known = std::collections::HashMap::new();
+        let mut until = async |of: IpAddr, wanted: Option<u8>| {
+            let found = async {
+                while known.get(&(link, of)).copied().flatten() != wanted {
+                    let changes = watch.next().await.unwrap();
+                    known.extend(
+                        changes.into_iter().map(|(of, now)| (of, now.map(|now| now.mac[5]))),
+                    );
+                }
+            };
+            tokio::time::timeout(Duration::from_secs(10), found).await.expect("a change");
+        };
+        until(second, Some(2)).await;
+        until(third, None).await;
+        assert!(ip("neigh show 10.0.0.2").contains("STALE"));
+        host.use_neighbour(link, second).await.unwrap();
+        let state = ip("neigh show 10.0.0.2");
+        assert!(state.contains("DELAY") || state.contains("PROBE"), "{state}");
+        host.use_neighbour(link, "10.0.0.99".parse().unwrap()).await.unwrap();
+        assert_eq!(ip("neigh show 10.0.0.99"), "", "none is made");
+        set("replace 10.0.0.3 lladdr 02:00:00:00:00:04 nud reachable");
+        until(third, Some(4)).await;
+        set("replace 10.0.0.3 lladdr 02:00:00:00:00:05 nud permanent");
+        until(third, Some(5)).await;
+        set("del 10.0.0.3");
+        until(third, None).await;
+        // Nobody answers.
+        until(second, None).await;
+    });
+}
+
 /// Has the kernel believe that only packets of `mtu` bytes get through to `remote`.
 fn learn_mtu(socket: &std::net::UdpSocket, remote: std::net::SocketAddrV4, mtu: u16) {
     use wg_common::headers::Checksum;

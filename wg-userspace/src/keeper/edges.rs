@@ -50,7 +50,7 @@ pub struct Edges {
     heartbeats: Heartbeats,
     /// An XSK that is open, and not bound.
     unbound: Option<OwnedFd>,
-    /// Those on the NICs with the steer program.
+    /// Those of the host, if NICs were named for XDP.
     pub neighbours: Neighbours,
 }
 
@@ -203,9 +203,9 @@ impl Edges {
         }
     }
 
-    /// Indexes of the NICs with the steer program.
-    pub fn steered_links(&self) -> Vec<u32> {
-        self.kernel.nics.iter().map(|nic| nic.ifindex).collect()
+    /// Whether NICs were named for XDP.
+    pub fn is_xdp_asked(&self) -> bool {
+        self.xdp_asked
     }
 
     /// Does what the data process asks for.

@@ -476,9 +476,8 @@ impl Watches {
             }
         }
         watches.watch_routes(RouteWatch::new()?);
-        let links = edges.steered_links();
-        if !links.is_empty() {
-            watches.watch_neighbours(NeighbourWatch::new(host.clone(), links)?);
+        if edges.is_xdp_asked() {
+            watches.watch_neighbours(NeighbourWatch::new(host.clone())?);
         }
         match CloneWatch::new() {
             Ok(watch) => watches.watch_clones(watch),

@@ -9,7 +9,7 @@ use crate::host::{
 };
 use crate::sys::xfrm;
 
-/// The neighbours on the NICs that are kept.
+/// The neighbours of the host.
 #[derive(Default)]
 pub struct Neighbours(HashMap<NeighbourOf, Neighbour>);
 
