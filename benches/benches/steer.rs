@@ -52,7 +52,7 @@ impl Lab {
         steer.add_address(LOCAL_V4)?;
         steer.add_address(LOCAL_V6)?;
         steer.live_indexes()[SLOT as usize].store(index_entry(LIVE), Ordering::Relaxed);
-        steer.set_queue(QUEUE, QueueEntry::new(0, WORKER), xsk.as_fd())?;
+        steer.set_queue(QUEUE, QueueEntry::new(0, WORKER, 2048), xsk.as_fd())?;
         Ok(Self { steer, _xsk: xsk })
     }
 

@@ -198,19 +198,22 @@ pub struct QueueEntry {
     pub xsk: u32,
     /// Index in [`HEARTBEATS`].
     pub worker: u32,
+    /// Longest frame in bytes, link header included, that the XSK's chunks take. The kernel would drop
+    /// longer ones there.
+    pub frame_len_max: u32,
 }
 
 impl QueueEntry {
-    /// Queue served by `worker` through entry `xsk` of [`XSKS`].
-    pub const fn new(xsk: u32, worker: WorkerId) -> Self {
-        Self { xsk, worker: worker.0 as u32 }
+    /// Queue served by `worker` through entry `xsk` of [`XSKS`], for frames of up to `frame_len_max` bytes.
+    pub const fn new(xsk: u32, worker: WorkerId, frame_len_max: u32) -> Self {
+        Self { xsk, worker: worker.0 as u32, frame_len_max }
     }
 }
 
 const _: () = {
     assert!(size_of::<AddressKey>() == 16);
     assert!(size_of::<QueueKey>() == 8);
-    assert!(size_of::<QueueEntry>() == 8);
+    assert!(size_of::<QueueEntry>() == 12);
     assert!(size_of::<IndexLayout>() == 8);
     assert!(size_of::<IndexPermutation>() == 28);
 };

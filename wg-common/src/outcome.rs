@@ -140,6 +140,8 @@ steer_events! {
     PassedNoXsk = "passed_no_xsk",
     /// For us, but this queue's worker has not moved for a while.
     PassedStale = "passed_stale",
+    /// For us, but longer than what this queue's XSK takes.
+    PassedTooLong = "passed_too_long",
 }
 
 /// Entries of the steer program's counter map: drop reasons, then steer events.

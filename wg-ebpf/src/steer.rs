@@ -43,6 +43,9 @@ pub fn steer<P: Bytes>(packet: &P, queue: QueueKey) -> Verdict {
     let Some(entry) = maps::queue_entry(&queue) else {
         return Verdict::Pass(SteerEvent::PassedNoXsk);
     };
+    if packet.len() > entry.frame_len_max as usize {
+        return Verdict::Pass(SteerEvent::PassedTooLong);
+    }
     match maps::heartbeat_age_ns(entry.worker) {
         Some(age) if age < HEARTBEAT_STALE_NS => Verdict::Steer { xsk: entry.xsk },
         _ => Verdict::Pass(SteerEvent::PassedStale),

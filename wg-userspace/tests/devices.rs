@@ -36,7 +36,6 @@ use xtask::{
     lab::{self, Lab, OUTER, Process, Space},
 };
 
-const AUTO: &[&str] = &["--xdp", OUTER, "--mode", "auto"];
 /// The gateway's addresses in the two tunnels.
 const INNER: [&str; 2] = ["10.9.0.1", "10.8.0.1"];
 
@@ -286,9 +285,9 @@ fn a_data_process_comes_back_with_every_device_that_is_left() {
 #[test]
 fn a_second_process_on_a_nic_uses_sockets_and_says_why() {
     let Some(lab) = lab("a_second_process_on_a_nic_uses_sockets_and_says_why") else { return };
-    let (mut first, of_first) = start(&lab, &lab.gateway, "g", AUTO);
+    let (mut first, of_first) = start(&lab, &lab.gateway, "g", NATIVE);
     let program = xdp_program(&lab).unwrap();
-    let (mut second, of_second) = start(&lab, &lab.gateway, "h", AUTO);
+    let (mut second, of_second) = start(&lab, &lab.gateway, "h", NATIVE);
     let (_far, clients) = start(&lab, &lab.client, "cd", UDP);
     assert_eq!(xdp_program(&lab), Some(program));
     configure(&lab, [&of_first[0], &of_second[0]], &clients);
@@ -303,8 +302,14 @@ fn a_second_process_on_a_nic_uses_sockets_and_says_why() {
     first.signal(Signal::TERM).unwrap();
     assert!(first.wait(LIMIT).unwrap().success(), "{}", first.errors());
     assert!(of_first[0].is_gone());
-    assert_eq!(xdp_program(&lab), None);
+    // The NIC is free now, and somebody waits for it.
+    lab::wait_for("the second process's program", LIMIT, || {
+        Ok((of_second[0].status().mode == "native").then_some(()))
+    })
+    .unwrap_or_else(|error| panic!("{error:#}: {}", second.errors()));
+    assert_ne!(xdp_program(&lab), Some(program));
     carry(&lab, &INNER[1..]);
+    assert!(of_second[0].status().paths["xsk"] > 100);
     assert!(second.ended().unwrap().is_none());
 }
 
@@ -318,8 +323,8 @@ fn somebody_elses_program_is_never_replaced() {
         steer
     });
     let program = xdp_program(&lab).unwrap();
-    for options in [AUTO, NATIVE] {
-        let (mut process, devices) = start(&lab, &lab.gateway, "gh", options);
+    {
+        let (mut process, devices) = start(&lab, &lab.gateway, "gh", NATIVE);
         let (mut far, clients) = start(&lab, &lab.client, "cd", UDP);
         configure(&lab, [&devices[0], &devices[1]], &clients);
         carry(&lab, &INNER);
@@ -348,7 +353,7 @@ fn somebody_elses_xsk_is_never_replaced() {
     let foreign = within(&lab.gateway, || {
         Xsk::bind(link::index(OUTER).unwrap(), 0, XskOptions::default()).unwrap()
     });
-    let (mut process, devices) = start(&lab, &lab.gateway, "gh", AUTO);
+    let (mut process, devices) = start(&lab, &lab.gateway, "gh", NATIVE);
     let (_far, clients) = start(&lab, &lab.client, "cd", UDP);
     configure(&lab, [&devices[0], &devices[1]], &clients);
     carry(&lab, &INNER);
@@ -356,7 +361,7 @@ fn somebody_elses_xsk_is_never_replaced() {
         let status = device.status();
         assert_eq!(status.mode, "udp");
         assert!(
-            status.reason.as_deref().unwrap().contains(&format!("{OUTER} queue 0:")),
+            status.reason.as_deref().unwrap().contains(&format!("{OUTER}: queue 0:")),
             "{:?}",
             status.reason
         );

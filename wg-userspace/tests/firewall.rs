@@ -429,7 +429,7 @@ fn rules_of_nft_that_concern_the_port_keep_xdp_away() {
     assert_eq!(output.status.code(), Some(1), "{}", errors(&output));
     assert_eq!(sandbox.state(), before);
     sandbox.ok(&format!("{UP}; {DOWN}"));
-    sandbox.conf("ListenPort = 51820\n#! Xdp = outer bypass-firewall", "10.9.0.1/32");
+    sandbox.conf("ListenPort = 51820\n#! Xdp = outer mode=native bypass-firewall", "10.9.0.1/32");
     let shown = sandbox.ok(&format!("unset TIDEGATE_MODE; {UP}; \"$TIDEGATE\" show tg0; {DOWN}"));
     assert!(shown.contains("native"), "{shown}");
     assert_eq!(sandbox.state(), before);

@@ -79,7 +79,7 @@ const HOST: &[&str] = &[
     "tidegate save ./tg9.conf",
     "tidegate quiesce tg9",
     "tidegate run outer",
-    "tidegate up ./tg9.conf --mode auto --xdp eth9",
+    "tidegate up ./tg9.conf --mode zerocopy --xdp outer",
     "mkdir -p /run/wireguard/tg9.sock; tidegate run tg9; rmdir /run/wireguard/tg9.sock",
     "mkdir /run/empty; unshare --mount sh -c 'mount --bind /run/empty /dev/net; exec tidegate up ./tg9.conf'",
     "setpriv --bounding-set=-all --inh-caps=-all -- tidegate up ./tg9.conf",

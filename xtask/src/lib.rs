@@ -14,4 +14,5 @@ pub mod run;
 pub mod scenarios;
 
 pub mod test;
+pub mod vm;
 pub mod workspace;

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use xtask::{build_ebpf, dist, fuzz, layers, licences, run, scenarios, test};
+use xtask::{build_ebpf, dist, fuzz, layers, licences, run, scenarios, test, vm};
 
 /// Tidegate's tasks.
 #[derive(Parser)]
@@ -27,6 +27,8 @@ enum Task {
     Fuzz(fuzz::Options),
     /// Build and pack what an installation needs.
     Dist(dist::Options),
+    /// Run the first tunnel in a virtual machine, with another kernel and zero-copy.
+    Vm(vm::Options),
     /// The part of `run` that needs privileges.
     #[command(hide = true)]
     Demonstrate(scenarios::Options),
@@ -41,6 +43,7 @@ fn main() -> ExitCode {
         Task::Licences => licences::check().map(|()| ExitCode::SUCCESS),
         Task::Fuzz(options) => fuzz::fuzz(&options).map(|()| ExitCode::SUCCESS),
         Task::Dist(options) => dist::dist(&options).map(|()| ExitCode::SUCCESS),
+        Task::Vm(options) => vm::run(&options),
         Task::Demonstrate(options) => scenarios::demonstrate(&options),
     };
     ended.unwrap_or_else(|error| {

@@ -158,6 +158,22 @@ impl Steer {
         }
     }
 
+    /// As [`Steer::detach`], of the interface with this index, whether it is there or gone.
+    pub fn detach_index(&mut self, ifindex: u32) {
+        self.links.remove(&ifindex);
+    }
+
+    /// Whether the program is attached to the interface with this index, as far as we did that.
+    pub fn is_attached(&self, ifindex: u32) -> bool {
+        self.links.contains_key(&ifindex)
+    }
+
+    /// The kernel's number of the program, if it tells.
+    pub fn program_id(&self) -> Option<u32> {
+        let program: &Xdp = self.ebpf.program(STEER_PROGRAM)?.try_into().ok()?;
+        program.info().ok().map(|info| info.id())
+    }
+
     /// Says whose UDP port this is: from now on its datagrams are looked at, or pass.
     pub fn set_port(&self, port: u16, device: Option<DeviceId>) {
         let entry = device.map_or(0, port_entry);

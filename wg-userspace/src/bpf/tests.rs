@@ -42,6 +42,7 @@ const STEERED: Outcome = (XdpVerdict::Redirect, Counter::Event(SteerEvent::Steer
 const FOREIGN: Outcome = (XdpVerdict::Pass, Counter::Event(SteerEvent::PassedForeign));
 const NO_XSK: Outcome = (XdpVerdict::Pass, Counter::Event(SteerEvent::PassedNoXsk));
 const STALE: Outcome = (XdpVerdict::Pass, Counter::Event(SteerEvent::PassedStale));
+const TOO_LONG: Outcome = (XdpVerdict::Pass, Counter::Event(SteerEvent::PassedTooLong));
 const fn dropped(reason: DropReason) -> Outcome {
     (XdpVerdict::Drop, Counter::Drop(reason))
 }
@@ -67,7 +68,9 @@ const BEYOND: ReceiverIndex = INDEXES.own_index(INDEX_COUNT, 3);
 /// Where a test run's packets come from: the loopback device.
 const QUEUE: QueueKey = QueueKey { ifindex: 1, queue: 0 };
 const WORKER: WorkerId = WorkerId(2);
-const ENTRY: QueueEntry = QueueEntry::new(7, WORKER);
+/// More than any packet here but those that are to be too long.
+const FRAME_LEN_MAX: u32 = 2048;
+const ENTRY: QueueEntry = QueueEntry::new(7, WORKER, FRAME_LEN_MAX);
 
 /// The program with one port, two addresses, one live index and one served queue.
 struct Lab {
@@ -349,7 +352,13 @@ fn map_states_decide_where_a_good_message_goes() {
     let test = "map_states_decide_where_a_good_message_goes";
     const STALE_NS: i64 = HEARTBEAT_STALE_NS as i64;
     const NOBODY: QueueEntry = QueueEntry { worker: HEARTBEATS_LEN, ..ENTRY };
-    let rows: [(&str, &Change, Outcome); 15] = [
+    const FRAME_LEN: usize = 14 + 20 + 8 + 128;
+    const ENTRY_OF_LEN: [QueueEntry; 3] = [
+        QueueEntry { frame_len_max: FRAME_LEN as u32, ..ENTRY },
+        QueueEntry { frame_len_max: FRAME_LEN as u32 - 1, ..ENTRY },
+        QueueEntry { frame_len_max: 0, ..ENTRY },
+    ];
+    let rows: [(&str, &Change, Outcome); 18] = [
         ("as it is", &|_| (), STEERED),
         ("port given up", &|lab| lab.steer.set_port(PORT, None), FOREIGN),
         ("port of another device", &|lab| lab.steer.set_port(PORT, Some(DeviceId(9))), STEERED),
@@ -373,8 +382,12 @@ fn map_states_decide_where_a_good_message_goes() {
             STALE,
         ),
         ("worker beyond the map", &|lab| lab.serve(NOBODY), STALE),
+        ("as long as the XSK takes", &|lab| lab.serve(ENTRY_OF_LEN[0]), STEERED),
+        ("longer than the XSK takes", &|lab| lab.serve(ENTRY_OF_LEN[1]), TOO_LONG),
+        ("an entry of an XSK that takes nothing", &|lab| lab.serve(ENTRY_OF_LEN[2]), TOO_LONG),
     ];
     let packet = v4(&transport(LIVE, 128));
+    assert_eq!(packet.len(), FRAME_LEN);
     for (name, change, expected) in rows {
         let Some(mut lab) = Lab::new(test) else { return };
         lab.heartbeat(0);
@@ -395,7 +408,7 @@ fn a_queue_given_back_leaves_no_socket_behind() {
 #[test]
 fn the_socket_under_an_old_number_is_forgotten() {
     let Some(mut lab) = Lab::new("the_socket_under_an_old_number_is_forgotten") else { return };
-    lab.serve(QueueEntry::new(8, WORKER));
+    lab.serve(QueueEntry::new(8, WORKER, FRAME_LEN_MAX));
     assert_eq!(lab.run(&v4(&transport(LIVE, 32))), STEERED);
     lab.steer.queues.insert(QUEUE, ENTRY, 0).unwrap();
     assert_eq!(lab.run(&v4(&transport(LIVE, 32))), NO_XSK);

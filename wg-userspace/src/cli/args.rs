@@ -149,7 +149,7 @@ pub struct DataPathArgs {
     /// NICs on which XDP hands WireGuard datagrams to AF_XDP sockets
     #[arg(long, value_name = "IF,..", env = "TIDEGATE_XDP", value_parser = parse_nics)]
     xdp: Option<Nics>,
-    /// How datagrams come in: by XDP, by ordinary sockets, or by what works best
+    /// How datagrams come in on those NICs: by XDP, by ordinary sockets, or by what works best
     #[arg(long, value_enum, env = "TIDEGATE_MODE")]
     pub mode: Option<Mode>,
     /// Number of workers, each with a CPU of its own [default: one for each CPU]

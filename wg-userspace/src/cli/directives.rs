@@ -43,8 +43,8 @@ impl Directives {
     /// How datagrams are to come in.
     pub fn mode(&self) -> Option<daemon::Mode> {
         Some(match self.xdp.as_ref()?.mode.as_ref()?.value {
-            // Zero-copy was complained about, and what works best comes next to it.
-            config::Mode::Auto | config::Mode::ZeroCopy => daemon::Mode::Auto,
+            config::Mode::Auto => daemon::Mode::Auto,
+            config::Mode::ZeroCopy => daemon::Mode::ZeroCopy,
             config::Mode::Native => daemon::Mode::Native,
             config::Mode::Udp => daemon::Mode::Udp,
         })

@@ -176,10 +176,12 @@ fn code_of(error: &(dyn Error + 'static)) -> Option<Code> {
     }
 }
 
-/// All that a daemon's own errors say beside a missing privilege is that something is not there,
-/// or is there already.
 fn code_of_daemon(error: &daemon::Error) -> Code {
-    if matches!(error, daemon::Error::Privilege(_)) { Code::Privilege } else { Code::Existence }
+    match error {
+        daemon::Error::Privilege(_) => Code::Privilege,
+        daemon::Error::AlreadyExists(_) => Code::Existence,
+        daemon::Error::NoZeroCopy(_) => Code::Runtime,
+    }
 }
 
 #[cfg(test)]

@@ -244,8 +244,8 @@ fn daemon_options(
         nics.map(|nic| nic.value.clone()).collect()
     };
     let file_mode = file.and_then(|xdp| xdp.mode.as_ref()).map(|mode| match mode.value {
-        // A file that wants zero-copy was refused before.
-        config::Mode::Auto | config::Mode::ZeroCopy => daemon::Mode::Auto,
+        config::Mode::Auto => daemon::Mode::Auto,
+        config::Mode::ZeroCopy => daemon::Mode::ZeroCopy,
         config::Mode::Native => daemon::Mode::Native,
         config::Mode::Udp => daemon::Mode::Udp,
     });

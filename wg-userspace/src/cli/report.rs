@@ -81,11 +81,11 @@ pub struct Peer {
 #[serde(default)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct DataPath {
-    /// How datagrams come in: `native` or `udp`.
+    /// How datagrams come in at best: `zerocopy`, `native` or `udp`.
     pub mode: String,
     /// Why this mode.
     pub reason: Option<String>,
-    /// NICs from which XDP steers.
+    /// NICs that were named for XDP.
     pub nics: Vec<Nic>,
     /// Number of workers.
     pub workers: usize,
@@ -136,7 +136,7 @@ pub struct Quiesced {
     pub seconds_left: Option<u64>,
 }
 
-/// A NIC from which XDP steers.
+/// A NIC that was named for XDP.
 #[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(default)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
@@ -147,6 +147,12 @@ pub struct Nic {
     pub queues: u32,
     /// Whether the kernel hands packets over without copying them.
     pub zero_copy: bool,
+    /// How packets come in: `zero-copy` or `copy` by AF_XDP, or `socket`.
+    pub receive: String,
+    /// How they leave, in the same words.
+    pub transmit: String,
+    /// Why it is so.
+    pub reason: String,
 }
 
 /// A public key that is written as base64.

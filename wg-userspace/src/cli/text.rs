@@ -3,7 +3,7 @@
 
 use std::fmt;
 
-use super::report::{DataPath, Interface, Peer, TunSteering};
+use super::report::{DataPath, Interface, Nic, Peer, TunSteering};
 use super::troubles::{Trouble, why_dropped};
 use crate::sandbox;
 
@@ -115,6 +115,12 @@ fn peer(peer: &Peer, paint: Paint, now_unix_s: u64) -> String {
 
 fn data_path(path: &DataPath, paint: Paint) -> String {
     let mut text = paint.line("data path", &path.to_string());
+    // Who does not say how they receive says it in the line above.
+    for nic in path.nics.iter().filter(|nic| !nic.receive.is_empty()) {
+        let Nic { name, receive, transmit, reason, .. } = nic;
+        text += &paint
+            .line("nic", &format!("{name}, receive {receive}, transmit {transmit}: {reason}"));
+    }
     // One worker gets everything.
     if let Some(steering) = path.tun_steering.as_ref().filter(|_| path.workers > 1) {
         text += &paint.line("tun steering", &tun_steering(steering));
@@ -197,7 +203,7 @@ fn privileges(held: &sandbox::Report) -> String {
 impl fmt::Display for DataPath {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.mode)?;
-        for nic in &self.nics {
+        for nic in self.nics.iter().filter(|nic| nic.queues > 0) {
             let copy = if nic.zero_copy { "zero-copy" } else { "copy" };
             write!(f, ", {} ({}, {copy})", nic.name, plural(nic.queues.into(), "queue"))?;
         }
@@ -289,7 +295,8 @@ mod tests {
     #[test]
     fn the_data_path_stands_between_interface_and_peers() {
         let json = r#"{"mode":"native","reason":null,"workers":2,"stuck_workers":1,"under_load":true,
-            "nics":[{"name":"eth0","queues":4,"zero_copy":true},{"name":"eth1","queues":1}],
+            "nics":[{"name":"eth0","queues":4,"zero_copy":true,"receive":"zero-copy","transmit":"zero-copy",
+                     "reason":"why"},{"name":"eth1","queues":1},{"name":"eth2","queues":0}],
             "drops":{"bad_tag":1,"replay":3,"queue_full":0},"steer":{"steered":7},
             "paths":{"xsk":12,"socket":0},"sent":{"xsk":1,"socket":8}}"#;
         let device = Interface {
@@ -302,6 +309,7 @@ mod tests {
             interface(&device, PLAIN, 0),
             "interface: wg0\n  listening port: 51820\n  data path: native, eth0 (4 queues, zero-copy), \
              eth1 (1 queue, copy), 2 workers (1 stuck), under load\n  \
+             nic: eth0, receive zero-copy, transmit zero-copy: why\n  \
              received by: xsk 12\n  sent by: socket 8, xsk 1\n  steer: steered 7\n  drops: bad_tag 1, replay 3\n    \
              bad_tag: altered on their way, or sealed with a key of another session\n    \
              replay: came twice, or very late\n"

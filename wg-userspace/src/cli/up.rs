@@ -517,6 +517,7 @@ fn summarize(
     if let Some(path) = &state.data_path {
         text += &format!("{margin}  {path}\n");
         if plan.daemon.mode == Mode::Native && path.mode != "native" {
+            // Zero-copy that cannot be is an error.
             text += &format!("{margin}  degraded: --mode native was asked for\n");
             code = Code::Degraded;
         }

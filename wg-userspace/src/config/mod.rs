@@ -275,11 +275,8 @@ pub struct Xdp {
 impl Xdp {
     /// What this version does not follow.
     fn later(&self) -> impl Iterator<Item = (Span, String)> {
-        let mode = self.mode.as_ref().filter(|mode| mode.value == Mode::ZeroCopy);
-        let mode = mode.map(|mode| (mode.span, "`mode=zerocopy` of `Xdp`".to_owned()));
         let queues = self.queues.as_ref();
-        let queues = queues.map(|queues| (queues.span, "`queues=` of `Xdp`".to_owned()));
-        mode.into_iter().chain(queues)
+        queues.map(|queues| (queues.span, "`queues=` of `Xdp`".to_owned())).into_iter()
     }
 }
 
@@ -289,7 +286,7 @@ pub enum Mode {
     /// The best that works.
     #[default]
     Auto,
-    /// Native XDP in zero-copy mode. This version does not follow it.
+    /// Native XDP in zero-copy mode.
     ZeroCopy,
     /// Native XDP in copy mode.
     Native,

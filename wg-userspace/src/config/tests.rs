@@ -412,7 +412,6 @@ fn what_comes_later_is_found_in_the_order_of_the_file() {
             "`#! Nat` is not supported yet",
             "`#! Allow` is not supported yet",
             "`#! Allow` is not supported yet",
-            "`mode=zerocopy` of `Xdp` is not supported yet",
             "`queues=` of `Xdp` is not supported yet",
             "`#! Limit` is not supported yet",
         ]

@@ -14,12 +14,12 @@ use wg_common::time::Now;
 use zeroize::Zeroizing;
 
 use super::effects::carry_out;
-use super::mode::ModeInUse;
+use super::mode::InUse;
 use super::names::Names;
 use super::pull::Pulling;
 use super::quiesce;
 use super::remember::Remembering;
-use super::status::{Nic, PEER_TROUBLES_MAX, Quiesced, Status, TroubleStatus};
+use super::status::{PEER_TROUBLES_MAX, Quiesced, Status, TroubleStatus};
 use super::tun_steering::TunSteering;
 use super::watchdog::Watchdog;
 use crate::counters::{Path, Totals};
@@ -60,8 +60,7 @@ pub struct Control {
     pub(super) names: RefCell<Names>,
     /// What this process may still do, if it was confined.
     privileges: Cell<Option<sandbox::Report>>,
-    mode: ModeInUse,
-    nics: Vec<Nic>,
+    back_ends: InUse,
     aead: &'static str,
     pub(super) fwmark: Cell<u32>,
     /// Sockets before the present ones, with their port, while workers may use them.
@@ -91,8 +90,7 @@ impl Control {
         shared: Arc<Shared>,
         handshakes: Arc<Handshakes>,
         keeper: Option<Rc<Keeper>>,
-        mode: ModeInUse,
-        nics: Vec<Nic>,
+        back_ends: InUse,
         aead: &'static str,
     ) -> Self {
         let watchdog = RefCell::new(Watchdog::new(shared.workers.len()));
@@ -106,8 +104,7 @@ impl Control {
             tun_steering: TunSteering::off("nobody asked for it"),
             names: RefCell::default(),
             privileges: Cell::default(),
-            mode,
-            nics,
+            back_ends,
             aead,
             fwmark: Cell::new(0),
             remembering: RefCell::default(),
@@ -134,9 +131,9 @@ impl Control {
         self.privileges.set(Some(privileges));
     }
 
-    /// The back end in use.
-    pub fn mode(&self) -> &ModeInUse {
-        &self.mode
+    /// The best back end in use, as options name it.
+    pub fn mode(&self) -> &'static str {
+        self.back_ends.borrow().name()
     }
 
     /// Runs what is due. To be called when [`sleep_time`](Self::sleep_time) is over.
@@ -475,10 +472,11 @@ impl uapi::Handler for Control {
         let count = self.shared.workers.len();
         let (of_peers, more_troubles, of_device) = self.handshakes.troubles(PEER_TROUBLES_MAX, now);
         let troubles = of_device.iter().chain(&of_peers);
+        let back_ends = self.back_ends.borrow().clone();
         let status = Status {
-            mode: self.mode.name().to_owned(),
-            reason: self.mode.reason.clone(),
-            nics: self.nics.clone(),
+            mode: back_ends.name().to_owned(),
+            reason: back_ends.reason,
+            nics: back_ends.nics,
             workers: count,
             tun_steering: self.tun_steering.status(),
             privileges: self.privileges.get(),
@@ -524,8 +522,7 @@ mod tests {
         let (shared, _) = Shared::new(DeviceId(0), 1, Vec::new(), sockets, None, indexes).unwrap();
         let outside = Os::new(Arc::clone(&shared));
         let handshakes = Arc::new(Handshakes::new(Arc::clone(&shared), outside, &RingAead, None));
-        let mode = ModeInUse { native: false, reason: String::new() };
-        Control::new(shared, handshakes, None, mode, Vec::new(), "ring")
+        Control::new(shared, handshakes, None, InUse::default(), "ring")
     }
 
     #[test]

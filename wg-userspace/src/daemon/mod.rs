@@ -2,7 +2,7 @@
 //!
 //! The one place that knows every room: [`start`] takes over the edges from the keeper and starts the
 //! workers, [`control`] answers wg(8) and applies changes, [`effects`] carries them to sessions and
-//! workers, [`pull`] adds peers that knock, [`names`] follows names of endpoints, [`quiesce`] pauses,
+//! workers, [`pull`] adds peers that knock, [`names`] follows names of endpoints, [`nics`] NICs, [`quiesce`] pauses,
 //! [`memory`] is what a successor is left and [`remember`] keeps it, [`watchdog`] finds stuck workers,
 //! [`tun_steering`] tells the kernel which worker packets are for, [`status`] says how things stand. Everything here runs on one thread; it may be slow and must be
 //! right.
@@ -14,6 +14,7 @@ pub mod memory;
 mod memory_tests;
 mod mode;
 mod names;
+mod nics;
 mod pull;
 mod pulled;
 mod quiesce;
@@ -48,7 +49,7 @@ use crate::sandbox;
 use crate::uapi;
 
 pub use effects::carry_out;
-pub use mode::{Mode, ModeInUse};
+pub use mode::Mode;
 pub use watchdog::Watchdog;
 
 /// How long workers may take to stop before they are left alone.
@@ -83,9 +84,9 @@ pub enum Error {
         "interface {0} exists already; `tidegate show {0}` says if it is a device, `ip link del {0}` removes it"
     )]
     AlreadyExists(String),
-    /// There is no interface of this name.
-    #[error("there is no network interface {0} for XDP; `ip link` lists them")]
-    NotFound(String),
+    /// Zero-copy was asked for, and cannot be: the NIC and why.
+    #[error("zero-copy was asked for, and cannot be: {0}")]
+    NoZeroCopy(String),
 }
 
 /// Runs the data process: a daemon on what the keeper at the other end of `requests` and `events` has
@@ -120,7 +121,16 @@ async fn serve(
     let events = Events::new(events).context("opening the channel of events")?;
     let Begin { setup, listeners, heartbeats, live_indexes, memories } =
         keeper.setup().context("asking the keeper what to begin with")?;
-    let (started, threads) = start::start(&keeper, &setup, heartbeats, live_indexes)?;
+    let (started, threads, nics) = start::start(&keeper, &setup, heartbeats, live_indexes)?;
+    let nics = Rc::new(nics);
+    // Ends with this.
+    let _following_nics = AbortOnDrop(
+        tokio::task::spawn_local({
+            let nics = Rc::clone(&nics);
+            async move { nics.follow().await }
+        })
+        .abort_handle(),
+    );
     let mut devices = BTreeMap::new();
     let mut tasks = JoinSet::new();
     let edges = listeners.into_iter().zip(memories);
@@ -134,7 +144,7 @@ async fn serve(
         let serving = (Rc::clone(&control), server, pull_events, Rc::clone(&routes));
         let number = its.number;
         tasks.spawn_local(async move { (number, serve_device(serving).await) });
-        tracing::info!(interface, mode = control.mode().name(), "up");
+        tracing::info!(interface, mode = control.mode(), "up");
         devices.insert(number, Served { interface, control, routes, pool });
     }
     ready();
@@ -155,6 +165,7 @@ async fn serve(
                 // All were deleted.
                 None => break Ok(()),
             },
+            () = nics.served_anew() => devices.values().for_each(|device| device.routes.notify_one()),
             event = events.next() => match event {
                 Ok(Event::Addresses { added, removed }) => {
                     for device in devices.values() {
@@ -178,6 +189,7 @@ async fn serve(
                         device.control.resolved(&host, port, &addresses);
                     }
                 }
+                Ok(Event::Nics(named)) => nics.chosen_again(named),
                 Ok(Event::RoutesChanged) => {
                     devices.values().for_each(|device| device.routes.notify_one());
                 }

@@ -334,7 +334,6 @@ mod tests {
     use super::*;
     use crate::aead::RingAead;
     use crate::counters::Totals;
-    use crate::daemon::ModeInUse;
     use crate::datapath::handoff::{HandshakeDatagram, Work};
     use crate::datapath::{Shared, SocketGroup, WorkQueue};
     use crate::handshake::{Handshakes, Os, source::Limits};
@@ -434,8 +433,7 @@ mod tests {
             let handshakes = Handshakes::new(Arc::clone(&shared), outside, &RingAead, None);
             let handshakes = Arc::new(handshakes.with_source(Limits::default(), notify));
             let source = Source::default();
-            let mode = ModeInUse { native: false, reason: String::new() };
-            let control = Control::new(shared, handshakes, None, mode, Vec::new(), "ring")
+            let control = Control::new(shared, handshakes, None, Default::default(), "ring")
                 .with_pulling(Some(Pulling::new(Box::new(source.clone()))));
             let own_key = PrivateKey::from_bytes([99; 32]);
             let request =

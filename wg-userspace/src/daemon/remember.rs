@@ -267,7 +267,6 @@ mod tests {
 
     use super::*;
     use crate::aead::RingAead;
-    use crate::daemon::ModeInUse;
     use crate::daemon::memory::read;
     use crate::datapath::{Shared, SocketGroup};
     use crate::device::{AllowedIpChange, Device, PeerChange};
@@ -286,8 +285,7 @@ mod tests {
         shared.up.store(false, Ordering::Relaxed);
         let os = Os::new(Arc::clone(&shared));
         let handshakes = Arc::new(Handshakes::new(Arc::clone(&shared), os, &RingAead, None));
-        let mode = ModeInUse { native: false, reason: "a test".to_owned() };
-        Control::new(shared, handshakes, None, mode, Vec::new(), "ring")
+        Control::new(shared, handshakes, None, Default::default(), "ring")
     }
 
     /// Where a keeper has the memory.

@@ -9,20 +9,18 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use wg_common::id::{DeviceId, WorkerId};
 use wg_common::index::{IndexLayout, IndexPermutation};
-use wg_common::map::QUEUES_LEN;
 
 use super::control::Control;
-use super::mode::{Mode, ModeInUse};
+use super::nics::Nics;
 use super::pull::{PullEvents, Pulling};
-use super::status::Nic;
 use super::tun_steering::TunSteering;
 use crate::aead::{BatchAead, RingAead};
 use crate::datapath::handoff::Mesh;
 use crate::datapath::shared::{DATAGRAM_LEN_MAX, PARCEL_RING_LEN};
 use crate::datapath::{Crew, Shared, SocketGroup, Worker, WorkerThread, XskPort};
 use crate::handshake::{Handshakes, Os, Pool, source};
+use crate::keeper::Keeper;
 use crate::keeper::protocol::{DeviceSetup, Setup};
-use crate::keeper::{Keeper, NoXsk};
 use crate::lookup::HttpSource;
 use crate::sys::{SharedWords, affinity, clock};
 
@@ -85,7 +83,7 @@ pub fn start(
     setup: &Setup,
     heartbeats: SharedWords,
     live_indexes: Option<SharedWords>,
-) -> anyhow::Result<(Vec<Device>, Threads)> {
+) -> anyhow::Result<(Vec<Device>, Threads, Nics)> {
     let cpus = affinity::inherited_cpus().context("reading which CPUs this process may use")?;
     let crew = Crew::new(setup.worker_count, Some(Arc::new(heartbeats)))
         .context("preparing the workers")?;
@@ -98,20 +96,19 @@ pub fn start(
             .with_context(|| format!("preparing {interface}"))?;
         devices.push(Prepared { interface: interface.clone(), ..device });
     }
-    let (nics, refused, xsks) = bind_xsks(keeper, setup);
-    let mode = mode_in_use(setup, &refused, &nics);
+    let (nics, xsks) = Nics::begin(keeper, setup, &crew)?;
     let threads = start_threads(&cpus, &crew, &devices, xsks)?;
 
     let devices = devices.into_iter().map(|device| {
         let Prepared { interface, shared, handshakes, tun_steering, pulling, pull_events, pool } =
             device;
-        let (keeper, nics) = (Some(Rc::clone(keeper)), nics.clone());
-        let control = Control::new(shared, handshakes, keeper, mode.clone(), nics, AEAD.name());
+        let (keeper, back_ends) = (Some(Rc::clone(keeper)), nics.in_use());
+        let control = Control::new(shared, handshakes, keeper, back_ends, AEAD.name());
         let control = control.with_tun_steering(tun_steering);
         let control = Rc::new(control.with_pulling(pulling));
         Device { interface, control, pull_events, pool }
     });
-    Ok((devices.collect(), threads))
+    Ok((devices.collect(), threads, nics))
 }
 
 fn prepare(
@@ -187,66 +184,4 @@ fn start_threads(
         threads.push(spawned.context("starting a worker")?);
     }
     Ok(Threads(threads))
-}
-
-/// Has an XSK bound to each queue of each NIC. Gives the NICs, why others are not among them, and the XSKs
-/// of each worker: queue *q* belongs to worker *q* modulo their number.
-fn bind_xsks(keeper: &Keeper, setup: &Setup) -> (Vec<Nic>, Vec<String>, Vec<Vec<XskPort>>) {
-    let worker_count = setup.worker_count;
-    let mut of_worker: Vec<Vec<XskPort>> = (0..worker_count).map(|_| Vec::new()).collect();
-    let (mut nics, mut refused) = (Vec::new(), setup.refused.clone());
-    let mut slots = 0..QUEUES_LEN;
-    for nic in &setup.nics {
-        let mut status = Nic { name: nic.name.clone(), queues: 0, zero_copy: false };
-        for queue in 0..nic.queue_count {
-            let Some(slot) = slots.next() else { break };
-            let worker = queue as usize % worker_count;
-            let xsk = match keeper.bind_xsk(nic.ifindex, queue, slot, worker as u16) {
-                Ok(xsk) => xsk,
-                // Drivers make room for more queues than they use.
-                Err(NoXsk::NoQueue) if queue > 0 => break,
-                Err(error) => {
-                    tracing::warn!(nic = nic.name, queue, %error, "no XSK; sockets instead");
-                    refused.push(format!("{} queue {queue}: {error}", nic.name));
-                    continue;
-                }
-            };
-            status.queues += 1;
-            status.zero_copy |= xsk.is_zero_copy().unwrap_or(false);
-            of_worker[worker].push(XskPort::new(xsk, nic.ifindex, transmits_in_tests()));
-        }
-        if status.queues > 0 {
-            nics.push(status);
-        }
-    }
-    (nics, refused, of_worker)
-}
-
-/// A hook for tests: `TIDEGATE_TEST_XSK_TRANSMIT=1` has XSKs send, too, where that is slower than a socket: in
-/// copy mode.
-fn transmits_in_tests() -> bool {
-    cfg!(debug_assertions) && std::env::var("TIDEGATE_TEST_XSK_TRANSMIT").is_ok_and(|it| it == "1")
-}
-
-fn mode_in_use(setup: &Setup, refused: &[String], nics: &[Nic]) -> ModeInUse {
-    let reason = if setup.mode == Mode::Udp {
-        "asked for".to_owned()
-    } else if !setup.xdp_asked {
-        "no NIC was named for XDP".to_owned()
-    } else if nics.is_empty() {
-        refused.join("; ")
-    } else {
-        let on: Vec<String> =
-            nics.iter().map(|nic| format!("{} (queues: {})", nic.name, nic.queues)).collect();
-        let mut reason = format!("XSKs on {}", on.join(", "));
-        for refused in refused {
-            reason.push_str("; not on ");
-            reason.push_str(refused);
-        }
-        reason
-    };
-    if nics.is_empty() && setup.mode == Mode::Native {
-        tracing::warn!(reason, "native mode was asked for, sockets are in use");
-    }
-    ModeInUse { native: !nics.is_empty(), reason }
 }

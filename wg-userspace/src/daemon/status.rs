@@ -5,16 +5,17 @@ use std::collections::BTreeMap;
 use wg_common::time::Now;
 
 use crate::handshake::Trouble;
+use crate::keeper::choice::By;
 use crate::sandbox;
 
 /// What a daemon says of its data path.
 #[derive(Clone, Debug, Serialize)]
 pub struct Status {
-    /// The back end in use: `native` or `udp`.
+    /// The best back end in use: `zerocopy`, `native` or `udp`.
     pub mode: String,
     /// Why this one.
     pub reason: String,
-    /// The NICs with the steer program.
+    /// The NICs that were named for XDP.
     pub nics: Vec<Nic>,
     /// Number of workers.
     pub workers: usize,
@@ -110,13 +111,19 @@ impl Quiesced {
     }
 }
 
-/// A NIC with the steer program.
+/// A NIC that was named for XDP.
 #[derive(Clone, Debug, Serialize)]
 pub struct Nic {
     /// Its name.
     pub name: String,
     /// Receive queues with an XSK.
     pub queues: u32,
-    /// Whether the kernel gives packets to the XSKs without copying them.
+    /// Whether the kernel gives packets to any of the XSKs without copying them.
     pub zero_copy: bool,
+    /// How packets come in.
+    pub receive: By,
+    /// How they leave.
+    pub transmit: By,
+    /// Why it is so.
+    pub reason: String,
 }

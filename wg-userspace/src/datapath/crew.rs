@@ -5,11 +5,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
+use crossbeam_queue::ArrayQueue;
 use wg_common::id::WorkerId;
-use wg_common::map::HEARTBEAT_STALE_NS;
+use wg_common::map::{HEARTBEAT_STALE_NS, QUEUES_LEN};
 use wg_common::time::Now;
 
 use super::staging::Budget;
+use super::thread::XskPort;
 use crate::counters::Counters;
 use crate::sys::{EventFd, SharedWords};
 
@@ -21,9 +23,35 @@ pub struct Crew {
     /// The heartbeats as the kernel side sees them, if there is one.
     kernel_heartbeats: Option<Arc<SharedWords>>,
     staging: Arc<Budget>,
+    /// XSKs that threads were told to close.
+    closed: ArrayQueue<(PortId, Option<XskPort>)>,
     /// Whether some XSK sends.
     transmits: AtomicBool,
 }
+
+/// Which XSK.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct PortId {
+    /// Index of the NIC.
+    pub ifindex: u32,
+    /// Its queue.
+    pub queue: u32,
+}
+
+/// What is to become of a thread's XSKs.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "a box would be given back by a thread that moves packets"
+)]
+pub enum PortChange {
+    /// It has one more.
+    Open(XskPort),
+    /// It gives one back, for [`Crew::take_closed`].
+    Close(PortId),
+}
+
+/// Changes of XSKs that a thread has not looked at yet.
+const PORT_CHANGES_MAX: usize = 64;
 
 /// What one thread shares with everyone else, beside what it does for a device.
 struct Thread {
@@ -36,6 +64,7 @@ struct Thread {
     turns: AtomicU64,
     /// Who reads its sockets and TUN queues while it is stuck: worker number + 1, or 0.
     deputy: AtomicU16,
+    port_changes: ArrayQueue<PortChange>,
 }
 
 impl Crew {
@@ -55,12 +84,22 @@ impl Crew {
                     heartbeat: AtomicU64::new(0),
                     turns: AtomicU64::new(0),
                     deputy: AtomicU16::new(0),
+                    port_changes: ArrayQueue::new(PORT_CHANGES_MAX),
                 })
             })
             .collect::<std::io::Result<_>>()?;
         let (deputies_epoch, staging) = (AtomicU32::new(0), Arc::default());
         let transmits = AtomicBool::new(false);
-        Ok(Arc::new(Self { threads, deputies_epoch, kernel_heartbeats, staging, transmits }))
+        // As many as there can be, so that it is never full.
+        let closed = ArrayQueue::new(2 * QUEUES_LEN as usize);
+        Ok(Arc::new(Self {
+            threads,
+            deputies_epoch,
+            kernel_heartbeats,
+            staging,
+            transmits,
+            closed,
+        }))
     }
 
     /// Takes note that some XSK sends, so that it is worth while to find out how.
@@ -100,6 +139,36 @@ impl Crew {
     /// What wakes the thread of `worker`.
     pub fn wake(&self, worker: WorkerId) -> &EventFd {
         &self.of(worker).wake
+    }
+
+    /// Tells the thread of `worker` what is to become of its XSKs, in the order of the calls.
+    ///
+    /// # Errors
+    /// Gives the change back if too many wait already.
+    #[expect(clippy::result_large_err, reason = "what is refused is tried again")]
+    pub fn change_port(&self, worker: WorkerId, change: PortChange) -> Result<(), PortChange> {
+        let thread = self.of(worker);
+        thread.port_changes.push(change)?;
+        thread.wake.signal();
+        Ok(())
+    }
+
+    /// The next change that the thread of `worker` is to make.
+    pub(super) fn next_port_change(&self, worker: WorkerId) -> Option<PortChange> {
+        let changes = &self.of(worker).port_changes;
+        // Nearly always: looking costs less than taking nothing.
+        if changes.is_empty() { None } else { changes.pop() }
+    }
+
+    /// Gives back what a thread was told to close, if it had that.
+    pub(super) fn give_back(&self, id: PortId, port: Option<XskPort>) {
+        // There is room for all there can be. What does not fit is closed here, which only takes time.
+        drop(self.closed.push((id, port)));
+    }
+
+    /// An XSK that a thread has given back, if it had it.
+    pub fn take_closed(&self) -> Option<(PortId, Option<XskPort>)> {
+        self.closed.pop()
     }
 
     /// Wakes every thread: something it must look at has changed.

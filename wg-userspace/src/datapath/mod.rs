@@ -29,7 +29,7 @@ pub mod transmit;
 mod work_queue;
 pub mod worker;
 
-pub use crew::Crew;
+pub use crew::{Crew, PortChange, PortId};
 pub use shared::{Shared, SocketGroup};
 pub use thread::{WorkerThread, XskPort};
 pub use work_queue::WorkQueue;

@@ -10,11 +10,12 @@ use arrayvec::ArrayVec;
 use wg_common::endpoint::{Endpoint, LocalSource};
 use wg_common::headers::parse_frame;
 use wg_common::id::WorkerId;
+use wg_common::map::QUEUES_LEN;
 use wg_common::outcome::DropReason;
 use wg_common::time::{Now, Reading};
 
 use super::BATCH_LEN;
-use super::crew::Crew;
+use super::crew::{Crew, PortChange};
 use super::inbound::Arrival;
 use super::transmit::{TX_CHUNKS, TxState};
 use super::worker::Worker;
@@ -90,9 +91,9 @@ impl WorkerThread {
         ports: Vec<XskPort>,
         workers: Vec<Worker>,
     ) -> std::io::Result<Self> {
-        if ports.iter().any(|port| port.transmits) {
-            crew.note_transmits();
-        }
+        let mut ports = ports;
+        // Others may come while it runs, without memory being asked for then.
+        ports.reserve_exact((QUEUES_LEN as usize).saturating_sub(ports.len()));
         Ok(Self {
             id,
             crew,
@@ -137,6 +138,7 @@ impl WorkerThread {
         }
         let now = reading.after;
         self.crew.beat(self.id, now);
+        self.change_ports();
         let mut more = false;
         self.ports.iter_mut().for_each(|port| port.reap(now));
         for port in 0..self.ports.len() {
@@ -152,6 +154,24 @@ impl WorkerThread {
         self.ports.iter_mut().for_each(XskPort::kick);
         self.count_kernel_drops(now);
         more
+    }
+
+    /// Takes XSKs, and gives back those that are to be closed.
+    fn change_ports(&mut self) {
+        while let Some(change) = self.crew.next_port_change(self.id) {
+            match change {
+                PortChange::Open(port) => {
+                    // There are no more of them than numbers in the map, for which there is room.
+                    self.ports.push(port);
+                }
+                PortChange::Close(id) => {
+                    let is_it =
+                        |port: &XskPort| (port.ifindex, port.xsk.queue()) == (id.ifindex, id.queue);
+                    let at = self.ports.iter().position(is_it);
+                    self.crew.give_back(id, at.map(|at| self.ports.swap_remove(at)));
+                }
+            }
+        }
     }
 
     /// Now and then, counts what the kernel has dropped before the XSKs and the workers' sockets.

@@ -1,6 +1,6 @@
 //! What becomes of one link.
 
-use futures_util::{Stream, StreamExt as _};
+use futures_util::{FutureExt as _, Stream, StreamExt as _};
 use netlink_packet_route::{RouteNetlinkMessage, link::LinkFlags};
 use rtnetlink::{
     MulticastGroup,
@@ -107,5 +107,38 @@ impl LinkWatch {
             }
             _ => None,
         }
+    }
+}
+
+/// Tells that some link appeared, changed or is gone, without saying which.
+pub struct AnyLinkWatch {
+    messages: Messages,
+}
+
+impl AnyLinkWatch {
+    /// Starts to watch this thread's network namespace.
+    ///
+    /// # Errors
+    /// [`HostError::Open`] when the kernel gives no socket.
+    ///
+    /// # Panics
+    /// Outside of a tokio runtime.
+    pub fn new() -> Result<AnyLinkWatch, HostError> {
+        let (connection, _, messages) =
+            rtnetlink::new_multicast_connection(&[MulticastGroup::Link])
+                .map_err(HostError::Open)?;
+        tokio::spawn(connection);
+        Ok(AnyLinkWatch { messages: Box::new(messages.map(|(message, _)| message)) })
+    }
+
+    /// Waits until there was a change since the last call. Dropping the future loses nothing.
+    ///
+    /// # Errors
+    /// When the kernel closed the socket; the watch is of no more use then.
+    pub async fn next(&mut self) -> Result<(), HostError> {
+        let closed = || HostError::NoAnswer { doing: "watching links".to_owned() };
+        self.messages.next().await.ok_or_else(closed)?;
+        while let Some(Some(_)) = self.messages.next().now_or_never() {}
+        Ok(())
     }
 }

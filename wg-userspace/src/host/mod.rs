@@ -2,8 +2,10 @@
 //!
 //! One [`Host`] is one netlink socket in the network namespace of the thread that made it; its
 //! requests run on the tokio runtime that was current then. [`AddressWatch`] tells which
-//! addresses the host has, for the steer program; [`LinkWatch`] what becomes of the TUN device;
-//! [`RouteWatch`] that datagrams may leave by another link, [`NeighbourWatch`] who is on it; [`CloneWatch`] whether this virtual machine
+//! addresses the host has, for the steer program; [`LinkWatch`] what becomes of the TUN device,
+//! [`AnyLinkWatch`] that something became of others; [`xdp_features`] what a NIC's driver can do;
+//! [`RouteWatch`] that datagrams may leave by another link, [`NeighbourWatch`] who is on it; [`CloneWatch`]
+//! whether this virtual machine
 //! is a copy. This room does not know what a device or a
 //! peer is: it is told names, prefixes and numbers.
 
@@ -11,6 +13,7 @@ mod address_watch;
 mod clone_watch;
 mod link_watch;
 mod neighbour_watch;
+mod netdev;
 mod next_hop;
 mod policy;
 mod route;
@@ -26,7 +29,7 @@ use ipnet::IpNet;
 use netlink_packet_route::{
     AddressFamily,
     address::{AddressAttribute, AddressMessage},
-    link::{LinkAttribute, LinkFlags, LinkMessage},
+    link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, LinkXdp},
     route::{RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric},
 };
 use rtnetlink::{LinkGetRequest, LinkUnspec, RouteMessageBuilder};
@@ -36,8 +39,9 @@ use wg_common::headers::PROTOCOL_UDP;
 
 pub use address_watch::{AddressChange, AddressWatch};
 pub use clone_watch::CloneWatch;
-pub use link_watch::{LinkChange, LinkWatch};
+pub use link_watch::{AnyLinkWatch, LinkChange, LinkWatch};
 pub use neighbour_watch::{Neighbour, NeighbourChange, NeighbourOf, NeighbourWatch};
+pub use netdev::{XdpFeatures, xdp_features};
 pub use next_hop::NextHop;
 pub use policy::{Family, Rule};
 pub use route::missing_routes;
@@ -115,6 +119,10 @@ pub struct Link {
     pub ethernet: Option<[u8; 6]>,
     /// Receive queues that its driver made room for, at least 1. Not all of them need be in use.
     pub rx_queue_count: u32,
+    /// Whether it is one end of a pair that the kernel makes.
+    pub is_veth: bool,
+    /// The kernel's number of the XDP program on it, if there is one.
+    pub xdp_program: Option<u32>,
 }
 
 impl Link {
@@ -126,16 +134,32 @@ impl Link {
             is_up: message.header.flags.contains(LinkFlags::Up),
             ethernet: next_hop::ethernet_address(&message),
             rx_queue_count: 1,
+            is_veth: false,
+            xdp_program: None,
         };
         for attribute in message.attributes {
             match attribute {
                 LinkAttribute::IfName(name) => link.name = name,
                 LinkAttribute::Mtu(mtu) => link.mtu = mtu,
                 LinkAttribute::NumRxQueues(count) => link.rx_queue_count = count.max(1),
+                LinkAttribute::LinkInfo(infos) => {
+                    link.is_veth = infos.contains(&LinkInfo::Kind(InfoKind::Veth));
+                }
+                LinkAttribute::Xdp(xdp) => link.xdp_program = xdp.iter().find_map(program_id),
                 _ => {}
             }
         }
         link
+    }
+}
+
+fn program_id(attribute: &LinkXdp) -> Option<u32> {
+    match attribute {
+        LinkXdp::ProgId(id)
+        | LinkXdp::DrvProgId(id)
+        | LinkXdp::SkbProgId(id)
+        | LinkXdp::HwProgId(id) => Some(*id),
+        _ => None,
     }
 }
 

@@ -11,8 +11,8 @@ use tokio::net::UnixDatagram;
 use wg_common::map::PEER_WORKERS_LEN;
 
 use super::protocol::{
-    Answer, ChannelError, Event, LINKS_MAX, LinkTowards, OWNERS_MAX, Refusal, Request, Setup,
-    receive, send,
+    Answer, ChannelError, Event, LINKS_MAX, LinkTowards, NamedNic, OWNERS_MAX, Refusal, Request,
+    Setup, receive, send,
 };
 use crate::bpf::SteerCounters;
 use crate::host::Towards;
@@ -182,25 +182,34 @@ impl Keeper {
         done(self.ask(&Request::SetMark { device, fwmark }).0)
     }
 
-    /// An XSK on a NIC's queue, in the steer program's map under the number `slot`.
+    /// An XSK on a queue of a NIC, in the steer program's map under the number `slot`, and whether it is
+    /// zero-copy.
     ///
     /// # Errors
     /// Why there is none.
-    pub fn bind_xsk(&self, ifindex: u32, queue: u32, slot: u32, worker: u16) -> Result<Xsk, NoXsk> {
-        let (socket, umem) = match self.ask(&Request::OpenXsk) {
-            (Answer::Xsk, fds) => match <[OwnedFd; 2]>::try_from(fds) {
-                Ok([socket, umem]) => (socket, umem),
+    pub fn bind_xsk(
+        &self,
+        nic: &NamedNic,
+        queue: u32,
+        slot: u32,
+        worker: u16,
+    ) -> Result<(Xsk, bool), NoXsk> {
+        let NamedNic { ifindex, generation, .. } = *nic;
+        let (socket, umem, chunk_size) = match self.ask(&Request::OpenXsk { ifindex, generation }) {
+            (Answer::Xsk { chunk_size }, fds) => match <[OwnedFd; 2]>::try_from(fds) {
+                Ok([socket, umem]) => (socket, umem, chunk_size),
                 Err(_) => lost(&ChannelError::Unexpected),
             },
             (Answer::Refused(refusal), _) => return Err(NoXsk::Refused(refusal.text)),
             _ => lost(&ChannelError::Unexpected),
         };
-        let unbound = Unbound { socket, umem, options: XskOptions::default() };
+        let options = XskOptions { chunk_size, ..XskOptions::default() };
+        let unbound = Unbound { socket, umem, options };
         // Before it is bound: later, older kernels map no rings.
         let xsk = Xsk::from_unbound(unbound, ifindex, queue)
             .map_err(|error| NoXsk::Refused(error.to_string()))?;
-        match self.ask(&Request::BindXsk { ifindex, queue, slot, worker }).0 {
-            Answer::Done => Ok(xsk),
+        match self.ask(&Request::BindXsk { ifindex, queue, slot, worker, generation }).0 {
+            Answer::Bound { zero_copy } => Ok((xsk, zero_copy)),
             Answer::NoQueue => Err(NoXsk::NoQueue),
             Answer::Refused(refusal) => Err(NoXsk::Refused(refusal.text)),
             _ => lost(&ChannelError::Unexpected),

@@ -16,11 +16,12 @@ use wg_common::map::{
     HEARTBEATS_LEN, PEER_WORKERS_LEN, QUEUES_LEN, QueueEntry, QueueKey, peer_word,
 };
 
+use super::nics::{Nics, NotBound};
 use super::protocol::{
-    Answer, DeviceSetup, LINKS_MAX, OWNERS_MAX, Refusal, Request, Setup, SteeredNic,
+    Answer, DeviceSetup, LINKS_MAX, NamedNic, OWNERS_MAX, Refusal, Request, Setup,
 };
 use super::ways::{Look, Neighbours};
-use crate::bpf::{BpfError, LogReader, Steer, SteerOptions, TunSteering};
+use crate::bpf::{BpfError, LogReader, Steer, TunSteering};
 use crate::daemon::{Error, Mode, Options};
 use crate::host::{AddressChange, Host, Towards};
 use crate::sys::errno::ENODEV;
@@ -28,7 +29,7 @@ use crate::sys::{SharedWords, affinity, memory, random};
 use crate::tun::{Tun, TunError, TunQueue};
 use crate::uapi;
 use crate::udp::{self, UdpError, UdpSockets};
-use crate::xsk::{self, Unbound, XskError, XskOptions};
+use crate::xsk::Unbound;
 
 /// Most workers of one device.
 const WORKER_COUNT_MAX: usize = 64;
@@ -40,11 +41,10 @@ pub struct Edges {
     /// By number; nothing in the place of one whose interface was deleted.
     devices: Vec<Option<Device>>,
     mode: Mode,
-    xdp_asked: bool,
     peer_source: Option<PathBuf>,
     worker_count: usize,
     index_key: [u32; IndexPermutation::KEY_LEN],
-    kernel: Kernel,
+    nics: Nics,
     /// Log lines of the kernel side, if it is loaded and has any.
     pub steer_log: Option<LogReader>,
     heartbeats: Heartbeats,
@@ -63,6 +63,8 @@ struct Device {
     /// What chooses the TUN device's queues, if the data process asked for it.
     tun_steering: Option<TunSteering>,
     sockets: Group,
+    /// Whether somebody has chosen the port, or said that any will do.
+    has_chosen_port: bool,
     former: Vec<Group>,
     listener: uapi::Listener,
     memory: Option<OwnedFd>,
@@ -73,15 +75,6 @@ struct Device {
 struct Group {
     port: u16,
     of_worker: Vec<UdpSockets>,
-}
-
-/// The kernel side and the NICs it is attached to.
-#[derive(Default)]
-struct Kernel {
-    steer: Option<Steer>,
-    nics: Vec<SteeredNic>,
-    /// Why NICs that were named are not among them.
-    refused: Vec<String>,
 }
 
 /// The workers' heartbeats: the kernel side's, or in a file of ours where there is none.
@@ -104,29 +97,30 @@ impl Edges {
         // Another key at each start: indexes from before mean nothing.
         let index_key = std::array::from_fn(|_| random::Rng.next_u32());
         let indexes = IndexPermutation::new(index_key, IndexLayout::DEFAULT);
-        let mut kernel = open_kernel(options, host, indexes).await?;
-        let heartbeats = Heartbeats::open(kernel.steer.as_ref())
+        let mut nics = Nics::new(options, indexes);
+        nics.follow(host, &[]).await;
+        nics.check()?;
+        let heartbeats = Heartbeats::open(nics.steer.as_ref())
             .context("making the memory of the workers' heartbeats")?;
         let mut devices = Vec::new();
         for (number, interface) in options.interfaces.iter().enumerate() {
             devices.push(Some(Device::open(DeviceId(number as u16), interface, worker_count)?));
         }
-        let steer_log = kernel.steer.as_mut().and_then(Steer::log_reader);
+        let steer_log = nics.steer.as_mut().and_then(Steer::log_reader);
         let edges = Self {
             devices,
             mode: options.mode,
-            xdp_asked: !options.xdp.is_empty(),
             peer_source: options.peer_source.clone(),
             worker_count,
             index_key,
-            kernel,
+            nics,
             steer_log,
             heartbeats,
             unbound: None,
             neighbours: Neighbours::default(),
         };
         for device in edges.devices.iter().flatten() {
-            steer_port(edges.kernel.steer.as_ref(), device.id, None, device.sockets.port);
+            steer_port(edges.nics.steer.as_ref(), device.id, None, device.sockets.port);
         }
         Ok(edges)
     }
@@ -151,7 +145,7 @@ impl Edges {
     /// other.
     pub fn close(&mut self, device: DeviceId) -> Option<(String, bool)> {
         let closed = self.devices.get_mut(usize::from(device.0))?.take()?;
-        if let Some(steer) = &self.kernel.steer {
+        if let Some(steer) = &self.nics.steer {
             steer.set_port(closed.sockets.port, None);
         }
         Some((closed.interface, self.devices.iter().any(Option::is_some)))
@@ -175,7 +169,8 @@ impl Edges {
         use std::sync::atomic::Ordering;
         self.devices.iter_mut().flatten().for_each(|device| device.former.clear());
         self.unbound = None;
-        let Some(steer) = &self.kernel.steer else { return };
+        self.nics.forget_process();
+        let Some(steer) = &self.nics.steer else { return };
         for word in steer.live_indexes().iter() {
             // Most were never touched; reading them makes no page of them.
             if word.load(Ordering::Relaxed) != 0 {
@@ -187,12 +182,23 @@ impl Edges {
     /// Takes the kernel side off the NICs.
     pub fn detach(&mut self) {
         self.steer_log = None;
-        self.kernel.steer = None;
+        self.nics.steer = None;
+    }
+
+    /// Looks at the NICs that were named, and chooses again where something has changed; gives all of them
+    /// if any was.
+    pub async fn follow_nics(&mut self, host: &Host) -> Option<Vec<NamedNic>> {
+        if !self.nics.is_any_named() {
+            return None;
+        }
+        let chosen = self.devices.iter().flatten().filter(|device| device.has_chosen_port);
+        let ports: Vec<u16> = chosen.map(|device| device.sockets.port).collect();
+        self.nics.follow(host, &ports).await.then(|| self.nics.named())
     }
 
     /// Tells the kernel side of an address of this host.
     pub fn address_changed(&mut self, change: AddressChange) {
-        let Some(steer) = &mut self.kernel.steer else { return };
+        let Some(steer) = &mut self.nics.steer else { return };
         let (what, outcome) = match change {
             AddressChange::Added(address) => (address, steer.add_address(address)),
             AddressChange::Removed(address) => (address, steer.remove_address(address)),
@@ -205,7 +211,7 @@ impl Edges {
 
     /// Whether NICs were named for XDP.
     pub fn is_xdp_asked(&self) -> bool {
-        self.xdp_asked
+        self.nics.is_any_named()
     }
 
     /// Does what the data process asks for.
@@ -221,7 +227,7 @@ impl Edges {
         if let Some(number) = request.device() {
             let device = self.devices.get_mut(usize::from(number)).ok_or(Nonsense)?;
             let answered = match device {
-                Some(device) => device.serve(&request, fds, self.kernel.steer.as_ref())?,
+                Some(device) => device.serve(&request, fds, self.nics.steer.as_ref())?,
                 // Which the data process is about to be told.
                 None if request.is_note() => done(),
                 None => Err(refusal("its interface was deleted", Some(ENODEV))),
@@ -230,14 +236,18 @@ impl Edges {
         }
         let answered = match request {
             Request::Setup => self.setup(),
-            Request::OpenXsk => self.open_xsk(),
-            Request::BindXsk { ifindex, queue, slot, worker } => {
+            Request::OpenXsk { ifindex, generation } => self.open_xsk(ifindex, generation),
+            Request::BindXsk { ifindex, queue, slot, worker, generation } => {
                 if slot >= QUEUES_LEN || usize::from(worker) >= self.worker_count {
                     return Err(Nonsense);
                 }
                 let Some(socket) = self.unbound.take() else { return Err(Nonsense) };
-                let entry = QueueEntry::new(slot, WorkerId(worker));
-                self.bind_xsk(&socket, QueueKey { ifindex, queue }, entry)
+                let entry = |frame_len_max| QueueEntry::new(slot, WorkerId(worker), frame_len_max);
+                match self.nics.bind(&socket, QueueKey { ifindex, queue }, generation, entry) {
+                    Ok(zero_copy) => Ok((Answer::Bound { zero_copy }, Vec::new())),
+                    Err(NotBound::NoQueue) => Ok((Answer::NoQueue, Vec::new())),
+                    Err(NotBound::Refused(why)) => Err(refusal(why, None)),
+                }
             }
             Request::LinksTowards { mark, with_hops, towards } => {
                 if towards.len() > LINKS_MAX {
@@ -264,7 +274,7 @@ impl Edges {
     }
 
     fn setup(&self) -> Answered {
-        let steer = self.kernel.steer.as_ref();
+        let steer = self.nics.steer.as_ref();
         let devices = self.devices.iter().flatten();
         let setup = Setup {
             device_count: self.devices.len(),
@@ -272,9 +282,7 @@ impl Edges {
             worker_count: self.worker_count,
             index_key: self.index_key,
             mode: self.mode,
-            xdp_asked: self.xdp_asked,
-            nics: self.kernel.nics.clone(),
-            refused: self.kernel.refused.clone(),
+            nics: self.nics.named(),
             has_peer_source: self.peer_source.is_some(),
             live_index_count: steer.map(|steer| steer.live_indexes().len()),
         };
@@ -286,41 +294,19 @@ impl Edges {
         Ok((Answer::Setup(setup), clones(listeners.chain(maps).chain(memories))?))
     }
 
-    /// Makes an XSK, which [`Edges::bind_xsk`] binds when the data process has mapped it.
-    fn open_xsk(&mut self) -> Answered {
-        if self.kernel.steer.is_none() {
-            return Err(refusal("there is no steer program", None));
-        }
-        let Unbound { socket, umem, .. } =
-            Unbound::new(XskOptions::default()).map_err(|error| refusal(error, None))?;
-        self.unbound = Some(clone(socket.as_fd())?);
-        Ok((Answer::Xsk, vec![socket, umem]))
-    }
-
-    /// Binds the XSK that was opened before, has the steer program use it, and lets go of it.
-    fn bind_xsk(
-        &mut self,
-        socket: &OwnedFd,
-        QueueKey { ifindex, queue }: QueueKey,
-        entry: QueueEntry,
-    ) -> Answered {
-        let is_steered = self.kernel.nics.iter().any(|nic| nic.ifindex == ifindex);
-        let (Some(steer), true) = (&mut self.kernel.steer, is_steered) else {
-            return Err(refusal("there is no steer program on this interface", None));
+    /// Makes an XSK, which is bound when the data process has mapped it.
+    fn open_xsk(&mut self, ifindex: u32, generation: u64) -> Answered {
+        let Some(options) = self.nics.xsk_options(ifindex, generation) else {
+            return Err(refusal("there are to be no such sockets on this interface", None));
         };
-        match xsk::bind(socket, ifindex, queue, XskOptions::default().mode) {
-            Ok(()) => {}
-            Err(XskError::NoQueue { .. }) => return Ok((Answer::NoQueue, Vec::new())),
-            Err(error) => return Err(refusal(error, None)),
-        }
-        steer
-            .set_queue(QueueKey { ifindex, queue }, entry, socket.as_fd())
-            .map_err(|error| refusal(error, None))?;
-        done()
+        let Unbound { socket, umem, options } =
+            Unbound::new(options).map_err(|error| refusal(error, None))?;
+        self.unbound = Some(clone(socket.as_fd())?);
+        Ok((Answer::Xsk { chunk_size: options.chunk_size }, vec![socket, umem]))
     }
 
     fn counters(&self) -> Answered {
-        let counters = match &self.kernel.steer {
+        let counters = match &self.nics.steer {
             Some(steer) => steer.counters().map_err(|error| refusal(error, None))?.to_counts(),
             None => Vec::new(),
         };
@@ -359,6 +345,7 @@ impl Device {
             tun_index,
             tun_steering: None,
             sockets: Group { port, of_worker },
+            has_chosen_port: false,
             former: Vec::new(),
             listener,
             memory: None,
@@ -461,6 +448,7 @@ impl Device {
         steer: Option<&Steer>,
     ) -> Result<(), Refusal> {
         let before = self.sockets.port;
+        self.has_chosen_port = true;
         if port == before {
             return self.sockets.set_mark(fwmark);
         }
@@ -581,48 +569,4 @@ fn open_tun(name: &str, worker_count: usize) -> anyhow::Result<Tun> {
             None => anyhow::Error::new(error).context(format!("creating the interface {name}")),
         }
     })
-}
-
-/// Loads the kernel side and attaches it to the NICs that were named, where that is wanted and works.
-/// Without queues it lets everything pass.
-async fn open_kernel(
-    options: &Options,
-    host: &Host,
-    indexes: IndexPermutation,
-) -> anyhow::Result<Kernel> {
-    let mut kernel = Kernel::default();
-    if options.mode == Mode::Udp {
-        return Ok(kernel);
-    }
-    for name in &options.xdp {
-        let link = host.link(name).await?.ok_or_else(|| Error::NotFound(name.clone()))?;
-        if kernel.steer.is_none() {
-            let log = tracing::enabled!(target: "wg_ebpf", tracing::Level::DEBUG);
-            let options = SteerOptions { log, ..SteerOptions::new(indexes) };
-            match Steer::load(options) {
-                Ok(steer) => kernel.steer = Some(steer),
-                Err(error) => {
-                    tracing::warn!(%error, "no kernel side; sockets instead");
-                    kernel.refused.push(error.to_string());
-                    break;
-                }
-            }
-        }
-        let steer = kernel.steer.as_mut().expect("loaded above");
-        match steer.attach(name) {
-            Ok(()) => kernel.nics.push(SteeredNic {
-                ifindex: link.index,
-                name: link.name,
-                queue_count: link.rx_queue_count,
-            }),
-            Err(error) => {
-                tracing::warn!(nic = name, %error, "no XDP on this NIC; sockets instead");
-                kernel.refused.push(format!("{name}: {error}"));
-            }
-        }
-    }
-    if kernel.nics.is_empty() {
-        kernel.steer = None;
-    }
-    Ok(kernel)
 }

@@ -6,14 +6,17 @@
 //! reads no packet and holds no key: what the data process wants remembered is a memfd to it.
 //!
 //! [`run`] is its loop, [`edges`] what it keeps and does when asked, [`child`] the data process as a
-//! process, [`protocol`] what both say to each other, [`client`] the data process's end of it, [`notify`]
-//! what the service manager is told, [`resolve`] looks up names of endpoints for the data process, [`ways`]
-//! the ways to peers.
+//! process, [`protocol`] what both say to each other, [`client`] the data process's end of it, [`nics`]
+//! the NICs that were named for XDP and [`choice`] how they receive and send, [`notify`] what the service
+//! manager is told, [`resolve`] looks up names of endpoints for the data process,
+//! [`ways`] the ways to peers.
 
 mod child;
+pub mod choice;
 mod client;
 mod edges;
 mod follow;
+mod nics;
 pub mod notify;
 pub mod protocol;
 mod resolve;
@@ -38,8 +41,8 @@ use self::protocol::{ADDRESSES_MAX, ChannelError, Event, NEIGHBOURS_MAX, Request
 use self::resolve::{Question, Resolved, Resolver};
 use crate::daemon::Options;
 use crate::host::{
-    AddressChange, AddressWatch, CloneWatch, Host, LinkChange, LinkWatch, NeighbourChange,
-    NeighbourWatch, RouteWatch,
+    AddressChange, AddressWatch, AnyLinkWatch, CloneWatch, Host, LinkChange, LinkWatch,
+    NeighbourChange, NeighbourWatch, RouteWatch,
 };
 use crate::sys::{FileWatch, clock};
 use crate::tun::is_gone;
@@ -52,6 +55,11 @@ const BETWEEN_ROUTES: Duration = Duration::from_millis(100);
 /// So are neighbours.
 const BETWEEN_NEIGHBOURS: Duration = Duration::from_millis(50);
 
+/// So are links.
+const BETWEEN_LINKS: Duration = Duration::from_millis(50);
+
+/// NICs are looked at once in so many looks: nobody tells of their queues and rules.
+const LOOKS_PER_NICS: u32 = 4;
 /// The data process is looked at this often.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// A data process at which nothing has moved in so many looks in a row is stuck: five seconds.
@@ -104,6 +112,7 @@ async fn keep(options: &Options, launch: &Launch, ready: impl FnOnce()) -> anyho
         data: None,
         known: Known::default(),
         look: Look::default(),
+        looks: 0,
         heartbeat: notify::Heartbeat::wanted(),
         wait: Duration::ZERO,
         start_at: None,
@@ -128,7 +137,12 @@ async fn keep(options: &Options, launch: &Launch, ready: impl FnOnce()) -> anyho
                     tracing::info!(interfaces, "kept");
                 }
             }
-            _ = looks.tick() => keeping.look(),
+            _ = looks.tick() => {
+                keeping.look();
+                if keeping.looks_at_nics() {
+                    keeping.follow_nics().await;
+                }
+            }
             () = tokio::time::sleep_until(due.into()) => keeping.is_due(),
             () = tokio::time::sleep(beat_in) => keeping.beat(),
             Some(resolved) = resolved.recv() => keeping.resolved(resolved),
@@ -155,6 +169,7 @@ async fn keep(options: &Options, launch: &Launch, ready: impl FnOnce()) -> anyho
                     tracing::info!("the UAPI socket was removed");
                     keeping.device_gone(device);
                 }
+                Watched::Links => keeping.follow_nics().await,
                 Watched::Routes => keeping.tell(&Event::RoutesChanged),
                 Watched::Neighbours(changes) => keeping.neighbours_changed(&changes),
                 Watched::NeighboursLost => {
@@ -195,6 +210,8 @@ struct Keeping<'a> {
     data: Option<Data>,
     known: Known,
     look: Look,
+    /// Looks since NICs were looked at.
+    looks: u32,
     /// What the service manager wants to hear, if it does.
     heartbeat: Option<notify::Heartbeat>,
     /// The latest wait before a start.
@@ -296,6 +313,7 @@ impl Keeping<'_> {
         // Whoever asks is alive, also before it answers pings.
         self.look.answered = true;
         let is_ready = matches!(request, Request::Ready);
+        let is_other_port = matches!(request, Request::OpenSockets { .. });
         let question = Question::of(&request);
         let answered = match self.edges.serve(request, fds, &self.host).await {
             Ok((answer, fds)) => data.answer(&answer, &fds).map_err(|error| error.to_string()),
@@ -305,6 +323,9 @@ impl Keeping<'_> {
             tracing::error!(error, "the data process is not as it should be, and is killed");
             data.kill();
             return false;
+        }
+        if is_other_port {
+            self.follow_nics().await;
         }
         if let Some(question) = question {
             self.resolver.ask(question, clock::boot_now());
@@ -324,6 +345,22 @@ impl Keeping<'_> {
             data.kill();
         } else {
             data.tell(&Event::Ping);
+        }
+    }
+
+    /// Whether it is time to look at NICs. To be asked once a look.
+    fn looks_at_nics(&mut self) -> bool {
+        self.looks = (self.looks + 1) % LOOKS_PER_NICS;
+        self.looks == 0
+    }
+
+    /// Chooses again how NICs receive and send, where something about them has changed.
+    async fn follow_nics(&mut self) {
+        if self.stop_by.is_some() {
+            return;
+        }
+        if let Some(named) = self.edges.follow_nics(&self.host).await {
+            self.tell(&Event::Nics(named));
         }
     }
 
@@ -455,6 +492,8 @@ enum Watched {
     LinkLost(DeviceId),
     /// The file of a device's UAPI socket is gone.
     SocketGone(DeviceId),
+    /// Some link appeared, changed or is gone.
+    Links,
     Routes,
     Neighbours(Vec<NeighbourChange>),
     NeighboursLost,
@@ -476,6 +515,7 @@ impl Watches {
             }
         }
         watches.watch_routes(RouteWatch::new()?);
+        watches.watch_links(AnyLinkWatch::new()?);
         if edges.is_xdp_asked() {
             watches.watch_neighbours(NeighbourWatch::new(host.clone())?);
         }
@@ -541,6 +581,22 @@ impl Watches {
                     return;
                 }
                 tokio::time::sleep(BETWEEN_ROUTES).await;
+            }
+        });
+    }
+
+    fn watch_links(&self, mut watch: AnyLinkWatch) {
+        let tell = self.tell.clone();
+        tokio::task::spawn_local(async move {
+            loop {
+                if let Err(error) = watch.next().await {
+                    tracing::warn!(%error, "NICs that come and go are seen late");
+                    return;
+                }
+                if tell.send(Watched::Links).await.is_err() {
+                    return;
+                }
+                tokio::time::sleep(BETWEEN_LINKS).await;
             }
         });
     }

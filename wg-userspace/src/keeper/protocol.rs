@@ -18,6 +18,7 @@ use rustix::net::{
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use super::choice::Plan;
 use crate::daemon::Mode;
 use crate::host::Towards;
 
@@ -90,7 +91,12 @@ pub enum Request {
         fwmark: u32,
     },
     /// An XSK that is not bound yet: the next request should be for that.
-    OpenXsk,
+    OpenXsk {
+        /// Index of the NIC.
+        ifindex: u32,
+        /// Of the plan by which this is done.
+        generation: u64,
+    },
     /// Binds the XSK that was opened before, and has the steer program use it.
     BindXsk {
         /// Index of the NIC.
@@ -101,6 +107,8 @@ pub enum Request {
         slot: u32,
         /// The worker that will serve it.
         worker: u16,
+        /// Of the plan by which this is done.
+        generation: u64,
     },
     /// Keeps the memfd beside it, in place of the one before, for the process that follows.
     Remember {
@@ -192,8 +200,16 @@ pub enum Answer {
         /// Whether there are any for IPv6.
         has_v6: bool,
     },
-    /// The socket, then the memfd of its UMEM are beside it. It has the usual options.
-    Xsk,
+    /// The socket, then the memfd of its UMEM are beside it. It has the usual options but for its chunks.
+    Xsk {
+        /// Bytes of a chunk.
+        chunk_size: u32,
+    },
+    /// It is bound.
+    Bound {
+        /// Whether the driver uses its memory itself.
+        zero_copy: bool,
+    },
     /// There is no such queue.
     NoQueue,
     /// One for each, where the kernel knows it.
@@ -269,12 +285,8 @@ pub struct Setup {
     pub index_key: [u32; 4],
     /// The mode that was asked for.
     pub mode: Mode,
-    /// Whether NICs were named for XDP.
-    pub xdp_asked: bool,
-    /// The NICs with the steer program.
-    pub nics: Vec<SteeredNic>,
-    /// Why others that were named are not among them.
-    pub refused: Vec<String>,
+    /// The NICs that were named for XDP.
+    pub nics: Vec<NamedNic>,
     /// Whether there is a service that knows peers.
     pub has_peer_source: bool,
     /// Entries of the live indexes, if there is a steer program.
@@ -294,15 +306,19 @@ pub struct DeviceSetup {
     pub quiesced_until: u64,
 }
 
-/// A NIC with the steer program.
-#[derive(Clone, Debug, Deserialize, Serialize)]
-pub struct SteeredNic {
-    /// Its index.
-    pub ifindex: u32,
+/// A NIC that was named for XDP.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct NamedNic {
     /// Its name.
     pub name: String,
-    /// Queues that its driver made room for.
+    /// Its index; 0 if it is not there.
+    pub ifindex: u32,
+    /// Its receive queues in use.
     pub queue_count: u32,
+    /// Grows with each plan: XSKs of another one are of no use any more.
+    pub generation: u64,
+    /// What is to be done with it.
+    pub plan: Plan,
 }
 
 /// What the keeper tells.
@@ -342,6 +358,8 @@ pub enum Event {
     },
     /// Datagrams may leave by other links.
     RoutesChanged,
+    /// It was chosen again what is to be done with NICs: all that were named.
+    Nics(Vec<NamedNic>),
     /// These neighbours, each with the index of its link, have this MAC address now, or none that is known.
     NeighboursMoved(Vec<(u32, IpAddr, Option<[u8; 6]>)>),
     /// This virtual machine is a copy, or went back.

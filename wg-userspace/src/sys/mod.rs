@@ -8,6 +8,7 @@ pub mod affinity;
 #[cfg(test)]
 pub(crate) mod bpf_for_tests;
 pub mod clock;
+pub mod ethtool;
 pub mod file_watch;
 pub mod link;
 pub mod memory;

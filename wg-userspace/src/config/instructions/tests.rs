@@ -96,7 +96,6 @@ fn what_is_not_built_yet_is_understood_and_said() {
         "`#! Allow`",
         "`#! Metrics`",
         "`#! Dashboard`",
-        "`mode=zerocopy` of `Xdp`",
         "`queues=` of `Xdp`",
         "`#! Limit`",
     ];
