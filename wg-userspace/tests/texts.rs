@@ -172,7 +172,9 @@ fn wrong_arguments_and_files_are_explained() {
     let text = transcript(ARGUMENTS, folder.path(), |line| {
         let mut command = Command::new("sh");
         command.args(["-c", line]).current_dir(folder.path()).stdin(Stdio::null());
-        for name in ["LOG_LEVEL", "TIDEGATE_XDP", "TIDEGATE_MODE", "TIDEGATE_WORKERS"] {
+        for name in
+            ["LOG_LEVEL", "TIDEGATE_XDP", "TIDEGATE_MODE", "TIDEGATE_AEAD", "TIDEGATE_WORKERS"]
+        {
             command.env_remove(name);
         }
         command.env("PATH", &path).env("LC_ALL", "C").output().unwrap()

@@ -5,7 +5,16 @@
 //! This room knows no peers, headers or limits: whoever fills a [`Job`] answers for its counter.
 //! Sealed packets go on to `datapath::encap`, opened ones to the replay window.
 
+#[cfg(target_arch = "x86_64")]
+#[expect(unsafe_code, reason = "vector loads and stores, and assembly")]
+mod avx512;
+#[cfg(not(target_arch = "x86_64"))]
+#[path = "avx512/absent.rs"]
+mod avx512;
+pub mod choice;
 mod ring_backend;
+#[cfg(test)]
+mod tests;
 
 use std::fmt;
 use std::hint::black_box;
@@ -16,6 +25,8 @@ use wg_common::protocol::KEY_LEN;
 use wg_common::protocol::TAG_LEN;
 use zeroize::{Zeroize, Zeroizing};
 
+pub use avx512::Avx512Aead;
+pub use choice::AeadChoice;
 pub use ring_backend::RingAead;
 
 /// Seals and opens batches; one implementation per back end.
@@ -105,29 +116,4 @@ impl fmt::Debug for AeadKey {
 
 fn ring_key(key: &[u8; KEY_LEN]) -> LessSafeKey {
     LessSafeKey::new(UnboundKey::new(&CHACHA20_POLY1305, key).expect("a key of this length fits"))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn wiping_leaves_a_key_of_zeros() {
-        let seal = |key: &AeadKey| {
-            let mut buffer = [7; 80];
-            RingAead.seal(&mut [Job::new(key, 3, &mut buffer)]);
-            buffer
-        };
-        let mut key = AeadKey::new(&[5; KEY_LEN]);
-        assert_ne!(seal(&key), seal(&AeadKey::new(&[0; KEY_LEN])));
-        assert_eq!(**key.expose(), [5; KEY_LEN]);
-        key.wipe();
-        assert_eq!(seal(&key), seal(&AeadKey::new(&[0; KEY_LEN])));
-        assert_eq!(**key.expose(), [0; KEY_LEN]);
-    }
-
-    #[test]
-    fn a_key_prints_no_bytes() {
-        assert_eq!(format!("{:?}", AeadKey::new(&[0xab; KEY_LEN])), "AeadKey(..)");
-    }
 }

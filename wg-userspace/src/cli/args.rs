@@ -6,6 +6,7 @@ use std::{
     str::FromStr,
 };
 
+use clap::builder::{EnumValueParser, TypedValueParser};
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 use wg_common::map::HEARTBEATS_LEN;
@@ -13,7 +14,7 @@ use wg_common::map::HEARTBEATS_LEN;
 use super::{init::Shape, name::InterfaceName, peer};
 use crate::{
     config::Directives,
-    daemon::{DEVICE_COUNT_MAX, Mode},
+    daemon::{AeadChoice, DEVICE_COUNT_MAX, Mode},
 };
 
 /// The numbers of [`Code`](super::Code), for people.
@@ -152,6 +153,9 @@ pub struct DataPathArgs {
     /// How datagrams come in on those NICs: by XDP, by ordinary sockets, or by what works best
     #[arg(long, value_enum, env = "TIDEGATE_MODE")]
     pub mode: Option<Mode>,
+    /// What seals and opens packets; it changes nothing but speed
+    #[arg(long, env = "TIDEGATE_AEAD", default_value = "auto", value_parser = aead_choice())]
+    pub aead: AeadChoice,
     /// Number of workers, each with a CPU of its own [default: one for each CPU]
     #[arg(long, value_name = "N", env = "TIDEGATE_WORKERS",
           value_parser = clap::value_parser!(u16).range(1..=i64::from(HEARTBEATS_LEN)))]
@@ -160,6 +164,11 @@ pub struct DataPathArgs {
     /// socket
     #[arg(long, value_name = "unix:PATH", env = "TIDEGATE_PEER_SOURCE", value_parser = peer_source)]
     pub peer_source: Option<PathBuf>,
+}
+
+/// Reads `--aead`, and refuses what this CPU has not before anything is begun.
+fn aead_choice() -> impl TypedValueParser<Value = AeadChoice> {
+    EnumValueParser::<AeadChoice>::new().try_map(|choice| choice.check().map(|()| choice))
 }
 
 impl DataPathArgs {

@@ -114,6 +114,8 @@ fn command(options: &daemon::Options, log: Option<&str>) -> std::io::Result<Comm
     let mut command = Command::new(std::env::current_exe()?);
     let mode = options.mode.to_possible_value().expect("no mode is hidden");
     command.arg0("tidegate").args(["run", "--background-child", "--mode", mode.get_name()]);
+    let aead = options.aead.to_possible_value().expect("no back end is hidden");
+    command.args(["--aead", aead.get_name()]);
     command.arg(format!("--xdp={}", options.xdp.join(",")));
     if let Some(workers) = options.workers {
         command.arg(format!("--workers={workers}"));

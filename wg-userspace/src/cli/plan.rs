@@ -254,6 +254,7 @@ fn daemon_options(
         interfaces: vec![interface.as_str().to_owned()],
         xdp: arguments.xdp().map_or_else(file_nics, <[String]>::to_vec),
         mode: arguments.mode.or(file_mode).unwrap_or(daemon::Mode::Auto),
+        aead: arguments.aead,
         workers: arguments.workers.map(usize::from).or(file_workers),
         peer_source: arguments.peer_source.clone(),
     }

@@ -123,6 +123,7 @@ fn options(arguments: &args::Run) -> Result<daemon::Options, Failure> {
         interfaces: names.iter().map(|name| name.as_str().to_owned()).collect(),
         xdp: data_path.xdp().unwrap_or_default().to_vec(),
         mode: data_path.mode.unwrap_or(daemon::Mode::Auto),
+        aead: data_path.aead,
         workers: data_path.workers.map(usize::from),
         peer_source: data_path.peer_source.clone(),
     })

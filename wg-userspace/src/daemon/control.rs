@@ -136,6 +136,11 @@ impl Control {
         self.back_ends.borrow().name()
     }
 
+    /// Name of the AEAD's back end in use.
+    pub fn aead(&self) -> &'static str {
+        self.aead
+    }
+
     /// Runs what is due. To be called when [`sleep_time`](Self::sleep_time) is over.
     pub fn tick(&self) {
         let now = self.tick_sessions();

@@ -48,6 +48,7 @@ use crate::keeper::{Begin, Events, Keeper};
 use crate::sandbox;
 use crate::uapi;
 
+pub use crate::aead::AeadChoice;
 pub use effects::carry_out;
 pub use mode::Mode;
 pub use watchdog::Watchdog;
@@ -67,6 +68,8 @@ pub struct Options {
     pub xdp: Vec<String>,
     /// Which back end to use.
     pub mode: Mode,
+    /// Which back end seals and opens.
+    pub aead: AeadChoice,
     /// Number of workers; the CPUs this process may run on if not given.
     pub workers: Option<usize>,
     /// Unix socket of the service that knows peers which are not configured.
@@ -144,7 +147,7 @@ async fn serve(
         let serving = (Rc::clone(&control), server, pull_events, Rc::clone(&routes));
         let number = its.number;
         tasks.spawn_local(async move { (number, serve_device(serving).await) });
-        tracing::info!(interface, mode = control.mode(), "up");
+        tracing::info!(interface, mode = control.mode(), aead = control.aead(), "up");
         devices.insert(number, Served { interface, control, routes, pool });
     }
     ready();

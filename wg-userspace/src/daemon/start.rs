@@ -14,7 +14,8 @@ use super::control::Control;
 use super::nics::Nics;
 use super::pull::{PullEvents, Pulling};
 use super::tun_steering::TunSteering;
-use crate::aead::{BatchAead, RingAead};
+use crate::aead::choice::{self, Chosen};
+use crate::aead::{AeadChoice, BatchAead};
 use crate::datapath::handoff::Mesh;
 use crate::datapath::shared::{DATAGRAM_LEN_MAX, PARCEL_RING_LEN};
 use crate::datapath::{Crew, Shared, SocketGroup, Worker, WorkerThread, XskPort};
@@ -23,8 +24,6 @@ use crate::keeper::Keeper;
 use crate::keeper::protocol::{DeviceSetup, Setup};
 use crate::lookup::HttpSource;
 use crate::sys::{SharedWords, affinity, clock};
-
-static AEAD: &dyn BatchAead = &RingAead;
 
 /// A device that runs.
 pub struct Device {
@@ -85,6 +84,7 @@ pub fn start(
     live_indexes: Option<SharedWords>,
 ) -> anyhow::Result<(Vec<Device>, Threads, Nics)> {
     let cpus = affinity::inherited_cpus().context("reading which CPUs this process may use")?;
+    let aead = choose_aead(setup.aead)?;
     let crew = Crew::new(setup.worker_count, Some(Arc::new(heartbeats)))
         .context("preparing the workers")?;
     let live_indexes = live_indexes.map(Arc::new);
@@ -92,23 +92,32 @@ pub fn start(
     for DeviceSetup { number, interface, .. } in &setup.devices {
         let (device, live) = (DeviceId(*number), live_indexes.clone());
         let pool_len = Pool::thread_count(cpus.len());
-        let device = prepare(keeper, setup, device, &crew, live, pool_len)
+        let device = prepare(keeper, setup, device, &crew, live, aead, pool_len)
             .with_context(|| format!("preparing {interface}"))?;
         devices.push(Prepared { interface: interface.clone(), ..device });
     }
     let (nics, xsks) = Nics::begin(keeper, setup, &crew)?;
-    let threads = start_threads(&cpus, &crew, &devices, xsks)?;
+    let threads = start_threads(&cpus, &crew, &devices, xsks, aead)?;
 
     let devices = devices.into_iter().map(|device| {
         let Prepared { interface, shared, handshakes, tun_steering, pulling, pull_events, pool } =
             device;
         let (keeper, back_ends) = (Some(Rc::clone(keeper)), nics.in_use());
-        let control = Control::new(shared, handshakes, keeper, back_ends, AEAD.name());
+        let control = Control::new(shared, handshakes, keeper, back_ends, aead.name());
         let control = control.with_tun_steering(tun_steering);
         let control = Rc::new(control.with_pulling(pulling));
         Device { interface, control, pull_events, pool }
     });
     Ok((devices.collect(), threads, nics))
+}
+
+/// Chooses what seals and opens, for all that this process does.
+fn choose_aead(asked: AeadChoice) -> anyhow::Result<&'static dyn BatchAead> {
+    let Chosen { aead, rejected } = choice::choose(asked)?;
+    if let Some((back_end, difference)) = rejected {
+        tracing::warn!(back_end, %difference, "an AEAD back end differs from `ring`, which is used instead");
+    }
+    Ok(aead)
 }
 
 fn prepare(
@@ -117,6 +126,7 @@ fn prepare(
     device: DeviceId,
     crew: &Arc<Crew>,
     live_indexes: Option<Arc<SharedWords>>,
+    aead: &'static dyn BatchAead,
     pool_len: usize,
 ) -> anyhow::Result<Prepared> {
     let worker_count = setup.worker_count;
@@ -139,7 +149,7 @@ fn prepare(
     shared.up.store(false, Ordering::Relaxed);
     let tun_steering = TunSteering::begin(keeper, &shared);
     let outside = Os::new(Arc::clone(&shared));
-    let mut handshakes = Handshakes::new(Arc::clone(&shared), outside, AEAD, live_indexes);
+    let mut handshakes = Handshakes::new(Arc::clone(&shared), outside, aead, live_indexes);
     let (mut pulling, mut pull_events) = (None, None);
     if setup.has_peer_source {
         let keeper = Rc::clone(keeper);
@@ -160,6 +170,7 @@ fn start_threads(
     crew: &Arc<Crew>,
     devices: &[Prepared],
     xsks: Vec<Vec<XskPort>>,
+    aead: &'static dyn BatchAead,
 ) -> anyhow::Result<Threads> {
     let ids = || (0..crew.thread_count()).map(|number| WorkerId(number as u16));
     // Threads take their time to start; nobody is stuck meanwhile.
@@ -170,7 +181,7 @@ fn start_threads(
     for (id, ports) in ids().zip(xsks) {
         let workers = devices.iter().zip(&mut meshes).map(|(device, meshes)| {
             let mesh = meshes.pop_front().expect("one for each worker");
-            Worker::new(id, Arc::clone(&device.shared), mesh, AEAD)
+            Worker::new(id, Arc::clone(&device.shared), mesh, aead)
         });
         let thread = WorkerThread::new(id, Arc::clone(crew), ports, workers.collect())
             .context("preparing a worker")?;

@@ -1,6 +1,7 @@
 //! Workers' two halves against each other, without a kernel: what goes to the TUN device and to the
 //! sockets is written down instead.
 
+mod back_ends;
 mod devices;
 mod link;
 mod segments;
@@ -34,7 +35,7 @@ use super::handoff::{Mesh, Parcel, Work};
 use super::inbound::{Arrival, Inbound, PacketSink};
 use super::outbound::{DatagramSink, Outbound, Outgoing, PacketSource, Unsent};
 use super::shared::{Shared, SocketGroup};
-use crate::aead::RingAead;
+use crate::aead::{BatchAead, RingAead};
 use crate::counters::Path;
 use crate::key::PublicKey;
 use crate::noise::{Established, Role, TransportKeys};
@@ -133,6 +134,10 @@ fn endpoint(remote: &str) -> Endpoint {
 
 impl Gateway {
     fn new() -> Self {
+        Self::with(&AEAD)
+    }
+
+    fn with(aead: &'static dyn BatchAead) -> Self {
         let sockets = SocketGroup { port: 51820, of_worker: Vec::new() };
         let (shared, work) =
             Shared::new(DeviceId(0), 2, Vec::new(), sockets, None, INDEXES).unwrap();
@@ -149,10 +154,10 @@ impl Gateway {
         let (mut inbound, mut from) = (Vec::new(), Vec::new());
         for (id, mesh) in Mesh::between(2, 16).into_iter().enumerate() {
             let id = WorkerId(id as u16);
-            inbound.push(Inbound::new(id, Arc::clone(&shared), &AEAD, mesh.to));
+            inbound.push(Inbound::new(id, Arc::clone(&shared), aead, mesh.to));
             from.push(mesh.from);
         }
-        let outbound = Outbound::new(WorkerId(0), Arc::clone(&shared), &AEAD);
+        let outbound = Outbound::new(WorkerId(0), Arc::clone(&shared), aead);
         Self { shared, work, inbound, from, outbound, tun: Tun::default(), wire: Wire::default() }
     }
 
@@ -455,7 +460,7 @@ fn a_responder_sends_only_after_it_received() {
         message[..16].copy_from_slice(&header);
         let key = crate::aead::AeadKey::new(&[1; 32]);
         let mut jobs = [crate::aead::Job::new(&key, 0, &mut message[16..])];
-        crate::aead::BatchAead::seal(&AEAD, &mut jobs);
+        AEAD.seal(&mut jobs);
         message
     };
     gateway.receive(0, &keepalive, START);
@@ -570,7 +575,7 @@ fn counters_end_at_reject_after_messages() {
         message[..16].copy_from_slice(&header);
         let key = crate::aead::AeadKey::new(&[1; 32]);
         let mut jobs = [crate::aead::Job::new(&key, counter, &mut message[16..])];
-        crate::aead::BatchAead::seal(&AEAD, &mut jobs);
+        AEAD.seal(&mut jobs);
         message
     };
     gateway.receive(0, &seal(REJECT_AFTER_MESSAGES), START);

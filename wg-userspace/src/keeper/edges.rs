@@ -22,7 +22,7 @@ use super::protocol::{
 };
 use super::ways::{Look, Neighbours};
 use crate::bpf::{BpfError, LogReader, Steer, TunSteering};
-use crate::daemon::{Error, Mode, Options};
+use crate::daemon::{AeadChoice, Error, Mode, Options};
 use crate::host::{AddressChange, Host, Towards};
 use crate::sys::errno::ENODEV;
 use crate::sys::{SharedWords, affinity, memory, random};
@@ -41,6 +41,7 @@ pub struct Edges {
     /// By number; nothing in the place of one whose interface was deleted.
     devices: Vec<Option<Device>>,
     mode: Mode,
+    aead: AeadChoice,
     peer_source: Option<PathBuf>,
     worker_count: usize,
     index_key: [u32; IndexPermutation::KEY_LEN],
@@ -110,6 +111,7 @@ impl Edges {
         let edges = Self {
             devices,
             mode: options.mode,
+            aead: options.aead,
             peer_source: options.peer_source.clone(),
             worker_count,
             index_key,
@@ -283,6 +285,7 @@ impl Edges {
             index_key: self.index_key,
             mode: self.mode,
             nics: self.nics.named(),
+            aead: self.aead,
             has_peer_source: self.peer_source.is_some(),
             live_index_count: steer.map(|steer| steer.live_indexes().len()),
         };

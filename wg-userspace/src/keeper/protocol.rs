@@ -19,7 +19,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::choice::Plan;
-use crate::daemon::Mode;
+use crate::daemon::{AeadChoice, Mode};
 use crate::host::Towards;
 
 /// Longest message.
@@ -287,6 +287,8 @@ pub struct Setup {
     pub mode: Mode,
     /// The NICs that were named for XDP.
     pub nics: Vec<NamedNic>,
+    /// The AEAD's back end that was asked for.
+    pub aead: AeadChoice,
     /// Whether there is a service that knows peers.
     pub has_peer_source: bool,
     /// Entries of the live indexes, if there is a steer program.

@@ -40,6 +40,8 @@ use wg_common::protocol::KEY_LEN;
 use zeroize::Zeroizing;
 
 pub use cookie::{Cookie, CookieSecret};
+#[cfg(feature = "aws-lc")]
+pub use dh::AwsLc;
 pub use dh::{Dalek, SharedSecret, X25519};
 pub use handshake::{
     AuthenticInitiation, Established, Initiator, OpenedInitiation, Role, TransportKeys, initiate,
@@ -189,9 +191,9 @@ impl std::fmt::Debug for RemoteStatic {
 
 /// The curve in use.
 #[cfg(not(test))]
-type Curve = Dalek;
+type Curve = dh::Chosen;
 #[cfg(test)]
-type Curve = dh::Counted<Dalek>;
+type Curve = dh::Counted<dh::Chosen>;
 
 /// 32 secret bytes, wiped on drop.
 type Secret = Zeroizing<[u8; KEY_LEN]>;

@@ -78,6 +78,11 @@ fn repeat(name: &str, count: usize) {
 }
 
 #[test]
+fn aead() {
+    repeat("aead", 500);
+}
+
+#[test]
 fn frames() {
     repeat("frames", 50_000);
 }

@@ -5,6 +5,7 @@
 //! `tests/fuzz`, which repeats what was found and some random inputs in every test run. They use the
 //! public interface only, so that both can.
 
+pub mod aead;
 pub mod config;
 pub mod cut;
 pub mod frames;
@@ -30,6 +31,7 @@ pub struct Target {
 
 /// All targets.
 pub const TARGETS: &[Target] = &[
+    Target { name: "aead", run: aead::run, seeds: aead::seeds },
     Target { name: "frames", run: frames::run, seeds: frames::seeds },
     Target { name: "handshake", run: handshake::run, seeds: handshake::seeds },
     Target { name: "handover", run: handover::run, seeds: handover::seeds },
