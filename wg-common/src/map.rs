@@ -3,9 +3,10 @@
 //! Arrays that the user side writes often are mapped into its memory; their values are `u64`, since
 //! the kernel spaces the values of an array by multiples of eight bytes.
 
-use crate::headers::AddressBytes;
+use crate::headers::{AddressBytes, IpVersion};
 use crate::id::{DeviceId, PeerId, ReceiverIndex, WorkerId};
 use crate::index::{IndexLayout, IndexPermutation};
+use crate::protocol::TYPE_TRANSPORT;
 
 /// Array, mapped, indexed by UDP port in host byte order: a [`port_entry`], or 0 if the port is not ours.
 pub const LISTEN_PORTS: &str = "LISTEN_PORTS";
@@ -58,6 +59,24 @@ pub const PEERS_PER_WORD: u32 = 8;
 /// Greatest number of a worker that an entry of [`PEER_WORKERS`] can hold.
 pub const PEER_WORKER_MAX: WorkerId = WorkerId(254);
 
+/// Array, mapped, indexed by slot of a receiver index of ours, less [`FIRST_SLOT_GLOBAL`]: an
+/// [`index_worker_entry`], or 0 if no keypair has such an index. Each device has its own, of its own slots.
+pub const INDEX_WORKERS: &str = "INDEX_WORKERS";
+/// Most entries of [`INDEX_WORKERS`], 8 MiB of them; devices of one process share them out.
+pub const INDEX_WORKERS_LEN: u32 = IndexLayout::DEFAULT.slot_count();
+
+/// Array of the sockets on a device's listen port, indexed by [`socket_number`].
+pub const SOCKETS: &str = "SOCKETS";
+/// Sockets of one IP version in [`SOCKETS`].
+pub const SOCKETS_PER_VERSION: u32 = 64;
+/// Entries of [`SOCKETS`].
+pub const SOCKETS_LEN: u32 = 2 * SOCKETS_PER_VERSION;
+
+/// Name of the program that chooses the socket for a datagram.
+pub const SOCKET_PROGRAM: &str = "tidegate_socket";
+/// Name of the global with the first of a device's slots (`u32`).
+pub const FIRST_SLOT_GLOBAL: &str = "FIRST_SLOT";
+
 /// Name of the program that chooses the TUN queue by which a packet leaves.
 pub const QUEUE_PROGRAM: &str = "tidegate_queue";
 /// Name of the steer program in the object.
@@ -104,6 +123,60 @@ pub const fn with_peer_worker(entry: u64, peer: PeerId, worker: Option<WorkerId>
 
 const fn peer_shift(peer: PeerId) -> u32 {
     peer.0 % PEERS_PER_WORD * u8::BITS
+}
+
+/// The entry of [`INDEX_WORKERS`] for a keypair's local index, by the worker at which it is at home; never 0.
+pub const fn index_worker_entry(index: ReceiverIndex, worker: WorkerId) -> u64 {
+    (worker.0 as u64 + 1) << 32 | index.value() as u64
+}
+
+/// The worker at which the keypair with this index is at home, if its slot's entry of [`INDEX_WORKERS`] is
+/// about that very index.
+#[inline(always)]
+pub const fn index_worker(entry: u64, index: ReceiverIndex) -> Option<WorkerId> {
+    let worker = entry >> 32;
+    if worker == 0 || worker > 1 << 16 || entry as u32 != index.value() {
+        return None;
+    }
+    Some(WorkerId((worker - 1) as u16))
+}
+
+/// The number in [`SOCKETS`] of a worker's socket; `None` if there is no room for so many workers.
+#[inline(always)]
+pub const fn socket_number(version: IpVersion, worker: WorkerId) -> Option<u32> {
+    let worker = worker.0 as u32;
+    if worker >= SOCKETS_PER_VERSION {
+        return None;
+    }
+    match version {
+        IpVersion::V4 => Some(worker),
+        IpVersion::V6 => Some(SOCKETS_PER_VERSION + worker),
+    }
+}
+
+/// First bytes of a transport data message: type, three reserved ones, receiver index.
+pub const TRANSPORT_HEAD_LEN: usize = 8;
+
+/// The worker for a datagram with these first bytes: if it is transport data under a receiver index of ours,
+/// the one at which its keypair is at home. `entry` reads [`INDEX_WORKERS`], whose first entry is that of
+/// slot `first_slot`.
+///
+/// `None` for all others, which may come to any worker. No packet is judged here: whatever the answer, it
+/// is opened by its keypair, or dropped, wherever it comes.
+#[inline(always)]
+pub fn datagram_worker(
+    indexes: &IndexPermutation,
+    first_slot: u32,
+    head: [u8; TRANSPORT_HEAD_LEN],
+    entry: impl FnOnce(u32) -> Option<u64>,
+) -> Option<WorkerId> {
+    let [kind, 0, 0, 0, index @ ..] = head else { return None };
+    if kind != TYPE_TRANSPORT {
+        return None;
+    }
+    let index = ReceiverIndex::from_wire(index);
+    let slot = indexes.slot_of(index)?.checked_sub(first_slot)?;
+    index_worker(entry(slot)?, index)
 }
 
 /// The TUN queue for a packet to an address: that of the worker at which its owner is at home, which
@@ -268,6 +341,43 @@ mod tests {
                 prop_assert_eq!(peer_word(peer(i)), first);
                 prop_assert_eq!(peer_worker(word, peer(i)), workers[i as usize]);
             }
+        }
+
+        #[test]
+        fn a_datagram_goes_where_its_keypair_is_at_home(
+            key in any::<[u32; 4]>(), node_bits in 0u32..=8, node in 0u32..256,
+            index in any::<[u8; 4]>(), other in any::<[u8; 4]>(), worker in any::<u16>(),
+            begin in any::<u32>(), kind in any::<[u8; 4]>(), is_transport in any::<bool>(),
+        ) {
+            let layout = IndexLayout::new(node_bits, 20).unwrap();
+            let indexes = IndexPermutation::new(key, layout).at_node(node);
+            let kind = if is_transport { [TYPE_TRANSPORT, 0, 0, 0] } else { kind };
+            let head: [u8; 8] = core::array::from_fn(|at| if at < 4 { kind[at] } else { index[at - 4] });
+            let of = |bytes| ReceiverIndex::from_wire(bytes);
+            let first_slot = begin % layout.slot_count();
+            let parts = indexes.parts_of(of(index));
+            let is_ours = parts.node == indexes.node() && parts.slot >= first_slot;
+            let chosen = |entry: Option<u64>| datagram_worker(&indexes, first_slot, head, |at| {
+                assert_eq!(at + first_slot, parts.slot);
+                entry
+            });
+            let is_known = kind == [TYPE_TRANSPORT, 0, 0, 0] && is_ours;
+            let home = WorkerId(worker);
+            prop_assert_eq!(chosen(Some(index_worker_entry(of(index), home))), is_known.then_some(home));
+            prop_assert_eq!(chosen(None), None);
+            prop_assert_eq!(chosen(Some(0)), None);
+            let another = chosen(Some(index_worker_entry(of(other), home)));
+            prop_assert_eq!(another, (is_known && other == index).then_some(home));
+        }
+
+        #[test]
+        fn sockets_of_workers_and_versions_have_numbers_of_their_own(a in 0u16..64, b in 0u16..64) {
+            let of = |version, worker| socket_number(version, WorkerId(worker)).unwrap();
+            prop_assert_eq!(of(IpVersion::V4, a) == of(IpVersion::V4, b), a == b);
+            prop_assert_eq!(of(IpVersion::V6, a) == of(IpVersion::V6, b), a == b);
+            prop_assert_ne!(of(IpVersion::V4, a), of(IpVersion::V6, b));
+            prop_assert!(of(IpVersion::V6, a) < SOCKETS_LEN);
+            prop_assert_eq!(socket_number(IpVersion::V4, WorkerId(a + 64)), None);
         }
 
         #[test]

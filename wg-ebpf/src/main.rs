@@ -9,15 +9,16 @@ mod packet;
 mod steer;
 
 use aya_ebpf::Global;
+use aya_ebpf::bindings::sk_action::SK_PASS;
 use aya_ebpf::bindings::xdp_action::{XDP_DROP, XDP_PASS};
-use aya_ebpf::macros::{socket_filter, xdp};
-use aya_ebpf::programs::{SkBuffContext, XdpContext};
+use aya_ebpf::macros::{sk_reuseport, socket_filter, xdp};
+use aya_ebpf::programs::{SkBuffContext, SkReuseportContext, XdpContext};
 use aya_log_ebpf::debug;
-use wg_common::headers::destination_bytes;
-use wg_common::map::{QueueKey, tun_queue};
+use wg_common::headers::{Bytes, IpVersion, UDP_LEN, destination_bytes};
+use wg_common::map::{QueueKey, socket_number, tun_queue};
 use wg_common::outcome::SteerEvent;
 
-use crate::packet::{Packet, Skb};
+use crate::packet::{Datagram, Packet, Skb};
 use crate::steer::Verdict;
 
 /// 1 if the loader wants log lines. The kernel's verifier removes them otherwise.
@@ -65,6 +66,26 @@ fn tidegate_steer(ctx: XdpContext) -> u32 {
 fn tidegate_queue(ctx: SkBuffContext) -> i64 {
     let to = destination_bytes(&Skb(&ctx));
     to.map_or(0, |to| tun_queue(&to, maps::owner, maps::home)).into()
+}
+
+/// Of the sockets on a listen port: has transport data come to that of the worker at which its keypair is at
+/// home. Everything else is the kernel's to spread, by addresses and ports; nothing is dropped.
+#[sk_reuseport]
+fn tidegate_socket(ctx: SkReuseportContext) -> u32 {
+    if let Some(socket) = socket_of(&ctx) {
+        // Refused where the array has no socket of this very group at present: then the kernel chooses.
+        let _ = maps::select(&ctx, socket);
+    }
+    SK_PASS
+}
+
+#[inline(always)]
+fn socket_of(ctx: &SkReuseportContext) -> Option<u32> {
+    const ETHERTYPE_V6: u16 = 0x86dd_u16.to_be();
+    let version =
+        if ctx.eth_protocol() as u16 == ETHERTYPE_V6 { IpVersion::V6 } else { IpVersion::V4 };
+    let head = Datagram(ctx).read(UDP_LEN)?;
+    socket_number(version, maps::datagram_worker(head)?)
 }
 
 /// What the programs tell the kernel: helpers for tracing and redirecting ask for a licence

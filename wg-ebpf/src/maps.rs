@@ -7,16 +7,19 @@
 use aya_ebpf::Global;
 use aya_ebpf::bindings::xdp_action::XDP_PASS;
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
+use aya_ebpf::cty::c_long;
 use aya_ebpf::helpers::bpf_ktime_get_boot_ns;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::lpm_trie::Key;
-use aya_ebpf::maps::{Array, HashMap, LpmTrie, PerCpuArray, XskMap};
+use aya_ebpf::maps::{Array, HashMap, LpmTrie, PerCpuArray, ReusePortSockArray, XskMap};
+use aya_ebpf::programs::SkReuseportContext;
 use wg_common::headers::AddressBytes;
 use wg_common::id::{PeerId, ReceiverIndex, WorkerId};
 use wg_common::index::{IndexLayout, IndexPermutation};
 use wg_common::map::{
-    AddressKey, HEARTBEATS_LEN, LISTEN_PORTS_LEN, LIVE_INDEXES_LEN, LOCAL_ADDRESSES_LEN,
-    OWNERS_LEN, PEER_WORKERS_LEN, QUEUES_LEN, QueueEntry, QueueKey, peer_word, peer_worker,
+    AddressKey, HEARTBEATS_LEN, INDEX_WORKERS_LEN, LISTEN_PORTS_LEN, LIVE_INDEXES_LEN,
+    LOCAL_ADDRESSES_LEN, OWNERS_LEN, PEER_WORKERS_LEN, QUEUES_LEN, QueueEntry, QueueKey,
+    SOCKETS_LEN, TRANSPORT_HEAD_LEN, peer_word, peer_worker,
 };
 use wg_common::outcome::{DropReason, STEER_COUNTER_COUNT, SteerEvent};
 
@@ -54,6 +57,16 @@ static OWNERS_V6: LpmTrie<[u8; 16], u32> = LpmTrie::with_max_entries(OWNERS_LEN,
 
 #[map]
 static PEER_WORKERS: Array<u64> = Array::with_max_entries(PEER_WORKERS_LEN, BPF_F_MMAPABLE);
+
+#[map]
+static INDEX_WORKERS: Array<u64> = Array::with_max_entries(INDEX_WORKERS_LEN, BPF_F_MMAPABLE);
+
+#[map]
+static SOCKETS: ReusePortSockArray = ReusePortSockArray::with_max_entries(SOCKETS_LEN, 0);
+
+/// The first of a device's slots; the loader puts it in.
+#[unsafe(no_mangle)]
+static FIRST_SLOT: Global<u32> = Global::new(0);
 
 /// What takes receiver indexes apart; the loader puts the key and the layout in. They are constants to
 /// the kernel's verifier.
@@ -112,6 +125,21 @@ pub fn owner(address: &AddressBytes) -> Option<PeerId> {
 #[inline(always)]
 pub fn home(peer: PeerId) -> Option<WorkerId> {
     peer_worker(read(&PEER_WORKERS, peer_word(peer))?, peer)
+}
+
+/// The worker for a datagram with these first bytes.
+#[inline(always)]
+pub fn datagram_worker(head: [u8; TRANSPORT_HEAD_LEN]) -> Option<WorkerId> {
+    let first_slot = FIRST_SLOT.load();
+    wg_common::map::datagram_worker(&INDEXES.load(), first_slot, head, |slot| {
+        read(&INDEX_WORKERS, slot)
+    })
+}
+
+/// Has the datagram come to this socket.
+#[inline(always)]
+pub fn select(ctx: &SkReuseportContext, socket: u32) -> Result<(), c_long> {
+    SOCKETS.select_reuseport(ctx, socket)
 }
 
 /// Hands the packet to this XSK: the verdict for it, or, if there is none, the verdict to pass.

@@ -3,7 +3,9 @@
 
 use core::marker::PhantomData;
 
-use aya_ebpf::programs::{SkBuffContext, XdpContext};
+use aya_ebpf::EbpfContext as _;
+use aya_ebpf::helpers::bpf_skb_load_bytes;
+use aya_ebpf::programs::{SkBuffContext, SkReuseportContext, XdpContext};
 use wg_common::headers::Bytes;
 
 /// The bytes of the packet at an XDP hook, from its Ethernet header on.
@@ -53,5 +55,28 @@ impl Bytes for Skb<'_> {
     #[inline(always)]
     fn read<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
         self.0.load(offset).ok()
+    }
+}
+
+/// The bytes of a datagram for which a socket is chosen, from its UDP header on. Where it stands for several,
+/// they are those of the first.
+pub struct Datagram<'a>(pub &'a SkReuseportContext);
+
+impl Bytes for Datagram<'_> {
+    #[inline(always)]
+    fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    #[inline(always)]
+    fn read<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
+        let mut bytes = [0; N];
+        // What lies behind the linear part can be had by this alone.
+        // SAFETY: the kernel writes N bytes to `bytes`, which has as many, or says that there are not so many;
+        // the context is the one that this run of the program was given.
+        let result = unsafe {
+            bpf_skb_load_bytes(self.0.as_ptr(), offset as u32, bytes.as_mut_ptr().cast(), N as u32)
+        };
+        (result == 0).then_some(bytes)
     }
 }

@@ -12,14 +12,19 @@ mod common;
 
 use std::{
     fmt::Write as _,
-    fs,
+    fs::{self, File},
+    io::Read as _,
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
     process::Output,
     time::Duration,
 };
 
 use common::{Daemon, LIMIT, UDP, tidegate};
+use rustix::process::{Pid, Signal, kill_process};
+use socket2::{Domain, Protocol, Socket, Type};
 use wg_userspace::key::PublicKey;
+use wg_userspace::sys::netns::NetNs;
 use xtask::{
     demonstration::{CLIENT_CONF, GATEWAY_CONF, GATEWAY_INNER},
     lab::{self, Lab, Space, find_program},
@@ -187,6 +192,82 @@ fn one_of_100_peers_changes_and_the_others_lose_nothing() {
         assert_eq!(was == is, was[0] != key(50).to_string(), "{was:?} {is:?}");
     }
     assert!(gateway.reload().ends_with(": nothing to do\n"));
+}
+
+/// The TOS bytes of the transport data that comes to the client's port while echo requests with this DSCP,
+/// shifted by two bits, are answered.
+fn outer_tos(lab: &Lab, tos: u8) -> Vec<u8> {
+    let namespace = File::open(Path::new("/run/netns").join(lab.client.name())).unwrap();
+    let raw = NetNs::from(OwnedFd::from(namespace)).run(|| {
+        let raw = Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::UDP)).unwrap();
+        raw.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+        raw
+    });
+    lab.gateway.ping("10.9.0.2", 3, &["-Q", &tos.to_string(), "-i", "0.2"]).unwrap();
+    let mut seen = Vec::new();
+    let mut packet = [0; 2048];
+    while let Ok(len) = (&raw).read(&mut packet) {
+        // Header, UDP header, type; an echo request of 84 bytes with its padding.
+        if len == 20 + 8 + 128 && packet[28] == 4 {
+            seen.push(packet[1]);
+        }
+    }
+    seen
+}
+
+/// The child of the daemon of an interface, which `up` has started.
+fn data_process(interface: &str) -> Pid {
+    let words = |pid: &str| fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let is_keeper = |pid: &String| {
+        let line = words(pid);
+        line.contains("--background-child\0") && line.ends_with(&format!("\0{interface}\0"))
+    };
+    let processes = fs::read_dir("/proc").unwrap();
+    let mut pids =
+        processes.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).filter(is_keeper);
+    let keeper = pids.next().expect("the daemon runs");
+    let child = lab::wait_for("the data process", LIMIT, || {
+        let children = fs::read_to_string(format!("/proc/{keeper}/task/{keeper}/children"))?;
+        Ok(children.split_whitespace().next().map(|pid| pid.parse::<i32>().unwrap()))
+    });
+    Pid::from_raw(child.unwrap()).unwrap()
+}
+
+#[test]
+fn what_is_done_to_packets_follows_the_file_and_outlives_the_data_process() {
+    let test = "what_is_done_to_packets_follows_the_file_and_outlives_the_data_process";
+    let Some(lab) = lab(test) else { return };
+    let with =
+        |lines: &str| GATEWAY_CONF.replacen("[Interface]\n", &format!("[Interface]\n{lines}"), 1);
+    let gateway = Gateway::up(&lab, &with("#! CopyDscp = on\n"));
+    let _client = client(&lab);
+    let shown = || gateway.succeeds(&["show", &gateway.interface]);
+    assert!(shown().contains("  copy dscp: on\n") && !shown().contains("mss clamp"), "{}", shown());
+    // ECN is as ever: it goes outside, but for CE.
+    for (inner, outer) in [(0xb8, 0xb8), (0xba, 0xba), (0xbb, 0xba), (0, 0)] {
+        assert_eq!(outer_tos(&lab, inner), [outer; 3]);
+    }
+    gateway.write(&with("#! MssClamp = off\n"));
+    let said = gateway.reload();
+    assert!(said.starts_with("~ MssClamp: on → off\n~ CopyDscp: on → off\n"), "{said}");
+    assert_eq!(outer_tos(&lab, 0xb9), [1; 3]);
+    assert!(shown().contains("  mss clamp: off\n") && !shown().contains("dscp"), "{}", shown());
+    assert!(gateway.reload().ends_with(": nothing to do\n"));
+    gateway.write(&with("#! CopyDscp = on\n#! MssClamp = off\n"));
+    gateway.reload();
+
+    // The data process that follows knows of it.
+    let status = || gateway.succeeds(&["show", "--json", &gateway.interface]);
+    let before = data_process(&gateway.interface);
+    kill_process(before, Signal::KILL).unwrap();
+    let is_back = || {
+        let is_new = data_process(&gateway.interface) != before;
+        Ok((is_new && status().contains("\"copy_dscp\": true")).then_some(()))
+    };
+    lab::wait_for("another data process", LIMIT, is_back).unwrap();
+    assert!(shown().contains("  mss clamp: off\n"), "{}", status());
+    let is_marked = || Ok((outer_tos(&lab, 0xb8) == [0xb8; 3]).then_some(()));
+    lab::wait_for("marked datagrams", LIMIT, is_marked).unwrap();
 }
 
 #[test]

@@ -3,12 +3,14 @@
 //! The only room that knows `aya`. It knows neither peers nor keys: `daemon` tells it what the
 //! steer program must know (ports, addresses, live indexes, queues and their sockets), workers
 //! store their heartbeats straight into the mapped array. Of each TUN device, [`TunSteering`] is told who
-//! owns which prefix, and workers store where peers are at home. What the maps mean stands in
+//! owns which prefix, and workers store where peers are at home; of each listen port, [`SocketSteering`] is told
+//! the sockets, and control stores where keypairs are. What the maps mean stands in
 //! [`wg_common::map`].
 
 mod attached;
 mod error;
 mod log;
+mod socket_steering;
 #[cfg(test)]
 mod tests;
 mod tun_steering;
@@ -27,14 +29,15 @@ use aya::{Ebpf, EbpfLoader};
 use wg_common::id::DeviceId;
 use wg_common::index::IndexPermutation;
 use wg_common::map::{
-    AddressKey, HEARTBEATS, INDEXES_GLOBAL, LISTEN_PORTS, LIVE_INDEXES, LIVE_INDEXES_LEN,
-    LOCAL_ADDRESSES, LOG_GLOBAL, PEER_WORKERS, QUEUES, QueueEntry, QueueKey, STEER_COUNTERS,
-    STEER_PROGRAM, XSKS, port_entry,
+    AddressKey, HEARTBEATS, INDEX_WORKERS, INDEXES_GLOBAL, LISTEN_PORTS, LIVE_INDEXES,
+    LIVE_INDEXES_LEN, LOCAL_ADDRESSES, LOG_GLOBAL, PEER_WORKERS, QUEUES, QueueEntry, QueueKey,
+    STEER_COUNTERS, STEER_PROGRAM, XSKS, port_entry,
 };
 use wg_common::outcome::{DropReason, STEER_COUNTER_COUNT, SteerEvent};
 
 pub use self::error::{AttachError, BpfError};
 pub use self::log::LogReader;
+pub use self::socket_steering::SocketSteering;
 pub use self::tun_steering::TunSteering;
 use crate::sys::{SharedWords, link};
 
@@ -97,8 +100,9 @@ impl Steer {
             .override_global(LOG_GLOBAL, &log, true)
             .override_global(INDEXES_GLOBAL, &options.indexes, true)
             .map_max_entries(LIVE_INDEXES, index_count)
-            // Each TUN device has one of its own, with a program that this is not.
+            // Each device has them of its own, with programs that this is not.
             .map_max_entries(PEER_WORKERS, 1)
+            .map_max_entries(INDEX_WORKERS, 1)
             .load(object)
             .map_err(BpfError::object)?;
         program(&mut ebpf)?.load().map_err(|error| BpfError::program(STEER_PROGRAM, error))?;

@@ -10,14 +10,15 @@ use aya::programs::{SocketFilter, TestRun as _, TestRunOptions};
 use aya::{Ebpf, EbpfLoader};
 use wg_common::id::PeerId;
 use wg_common::map::{
-    HEARTBEATS, LISTEN_PORTS, LIVE_INDEXES, LOCAL_ADDRESSES, OWNERS_V4, OWNERS_V6, PEER_WORKERS,
-    QUEUE_PROGRAM, QUEUES, XSKS,
+    HEARTBEATS, INDEX_WORKERS, LISTEN_PORTS, LIVE_INDEXES, LOCAL_ADDRESSES, OWNERS_V4, OWNERS_V6,
+    PEER_WORKERS, QUEUE_PROGRAM, QUEUES, XSKS,
 };
 
 use super::{BpfError, OBJECT, absent_is_fine, take};
 
-/// Maps that the steer program alone uses, and the least number of entries.
-const NOT_OURS: [&str; 6] = [LISTEN_PORTS, LOCAL_ADDRESSES, LIVE_INDEXES, QUEUES, XSKS, HEARTBEATS];
+/// Maps that other programs use, and the least number of entries.
+const NOT_OURS: [&str; 7] =
+    [LISTEN_PORTS, LOCAL_ADDRESSES, LIVE_INDEXES, INDEX_WORKERS, QUEUES, XSKS, HEARTBEATS];
 
 /// The program that chooses a TUN device's queues, with its maps. Once attached (with
 /// `TunQueue::set_steering`), the kernel keeps both for as long as the
@@ -106,6 +107,12 @@ impl TunSteering {
     /// a process that maps it.
     pub fn peer_workers_fd(&self) -> BorrowedFd<'_> {
         self.peer_workers.map().fd().as_fd()
+    }
+
+    /// The trie of IPv4.
+    #[cfg(test)]
+    pub(super) fn owners_v4_fd(&self) -> BorrowedFd<'_> {
+        self.owners_v4.map().fd().as_fd()
     }
 
     /// How many prefixes have owners.

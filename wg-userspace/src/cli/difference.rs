@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     config::{Config, PeerConfig},
-    device::{AllowedIpChange, PeerChange, SetRequest},
+    device::{AllowedIpChange, PacketRules, PeerChange, SetRequest},
     host::{Family, MAIN_TABLE, missing_routes},
     key::PublicKey,
 };
@@ -66,6 +66,7 @@ pub fn of_device(
         found.back.fwmark = Some(running.fwmark);
         found.line(format!("~ fwmark: {:#x} → {mark:#x}", running.fwmark));
     }
+    found.packet_rules(running.rules, config);
     let in_file: HashSet<PublicKey> = config.peers.iter().map(|peer| *peer.public_key).collect();
     // What they own and is others' in the file goes over to these before that, and back afterwards.
     let gone = running.peers.iter().filter(|peer| !in_file.contains(&peer.public_key));
@@ -134,6 +135,22 @@ impl DeviceDifference {
 
     fn line(&mut self, line: String) {
         self.lines.push(line);
+    }
+
+    fn packet_rules(&mut self, was: PacketRules, config: &Config) {
+        let of_file = &config.interface;
+        let is = PacketRules::of(of_file.mss_clamp.as_deref(), of_file.copy_dscp.as_deref());
+        let word = |is_on| if is_on { "on" } else { "off" };
+        if is.mss_clamp != was.mss_clamp {
+            self.request.mss_clamp = Some(is.mss_clamp);
+            self.back.mss_clamp = Some(was.mss_clamp);
+            self.line(format!("~ MssClamp: {} → {}", word(was.mss_clamp), word(is.mss_clamp)));
+        }
+        if is.copy_dscp != was.copy_dscp {
+            self.request.copy_dscp = Some(is.copy_dscp);
+            self.back.copy_dscp = Some(was.copy_dscp);
+            self.line(format!("~ CopyDscp: {} → {}", word(was.copy_dscp), word(is.copy_dscp)));
+        }
     }
 
     fn added(&mut self, peer: &PeerConfig, allowed_ips: &[IpNet], endpoint: Option<SocketAddr>) {

@@ -16,6 +16,7 @@ use super::name::{ConfigFile, InterfaceName};
 use crate::{
     config::{self, Directives, Problem},
     daemon,
+    device::PacketRules,
 };
 
 /// Who may write the file, besides its group and others, who must not.
@@ -33,7 +34,17 @@ pub fn of(interface: &InterfaceName) -> Directives {
     directives
 }
 
+/// What `/etc/wireguard/<interface>.conf` says is to be done to packets. [`of`] prints what is wrong with it.
+pub fn rules_of(interface: &InterfaceName) -> PacketRules {
+    read(&ConfigFile::of(interface).path, ROOT).0.rules()
+}
+
 impl Directives {
+    /// What is done to packets.
+    fn rules(&self) -> PacketRules {
+        PacketRules::of(self.mss_clamp.as_deref(), self.copy_dscp.as_deref())
+    }
+
     /// Names of NICs for XDP, if there is a line about them.
     pub fn nics(&self) -> Option<Vec<String>> {
         let xdp = self.xdp.as_ref()?;
@@ -150,7 +161,7 @@ mod tests {
         let folder = Folder::new();
         let path = folder.write(
             "#!/bin/false\nnonsense\n[Interface]\nPrivateKey = short\nAdress = x\n\
-             #! Xdp = eth0,eth1 mode=native\n#! Workers = 2\n[Pear]\n#! Xdp = no\n[Peer]\n\
+             #! Xdp = eth0,eth1 mode=native\n#! Workers = 2\n#! MssClamp = off\n#! CopyDscp = on\n[Pear]\n#! Xdp = no\n[Peer]\n\
              #! Name = laptop\n",
             0o600,
         );
@@ -158,6 +169,8 @@ mod tests {
         assert_eq!(warnings, [] as [&str; 0]);
         assert_eq!(directives.nics().unwrap(), ["eth0", "eth1"]);
         assert_eq!(directives.mode(), Some(daemon::Mode::Native));
+        assert_eq!(directives.rules(), PacketRules { mss_clamp: false, copy_dscp: true });
+        assert_eq!(Directives::default().rules(), PacketRules::default());
         assert_eq!(directives.workers.unwrap().value, 2);
     }
 

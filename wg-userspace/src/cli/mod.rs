@@ -54,7 +54,7 @@ use std::{ffi::OsString, io::Write as _, process::ExitCode};
 use args::Command;
 pub use failure::Code;
 use failure::Failure;
-pub use report::{DataPath, Interface, Nic, Peer, Quiesced, Report, TunSteering};
+pub use report::{DataPath, Interface, Nic, Peer, Quiesced, Report, Steering};
 pub use troubles::Trouble;
 
 /// The whole program: reads the arguments of this process, does what they say, prints errors.

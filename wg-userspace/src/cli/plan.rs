@@ -252,6 +252,8 @@ fn daemon_options(
     let file_workers = config.interface.workers.as_ref().map(|workers| workers.value);
     daemon::Options {
         interfaces: vec![interface.as_str().to_owned()],
+        // Configured right afterwards.
+        rules: Vec::new(),
         xdp: arguments.xdp().map_or_else(file_nics, <[String]>::to_vec),
         mode: arguments.mode.or(file_mode).unwrap_or(daemon::Mode::Auto),
         aead: arguments.aead,

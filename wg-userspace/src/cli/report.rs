@@ -91,7 +91,17 @@ pub struct DataPath {
     pub workers: usize,
     /// Whether packets out of the TUN device come to the worker that their peer belongs to; nothing if the
     /// daemon did not say.
-    pub tun_steering: Option<TunSteering>,
+    pub tun_steering: Option<Steering>,
+    /// Whether transport data on the listen port comes to the worker that its peer belongs to; nothing if the
+    /// daemon did not say.
+    pub socket_steering: Option<Steering>,
+    /// Tunnel packets that came to another worker, and were handed on to it.
+    pub handed_on: u64,
+    /// Whether the segment size that a SYN offers is lowered to what the tunnel carries; nothing if the daemon
+    /// did not say.
+    pub mss_clamp: Option<bool>,
+    /// Whether outer headers get the DSCP of the packets in them; nothing if the daemon did not say.
+    pub copy_dscp: Option<bool>,
     /// What the process that opens packets may still do; nothing if it did not say.
     pub privileges: Option<sandbox::Report>,
     /// Workers that do not move at present.
@@ -116,14 +126,14 @@ pub struct DataPath {
     pub sent: BTreeMap<String, u64>,
 }
 
-/// Whether packets out of the TUN device come to the worker that their peer belongs to.
+/// Whether the kernel hands packets to the worker that their peer belongs to.
 #[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(default)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
-pub struct TunSteering {
-    /// Whether they do.
+pub struct Steering {
+    /// Whether it does.
     pub is_on: bool,
-    /// Why not, or which ones do not.
+    /// Why not, or which ones it does not.
     pub reason: Option<String>,
 }
 

@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use ipnet::IpNet;
 
 use super::{Code, Failure, name::InterfaceName, socket::Socket};
+use crate::device::PacketRules;
 use crate::key::{PresharedKey, PrivateKey, PublicKey};
 
 /// A device as it is now.
@@ -16,6 +17,8 @@ pub struct Running {
     pub listen_port: u16,
     /// The mark of its datagrams; 0: none.
     pub fwmark: u32,
+    /// What it does to packets.
+    pub rules: PacketRules,
     /// Its peers, in the order in which they were added.
     pub peers: Vec<RunningPeer>,
 }
@@ -91,6 +94,8 @@ impl Running {
                 "private_key" => self.private_key = Some(PrivateKey::from_hex(value).ok()?),
                 "listen_port" => self.listen_port = value.parse().ok()?,
                 "fwmark" => self.fwmark = value.parse().ok()?,
+                "tidegate_mss_clamp" => self.rules.mss_clamp = value.parse().ok()?,
+                "tidegate_copy_dscp" => self.rules.copy_dscp = value.parse().ok()?,
                 _ => {}
             }
             return Some(());
@@ -124,6 +129,8 @@ mod tests {
         device.apply(SetRequest {
             private_key: Some(Some(PrivateKey::from_bytes([0x48; 32]))),
             fwmark: Some(16),
+            mss_clamp: Some(false),
+            copy_dscp: Some(true),
             peers: vec![PeerChange {
                 preshared_key: Some(PresharedKey::from_bytes([2; 32])),
                 endpoint: Some("[fe80::1%3]:7".parse().unwrap()),
@@ -149,6 +156,8 @@ mod tests {
         let running = Running::parse(text.lines()).unwrap();
         assert_eq!(running.private_key.as_ref(), device.private_key());
         assert_eq!((running.listen_port, running.fwmark), (51820, 16));
+        assert_eq!(running.rules, device.packet_rules());
+        assert_eq!(Running::default().rules, Device::default().packet_rules());
         let [configured, pulled] = running.peers.as_slice() else { panic!("{running:?}") };
         assert_eq!(configured.preshared_key, PresharedKey::from_bytes([2; 32]));
         assert_eq!(configured.endpoint, Some("[fe80::1%3]:7".parse().unwrap()));

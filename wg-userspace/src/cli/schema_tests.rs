@@ -6,7 +6,7 @@ use schemars::generate::SchemaSettings;
 use serde_json::Value;
 
 use super::{
-    report::{DataPath, Interface, Nic, Quiesced, Report, TunSteering},
+    report::{DataPath, Interface, Nic, Quiesced, Report, Steering},
     troubles::Trouble,
 };
 
@@ -47,7 +47,7 @@ fn what_is_printed_has_the_fields_of_the_schema_and_no_others() {
     interface.data_path = Some(DataPath {
         nics: vec![Nic::default()],
         quiesced: Some(Quiesced::default()),
-        tun_steering: Some(TunSteering::default()),
+        tun_steering: Some(Steering::default()),
         ..DataPath::default()
     });
     interface.troubles.push(Trouble::default());

@@ -3,7 +3,7 @@
 
 use std::fmt;
 
-use super::report::{DataPath, Interface, Nic, Peer, TunSteering};
+use super::report::{DataPath, Interface, Nic, Peer, Steering};
 use super::troubles::{Trouble, why_dropped};
 use crate::sandbox;
 
@@ -122,8 +122,22 @@ fn data_path(path: &DataPath, paint: Paint) -> String {
             .line("nic", &format!("{name}, receive {receive}, transmit {transmit}: {reason}"));
     }
     // One worker gets everything.
-    if let Some(steering) = path.tun_steering.as_ref().filter(|_| path.workers > 1) {
-        text += &paint.line("tun steering", &tun_steering(steering));
+    for (word, it) in
+        [("tun steering", &path.tun_steering), ("socket steering", &path.socket_steering)]
+    {
+        if let Some(it) = it.as_ref().filter(|_| path.workers > 1) {
+            text += &paint.line(word, &steering(it));
+        }
+    }
+    if path.handed_on != 0 {
+        text += &paint.line("handed on to other workers", &path.handed_on.to_string());
+    }
+    // What is usual is not worth a line.
+    if path.mss_clamp == Some(false) {
+        text += &paint.line("mss clamp", "off");
+    }
+    if path.copy_dscp == Some(true) {
+        text += &paint.line("copy dscp", "on");
     }
     if let Some(held) = &path.privileges {
         text += &paint.line("privileges", &privileges(held));
@@ -169,8 +183,8 @@ fn explanations(path: &DataPath) -> String {
     explained.map(|(name, why)| format!("    {name}: {why}\n")).collect()
 }
 
-/// Whether packets out of the TUN device come to the worker of their peer, and why not.
-fn tun_steering(steering: &TunSteering) -> String {
+/// Whether packets come to the worker of their peer, and why not.
+fn steering(steering: &Steering) -> String {
     let word = if steering.is_on { "on" } else { "off" };
     match &steering.reason {
         None => word.to_owned(),
@@ -349,6 +363,17 @@ mod tests {
     }
 
     #[test]
+    fn what_is_done_to_packets_is_told_where_it_is_unusual() {
+        let lines = |mss_clamp, copy_dscp| {
+            let path = DataPath { mss_clamp, copy_dscp, workers: 1, ..DataPath::default() };
+            data_path(&path, PLAIN).lines().skip(1).collect::<Vec<_>>().join("\n")
+        };
+        assert_eq!(lines(None, None), "");
+        assert_eq!(lines(Some(true), Some(false)), "");
+        assert_eq!(lines(Some(false), Some(true)), "  mss clamp: off\n  copy dscp: on");
+    }
+
+    #[test]
     fn a_mode_has_its_reason() {
         let path = DataPath {
             mode: "udp".to_owned(),
@@ -362,7 +387,7 @@ mod tests {
     #[test]
     fn whether_the_tun_device_is_steered_is_told_where_there_are_workers_to_choose_from() {
         let line = |workers, is_on, reason: Option<&str>| {
-            let tun_steering = Some(TunSteering { is_on, reason: reason.map(str::to_owned) });
+            let tun_steering = Some(Steering { is_on, reason: reason.map(str::to_owned) });
             let path =
                 DataPath { mode: "udp".to_owned(), workers, tun_steering, ..DataPath::default() };
             data_path(&path, PLAIN).lines().nth(1).map(|line| line.trim().to_owned())
@@ -373,6 +398,13 @@ mod tests {
         assert_eq!(
             line(2, false, Some("no such kernel")).unwrap(),
             "tun steering: off: no such kernel"
+        );
+        let socket_steering = Some(Steering { is_on: true, reason: None });
+        let path = DataPath { workers: 2, socket_steering, handed_on: 7, ..DataPath::default() };
+        let text = data_path(&path, PLAIN);
+        assert!(
+            text.ends_with("  socket steering: on\n  handed on to other workers: 7\n"),
+            "{text}"
         );
     }
 }

@@ -59,7 +59,7 @@ names! {
 names! {
     /// A key of our own, in a `#!` line.
     Directive {
-        Interface { Endpoint Xdp Workers Nat Forward Allow Metrics Dashboard }
+        Interface { Endpoint Xdp Workers MssClamp CopyDscp Nat Forward Allow Metrics Dashboard }
         Peer { Name Limit }
     }
 }
@@ -117,7 +117,15 @@ impl Directive {
 
     /// Whether this version follows it.
     pub const fn is_built(self) -> bool {
-        matches!(self, Self::Endpoint | Self::Xdp | Self::Workers | Self::Name)
+        matches!(
+            self,
+            Self::Endpoint
+                | Self::Xdp
+                | Self::Workers
+                | Self::MssClamp
+                | Self::CopyDscp
+                | Self::Name
+        )
     }
 }
 

@@ -44,7 +44,7 @@ use self::keys::{Directive, Key};
 use self::lines::{Line, Text, lines};
 pub use self::problem::{ConfigErrors, Problem, Span};
 use self::problem::{Mistake, Source};
-use self::sections::Parser;
+use self::sections::{InterfaceDraft, Parser};
 use crate::key::{PresharedKey, PrivateKey, PublicKey};
 
 /// A file that makes sense. Values know where they stand.
@@ -86,6 +86,12 @@ pub struct Interface {
     pub xdp: Option<Spanned<Xdp>>,
     /// `#! Workers`, at least 1.
     pub workers: Option<Spanned<usize>>,
+    /// `#! MssClamp`: whether the segment size that a SYN offers is lowered to what the tunnel carries; it is,
+    /// unless this says otherwise.
+    pub mss_clamp: Option<Spanned<bool>>,
+    /// `#! CopyDscp`: whether outer headers get the DSCP of the packets in them; they do not, unless this says
+    /// otherwise.
+    pub copy_dscp: Option<Spanned<bool>>,
     /// `#! Nat`, in the order of the file.
     pub nat: Vec<Spanned<Nat>>,
     /// `#! Forward`, in the order of the file.
@@ -357,6 +363,10 @@ pub struct Directives {
     pub xdp: Option<Spanned<Xdp>>,
     /// `#! Workers`, at least 1.
     pub workers: Option<Spanned<usize>>,
+    /// `#! MssClamp`
+    pub mss_clamp: Option<Spanned<bool>>,
+    /// `#! CopyDscp`
+    pub copy_dscp: Option<Spanned<bool>>,
 }
 
 /// Reads only what the `#!` lines of a file say of the device, for who leaves all else to wg-quick(8):
@@ -387,7 +397,8 @@ pub fn directives(name: &str, text: &str) -> (Directives, Vec<Problem>) {
     mistakes.sort_by_key(Mistake::offset);
     let source = Arc::new(NamedSource::new(name, shown));
     let problems = mistakes.into_iter().map(|mistake| mistake.into_problem(&source)).collect();
-    (Directives { xdp: interface.xdp, workers: interface.workers }, problems)
+    let InterfaceDraft { xdp, workers, mss_clamp, copy_dscp, .. } = interface;
+    (Directives { xdp, workers, mss_clamp, copy_dscp }, problems)
 }
 
 impl Config {

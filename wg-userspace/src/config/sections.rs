@@ -65,6 +65,10 @@ pub struct InterfaceDraft {
     pub xdp: Option<Spanned<Xdp>>,
     /// `#! Workers`
     pub workers: Option<Spanned<usize>>,
+    /// `#! MssClamp`
+    pub mss_clamp: Option<Spanned<bool>>,
+    /// `#! CopyDscp`
+    pub copy_dscp: Option<Spanned<bool>>,
     nat: Vec<Spanned<Nat>>,
     forward: Vec<Spanned<Forward>>,
     allow: Vec<Spanned<Allow>>,
@@ -399,6 +403,8 @@ impl Parser {
             endpoint: draft.endpoint,
             xdp: draft.xdp,
             workers: draft.workers,
+            mss_clamp: draft.mss_clamp,
+            copy_dscp: draft.copy_dscp,
             nat: draft.nat,
             forward: draft.forward,
             allow: draft.allow,
@@ -478,6 +484,12 @@ impl InterfaceDraft {
             }
             Directive::Xdp => self.xdp = Some(Spanned::new(values::xdp(value)?, span)),
             Directive::Workers => self.workers = Some(Spanned::new(values::workers(value)?, span)),
+            Directive::MssClamp => {
+                self.mss_clamp = Some(Spanned::new(read::switch(value, directive)?, span));
+            }
+            Directive::CopyDscp => {
+                self.copy_dscp = Some(Spanned::new(read::switch(value, directive)?, span));
+            }
             Directive::Nat => self.nat.push(Spanned::new(read::nat(value)?, span)),
             Directive::Forward => self.forward.push(Spanned::new(read::forward(value)?, span)),
             Directive::Allow => self.allow.push(Spanned::new(read::allow(value)?, span)),

@@ -655,6 +655,8 @@ fn file_like() -> impl Strategy<Value = String> {
                 "#! ",
                 "#! Xdp = ",
                 "#! Workers=",
+                "#! MssClamp = o",
+                "#! CopyDscp = on\n",
                 "#! Name = ",
                 "\n#! Nat = snat out=eth0 ",
                 "to=10.0.0.1,",

@@ -46,6 +46,7 @@ pub struct Counters {
     dropped: [AtomicU64; DropReason::COUNT],
     received: [AtomicU64; Path::COUNT],
     sent: [AtomicU64; Path::COUNT],
+    handed_on: AtomicU64,
 }
 
 impl Default for Counters {
@@ -54,6 +55,7 @@ impl Default for Counters {
             dropped: [const { AtomicU64::new(0) }; DropReason::COUNT],
             received: [const { AtomicU64::new(0) }; Path::COUNT],
             sent: [const { AtomicU64::new(0) }; Path::COUNT],
+            handed_on: AtomicU64::new(0),
         }
     }
 }
@@ -76,6 +78,12 @@ impl Counters {
         add(&self.received[path as usize], n);
     }
 
+    /// Counts `n` tunnel packets that were handed on to the worker at which their keypair is at home.
+    #[inline]
+    pub fn handed_on(&self, n: u64) {
+        add(&self.handed_on, n);
+    }
+
     /// Counts `n` tunnel packets that were handed to the NIC or the socket.
     #[inline]
     pub fn sent(&self, path: Path, n: u64) {
@@ -89,18 +97,24 @@ fn add(counter: &AtomicU64, n: u64) {
 
 /// The sums of all threads' [`Counters`] at about one moment.
 ///
-/// Serialized as `{"dropped": {"bad_length": 0, …}, "received": {"xsk": 0, "socket": 0}, "sent": {…}}`:
+/// Serialized as `{"dropped": {"bad_length": 0, …}, "received": {"xsk": 0, "socket": 0}, "sent": {…}, "handed_on": 0}`:
 /// every name is always there.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Totals {
     dropped: [u64; DropReason::COUNT],
     received: [u64; Path::COUNT],
     sent: [u64; Path::COUNT],
+    handed_on: u64,
 }
 
 impl Default for Totals {
     fn default() -> Self {
-        Self { dropped: [0; DropReason::COUNT], received: [0; Path::COUNT], sent: [0; Path::COUNT] }
+        Self {
+            dropped: [0; DropReason::COUNT],
+            received: [0; Path::COUNT],
+            sent: [0; Path::COUNT],
+            handed_on: 0,
+        }
     }
 }
 
@@ -125,6 +139,11 @@ impl Totals {
         self.sent[path as usize]
     }
 
+    /// Tunnel packets that were handed on to the worker at which their keypair is at home.
+    pub const fn handed_on(&self) -> u64 {
+        self.handed_on
+    }
+
     /// Drop reasons that occurred, with their counts.
     pub fn drops(&self) -> impl Iterator<Item = (DropReason, u64)> {
         DropReason::ALL.iter().map(|&reason| (reason, self.dropped(reason))).filter(|&(_, n)| n > 0)
@@ -138,6 +157,10 @@ impl<'a> Sum<&'a Counters> for Totals {
             accumulate(&mut totals.dropped, &one.dropped);
             accumulate(&mut totals.received, &one.received);
             accumulate(&mut totals.sent, &one.sent);
+            accumulate(
+                std::slice::from_mut(&mut totals.handed_on),
+                std::slice::from_ref(&one.handed_on),
+            );
         }
         totals
     }
@@ -153,10 +176,11 @@ impl Serialize for Totals {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let reasons = || DropReason::ALL.iter().map(|reason| reason.name());
         let paths = || Path::ALL.iter().map(|path| path.name());
-        let mut fields = serializer.serialize_struct("Totals", 3)?;
+        let mut fields = serializer.serialize_struct("Totals", 4)?;
         fields.serialize_field("dropped", &Named(|| reasons().zip(self.dropped)))?;
         fields.serialize_field("received", &Named(|| paths().zip(self.received)))?;
         fields.serialize_field("sent", &Named(|| paths().zip(self.sent)))?;
+        fields.serialize_field("handed_on", &self.handed_on)?;
         fields.end()
     }
 }

@@ -19,13 +19,13 @@ use super::names::Names;
 use super::pull::Pulling;
 use super::quiesce;
 use super::remember::Remembering;
-use super::status::{PEER_TROUBLES_MAX, Quiesced, Status, TroubleStatus};
+use super::status::{PEER_TROUBLES_MAX, Quiesced, Status, Steering, TroubleStatus};
 use super::tun_steering::TunSteering;
 use super::watchdog::Watchdog;
 use crate::counters::{Path, Totals};
 use crate::datapath::shared::PEER_COUNT_MAX;
 use crate::datapath::{Shared, SocketGroup};
-use crate::device::{Device, Effect, PeerChange, SetRequest};
+use crate::device::{Device, Effect, PacketRules, PeerChange, SetRequest};
 use crate::handshake::Handshakes;
 use crate::keeper::Keeper;
 use crate::keeper::protocol::Refusal;
@@ -56,6 +56,8 @@ pub struct Control {
     pub(super) keeper: Option<Rc<Keeper>>,
     /// Whether the kernel chooses TUN queues as we say.
     pub(super) tun_steering: TunSteering,
+    /// Whether the kernel chooses sockets as we say.
+    socket_steering: Steering,
     /// Endpoints that were given as names.
     pub(super) names: RefCell<Names>,
     /// What this process may still do, if it was confined.
@@ -102,6 +104,7 @@ impl Control {
             pulling: None,
             keeper,
             tun_steering: TunSteering::off("nobody asked for it"),
+            socket_steering: Steering::off("nobody asked for it"),
             names: RefCell::default(),
             privileges: Cell::default(),
             back_ends,
@@ -124,6 +127,23 @@ impl Control {
     #[must_use]
     pub fn with_pulling(self, pulling: Option<Pulling>) -> Self {
         Self { pulling, ..self }
+    }
+
+    /// Does to packets what the process was started with. To be called before anybody says otherwise.
+    pub(super) fn follow_rules(&self, PacketRules { mss_clamp, copy_dscp }: PacketRules) {
+        let request = SetRequest {
+            mss_clamp: Some(mss_clamp),
+            copy_dscp: Some(copy_dscp),
+            ..SetRequest::default()
+        };
+        let effects = self.device.borrow_mut().apply(request);
+        effects.into_iter().for_each(|effect| self.carry_out(effect));
+    }
+
+    /// Takes note of how datagrams come to workers.
+    #[must_use]
+    pub fn with_socket_steering(self, socket_steering: Steering) -> Self {
+        Self { socket_steering, ..self }
     }
 
     /// Takes note of how this process was confined.
@@ -478,12 +498,17 @@ impl uapi::Handler for Control {
         let (of_peers, more_troubles, of_device) = self.handshakes.troubles(PEER_TROUBLES_MAX, now);
         let troubles = of_device.iter().chain(&of_peers);
         let back_ends = self.back_ends.borrow().clone();
+        let PacketRules { mss_clamp, copy_dscp } = self.device.borrow().packet_rules();
         let status = Status {
             mode: back_ends.name().to_owned(),
             reason: back_ends.reason,
             nics: back_ends.nics,
             workers: count,
             tun_steering: self.tun_steering.status(),
+            socket_steering: self.socket_steering.clone(),
+            handed_on: totals.handed_on(),
+            mss_clamp,
+            copy_dscp,
             privileges: self.privileges.get(),
             stuck_workers: (0..count)
                 .filter(|&w| !self.shared.moves(WorkerId(w as u16), now))

@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use wg_common::endpoint::Endpoint;
@@ -9,7 +10,7 @@ use wg_common::id::PeerId;
 use wg_common::time::Now;
 
 use crate::datapath::Shared;
-use crate::device::{Device, Effect};
+use crate::device::{Device, Effect, PacketRules};
 use crate::handshake::{Handshakes, Outside};
 use crate::key::PresharedKey;
 use crate::noise::Timestamp;
@@ -28,6 +29,10 @@ pub fn carry_out<O: Outside>(
     match effect {
         Effect::PrivateKey(key) => handshakes.set_private_key(key, now),
         Effect::ListenPort(_) | Effect::FwMark(_) => {}
+        Effect::PacketRules(PacketRules { mss_clamp, copy_dscp }) => {
+            shared.mss_clamp.store(mss_clamp, Ordering::Relaxed);
+            shared.copy_dscp.store(copy_dscp, Ordering::Relaxed);
+        }
         Effect::PeerAdded { id, public_key } => {
             let hot = Arc::new(HotPeer::new(id, shared.device, public_key));
             let psk = preshared_key_of(device, id);

@@ -377,10 +377,13 @@ impl Remembered {
 /// Requests that make a new device what `device` is, but for peers that a source named. The first one
 /// replaces everything; none has many peers.
 pub fn snapshot(device: &Device) -> impl Iterator<Item = SetRequest> {
+    let rules = device.packet_rules();
     let first = SetRequest {
         private_key: Some(device.private_key().cloned()),
         listen_port: Some(device.listen_port()),
         fwmark: Some(device.fwmark()),
+        mss_clamp: Some(rules.mss_clamp),
+        copy_dscp: Some(rules.copy_dscp),
         replace_peers: true,
         peers: Vec::new(),
     };

@@ -118,16 +118,26 @@ fn any_step() -> impl Strategy<Value = Step> {
         option::of(option::of(0..4_u8)),
         option::of(0..9_u16),
         option::of(0..9_u32),
+        (option::of(any::<bool>()), option::of(any::<bool>())),
         prop::bool::weighted(0.1),
         vec(any_peer(), 0..4),
     );
-    let set = set.prop_map(|(private_key, listen_port, fwmark, replace_peers, peers)| {
+    let set = set.prop_map(|(private_key, listen_port, fwmark, rules, replace_peers, peers)| {
         let private_key =
             private_key.map(|key| key.map(|byte| PrivateKey::from_bytes([byte + 1; 32])));
         // A peer that comes twice in one request makes the model too clever.
         let mut seen = std::collections::HashSet::new();
         let peers = peers.into_iter().filter(|peer| seen.insert(peer.public_key)).collect();
-        Step::Set(SetRequest { private_key, listen_port, fwmark, replace_peers, peers })
+        let (mss_clamp, copy_dscp) = rules;
+        Step::Set(SetRequest {
+            private_key,
+            listen_port,
+            fwmark,
+            mss_clamp,
+            copy_dscp,
+            replace_peers,
+            peers,
+        })
     });
     let known = (0..6_u8, option::of(any_endpoint()), any::<[u8; 12]>(), any::<[bool; 2]>());
     let known = known.prop_map(|(number, endpoint, timestamp, [is_by_name, had_session])| {

@@ -4,7 +4,7 @@
 //! workers, [`control`] answers wg(8) and applies changes, [`effects`] carries them to sessions and
 //! workers, [`pull`] adds peers that knock, [`names`] follows names of endpoints, [`nics`] NICs, [`quiesce`] pauses,
 //! [`memory`] is what a successor is left and [`remember`] keeps it, [`watchdog`] finds stuck workers,
-//! [`tun_steering`] tells the kernel which worker packets are for, [`status`] says how things stand. Everything here runs on one thread; it may be slow and must be
+//! [`tun_steering`] and [`socket_steering`] tell the kernel which worker packets and datagrams are for, [`status`] says how things stand. Everything here runs on one thread; it may be slow and must be
 //! right.
 
 mod control;
@@ -19,6 +19,7 @@ mod pull;
 mod pulled;
 mod quiesce;
 mod remember;
+mod socket_steering;
 mod start;
 mod status;
 mod tun_steering;
@@ -49,6 +50,7 @@ use crate::sandbox;
 use crate::uapi;
 
 pub use crate::aead::AeadChoice;
+pub use crate::device::PacketRules;
 pub use effects::carry_out;
 pub use mode::Mode;
 pub use watchdog::Watchdog;
@@ -64,6 +66,8 @@ pub const DEVICE_COUNT_MAX: usize = 64;
 pub struct Options {
     /// Names of the TUN devices to create: at least one, at most [`DEVICE_COUNT_MAX`], no two the same.
     pub interfaces: Vec<String>,
+    /// What is done to packets of each of them, until somebody says otherwise; of those beyond, what is usual.
+    pub rules: Vec<PacketRules>,
     /// NICs to attach the steer program to.
     pub xdp: Vec<String>,
     /// Which back end to use.
@@ -74,6 +78,13 @@ pub struct Options {
     pub workers: Option<usize>,
     /// Unix socket of the service that knows peers which are not configured.
     pub peer_source: Option<PathBuf>,
+}
+
+impl Options {
+    /// What is done to packets of the device with this number.
+    pub fn rules_of(&self, number: usize) -> PacketRules {
+        self.rules.get(number).copied().unwrap_or_default()
+    }
 }
 
 /// Why a daemon did not start, where the caller can do something about it.
@@ -140,6 +151,7 @@ async fn serve(
     for ((its, device), (listener, memory)) in setup.devices.iter().zip(started).zip(edges) {
         let Device { interface, control, pull_events, pool } = device;
         control.shared.quiesce_until(Now::from_boot_ns(its.quiesced_until));
+        control.follow_rules(its.rules);
         begin_memory(&control, &keeper, memory)
             .with_context(|| format!("making a memory of {interface} for who comes after"))?;
         let server = uapi::Server::from_fd(listener).context("taking over the UAPI socket")?;

@@ -13,6 +13,8 @@ use wg_common::index::{IndexLayout, IndexPermutation};
 use super::control::Control;
 use super::nics::Nics;
 use super::pull::{PullEvents, Pulling};
+use super::socket_steering;
+use super::status::Steering;
 use super::tun_steering::TunSteering;
 use crate::aead::choice::{self, Chosen};
 use crate::aead::{AeadChoice, BatchAead};
@@ -68,6 +70,7 @@ struct Prepared {
     shared: Arc<Shared>,
     handshakes: Arc<Handshakes>,
     tun_steering: TunSteering,
+    socket_steering: Steering,
     pulling: Option<Pulling>,
     pull_events: Option<PullEvents>,
     pool: Pool,
@@ -100,11 +103,19 @@ pub fn start(
     let threads = start_threads(&cpus, &crew, &devices, xsks, aead)?;
 
     let devices = devices.into_iter().map(|device| {
-        let Prepared { interface, shared, handshakes, tun_steering, pulling, pull_events, pool } =
-            device;
+        let Prepared {
+            interface,
+            shared,
+            handshakes,
+            tun_steering,
+            socket_steering,
+            pulling,
+            pull_events,
+            pool,
+        } = device;
         let (keeper, back_ends) = (Some(Rc::clone(keeper)), nics.in_use());
         let control = Control::new(shared, handshakes, keeper, back_ends, aead.name());
-        let control = control.with_tun_steering(tun_steering);
+        let control = control.with_tun_steering(tun_steering).with_socket_steering(socket_steering);
         let control = Rc::new(control.with_pulling(pulling));
         Device { interface, control, pull_events, pool }
     });
@@ -148,6 +159,7 @@ fn prepare(
     // It is down until the keeper says that it was taken up.
     shared.up.store(false, Ordering::Relaxed);
     let tun_steering = TunSteering::begin(keeper, &shared);
+    let socket_steering = socket_steering::begin(keeper, &shared);
     let outside = Os::new(Arc::clone(&shared));
     let mut handshakes = Handshakes::new(Arc::clone(&shared), outside, aead, live_indexes);
     let (mut pulling, mut pull_events) = (None, None);
@@ -161,7 +173,16 @@ fn prepare(
     let handshakes = Arc::new(handshakes);
     let pool = Pool::start(&handshakes, &work, pool_len).context("starting the handshake pool")?;
     let interface = String::new();
-    Ok(Prepared { interface, shared, handshakes, tun_steering, pulling, pull_events, pool })
+    Ok(Prepared {
+        interface,
+        shared,
+        handshakes,
+        tun_steering,
+        socket_steering,
+        pulling,
+        pull_events,
+        pool,
+    })
 }
 
 /// Starts the threads, each with a worker of every device and some of the XSKs.

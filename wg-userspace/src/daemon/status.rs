@@ -20,7 +20,15 @@ pub struct Status {
     /// Number of workers.
     pub workers: usize,
     /// Whether packets out of the TUN device come to the worker that their peer belongs to.
-    pub tun_steering: TunSteering,
+    pub tun_steering: Steering,
+    /// Whether transport data on the listen port comes to the worker that its peer belongs to.
+    pub socket_steering: Steering,
+    /// Tunnel packets that came to another worker, and were handed on to it.
+    pub handed_on: u64,
+    /// Whether the segment size that a SYN offers is lowered to what the tunnel carries.
+    pub mss_clamp: bool,
+    /// Whether outer headers get the DSCP of the packets in them.
+    pub copy_dscp: bool,
     /// What this process may still do, if it was confined.
     pub privileges: Option<sandbox::Report>,
     /// Workers that do not move at present.
@@ -49,13 +57,20 @@ pub struct Status {
     pub more_troubles: usize,
 }
 
-/// Whether packets out of the TUN device come to the worker that their peer belongs to.
+/// Whether the kernel hands packets to the worker that their peer belongs to.
 #[derive(Clone, Debug, Serialize)]
-pub struct TunSteering {
-    /// Whether they do.
+pub struct Steering {
+    /// Whether it does.
     pub is_on: bool,
-    /// Why not, or which ones do not.
+    /// Why not, or which ones it does not.
     pub reason: Option<String>,
+}
+
+impl Steering {
+    /// It does not.
+    pub fn off(reason: impl Into<String>) -> Self {
+        Self { is_on: false, reason: Some(reason.into()) }
+    }
 }
 
 /// Most troubles with peers that are told at once.

@@ -58,8 +58,8 @@ impl TunSteering {
     }
 
     /// As `show` tells it.
-    pub fn status(&self) -> status::TunSteering {
-        status::TunSteering { is_on: self.is_on, reason: self.reason.borrow().clone() }
+    pub fn status(&self) -> status::Steering {
+        status::Steering { is_on: self.is_on, reason: self.reason.borrow().clone() }
     }
 
     fn refused(&self, refusal: &dyn std::fmt::Display) {

@@ -26,9 +26,9 @@ pub fn padded_len(len: usize, mtu: usize) -> usize {
     len.next_multiple_of(PADDING_MULTIPLE).min(mtu.max(len))
 }
 
-/// The outer TOS or traffic class for `packet`: DSCP 0, and its ECN bits as the kernel's WireGuard has them
+/// The outer TOS or traffic class for `packet`: its DSCP if `copy_dscp`, else 0, and its ECN bits as the kernel's WireGuard has them
 /// (`INET_ECN_encapsulate`). That is RFC 6040, but for CE, which is carried inside alone and goes as ECT(0).
-pub fn outer_tos(packet: &[u8]) -> u8 {
+pub fn outer_tos(packet: &[u8], copy_dscp: bool) -> u8 {
     const ECT_0: u8 = 2;
     const CE: u8 = 3;
     let tos = match packet {
@@ -36,7 +36,8 @@ pub fn outer_tos(packet: &[u8]) -> u8 {
         [_, second, ..] => *second,
         _ => 0,
     };
-    if tos & CE == CE { ECT_0 } else { tos & CE }
+    let dscp = if copy_dscp { tos & !CE } else { 0 };
+    dscp | if tos & CE == CE { ECT_0 } else { tos & CE }
 }
 
 #[cfg(test)]
@@ -64,15 +65,20 @@ mod tests {
     }
 
     #[test]
-    fn ecn_goes_outside_as_the_kernel_does_it_and_dscp_does_not() {
+    fn ecn_goes_outside_as_the_kernel_does_it_and_dscp_where_that_is_wanted() {
         for (inner, outer) in [(0, 0), (1, 1), (2, 2), (3, 2)] {
-            for dscp in [0, 0xb8, 0xfc] {
+            for dscp in (0..=u8::MAX).step_by(4) {
                 let tos: u8 = dscp | inner;
-                assert_eq!(outer_tos(&[0x45, tos, 0, 0]), outer);
-                assert_eq!(outer_tos(&[0x60 | tos >> 4, tos << 4 | 0x0f, 0, 0]), outer);
+                for (copy_dscp, outer) in [(false, outer), (true, dscp | outer)] {
+                    let v6 = [0x60 | tos >> 4, tos << 4 | 0x0f, 0, 0];
+                    assert_eq!(outer_tos(&[0x45, tos, 0, 0], copy_dscp), outer);
+                    assert_eq!(outer_tos(&v6, copy_dscp), outer);
+                }
             }
         }
-        assert_eq!((outer_tos(&[]), outer_tos(&[0x63])), (0, 0));
+        for copy_dscp in [false, true] {
+            assert_eq!((outer_tos(&[], copy_dscp), outer_tos(&[0x63], copy_dscp)), (0, 0));
+        }
     }
 
     #[test]

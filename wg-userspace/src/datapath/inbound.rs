@@ -288,7 +288,10 @@ impl Inbound {
         let Arrival { from, tos, path, .. } = *datagram;
         let ring = self.to[usize::from(home.0)].as_mut().expect("a worker is at home at itself");
         match ring.push(Parcel { buffer, len, from, tos, path, origin: self.id }) {
-            Ok(()) => Ok(()),
+            Ok(()) => {
+                self.counters().handed_on(1);
+                Ok(())
+            }
             Err(rtrb::PushError::Full(parcel)) => {
                 pool.give_back(parcel.buffer);
                 Err(DropReason::QueueFull)
@@ -346,7 +349,9 @@ impl Inbound {
         let packet = &mut packet[..inner.len];
         let device_mtu = self.shared.mtu.load(Ordering::Relaxed);
         let mtu = group.peer.inner_mtu.mtu(inner.src.is_ipv6(), device_mtu);
-        mss::clamp(packet, mtu, TcpChecksum::Full);
+        if self.shared.mss_clamp.load(Ordering::Relaxed) {
+            mss::clamp(packet, mtu, TcpChecksum::Full);
+        }
         Ok(inner.len)
     }
 

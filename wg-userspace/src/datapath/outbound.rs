@@ -433,8 +433,9 @@ impl Outbound {
         match group_of(&self.shared, &peer, &mut groups, false, now) {
             Ok(group) => {
                 groups[group].count = count as u64;
+                let copy_dscp = self.shared.copy_dscp.load(Ordering::Relaxed);
                 let routed = |packet: &Placed| {
-                    let tos = outer_tos(self.arena.packet(packet));
+                    let tos = outer_tos(self.arena.packet(packet), copy_dscp);
                     Routed { packet: *packet, group, tos }
                 };
                 let packets = batch.packets.iter().map(routed).collect();
@@ -463,6 +464,7 @@ impl Outbound {
         let mut dropped: ArrayVec<(Placed, usize, DropReason), BATCH_LEN> = ArrayVec::new();
         let mut too_large: ArrayVec<(Placed, usize), BATCH_LEN> = ArrayVec::new();
         let mtu = self.shared.mtu.load(Ordering::Relaxed);
+        let copy_dscp = self.shared.copy_dscp.load(Ordering::Relaxed);
         loop {
             let routing = self.shared.routing.load();
             for (first, run) in batch.runs() {
@@ -485,7 +487,7 @@ impl Outbound {
                 match group {
                     Ok(group) => {
                         groups[group].count += run.len() as u64;
-                        let tos = outer_tos(packet);
+                        let tos = outer_tos(packet, copy_dscp);
                         packets.extend(run.iter().map(|&packet| Routed { packet, group, tos }));
                     }
                     Err(reason) => dropped.push((*first, run.len(), reason)),
@@ -518,10 +520,12 @@ impl Outbound {
                 tun.answer(answer);
             }
         }
-        for Routed { packet: Placed { start, len }, group, .. } in &packets {
-            let inner_mtu = &groups[*group].peer.inner_mtu;
-            let packet = &mut self.arena.bytes()[*start..start + len];
-            mss::clamp(packet, inner_mtu.mtu(is_v6(packet), mtu), TcpChecksum::Full);
+        if self.shared.mss_clamp.load(Ordering::Relaxed) {
+            for Routed { packet: Placed { start, len }, group, .. } in &packets {
+                let inner_mtu = &groups[*group].peer.inner_mtu;
+                let packet = &mut self.arena.bytes()[*start..start + len];
+                mss::clamp(packet, inner_mtu.mtu(is_v6(packet), mtu), TcpChecksum::Full);
+            }
         }
         self.seal_and_send(packets, groups, socket, now);
     }

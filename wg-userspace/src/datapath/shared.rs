@@ -11,7 +11,9 @@ use hashbrown::HashSet;
 use wg_common::headers::inner_destination;
 use wg_common::id::{DeviceId, PeerId, ReceiverIndex, ShardId, WorkerId};
 use wg_common::index::IndexPermutation;
-use wg_common::map::{PEER_WORKERS_LEN, PEERS_PER_WORD, peer_word, with_peer_worker};
+use wg_common::map::{
+    PEER_WORKERS_LEN, PEERS_PER_WORD, index_worker_entry, peer_word, with_peer_worker,
+};
 use wg_common::outcome::DropReason;
 use wg_common::protocol::{DEFAULT_MTU, HANDSHAKE_QUEUE_LEN};
 use wg_common::time::{Now, Reading};
@@ -63,8 +65,14 @@ pub struct Shared {
     pub tun_queues: Vec<TunQueue>,
     /// Where peers are at home, for the program that chooses TUN queues. Nothing if there is none.
     peer_workers: OnceLock<SharedWords>,
+    /// Where keypairs are at home, for the program that chooses sockets. Nothing if there is none.
+    index_workers: OnceLock<SharedWords>,
     /// MTU of the TUN device. Control writes.
     pub mtu: AtomicUsize,
+    /// Whether the segment size that a SYN offers is lowered to what the tunnel carries. Control writes.
+    pub mss_clamp: AtomicBool,
+    /// Whether outer headers get the DSCP of the packets in them. Control writes.
+    pub copy_dscp: AtomicBool,
     /// Whether the TUN device is up: nothing is sent or answered while it is down. Control writes.
     /// New, it is set: what has no TUN device has none that could be down.
     pub up: AtomicBool,
@@ -160,7 +168,10 @@ impl Shared {
             sockets: ArcSwap::from_pointee(sockets),
             tun_queues,
             peer_workers: OnceLock::new(),
+            index_workers: OnceLock::new(),
             mtu: AtomicUsize::new(DEFAULT_MTU),
+            mss_clamp: AtomicBool::new(true),
+            copy_dscp: AtomicBool::new(false),
             up: AtomicBool::new(true),
             host_addresses: ArcSwap::default(),
             workers,
@@ -189,13 +200,21 @@ impl Shared {
     /// # Panics
     /// If the index is not ours.
     pub fn publish(&self, keypair: &Arc<Keypair>) {
-        let slot = self.indexes.slot_of(keypair.local_index()).expect("the index is ours");
+        let index = keypair.local_index();
+        let slot = self.indexes.slot_of(index).expect("the index is ours");
+        if let Some(word) = self.index_home(slot) {
+            let entry = index_worker_entry(index, self.worker_of(keypair.home()));
+            word.store(entry, Ordering::Relaxed);
+        }
         self.keypairs.set(slot as usize, Arc::clone(keypair));
     }
 
     /// Lets workers find the keypair no longer.
     pub fn retire(&self, keypair: &Arc<Keypair>) {
         if let Some(slot) = self.indexes.slot_of(keypair.local_index()) {
+            if let Some(word) = self.index_home(slot) {
+                word.store(0, Ordering::Relaxed);
+            }
             self.keypairs.clear(slot as usize);
         }
     }
@@ -241,6 +260,18 @@ impl Shared {
     pub fn write_homes_to(&self, words: SharedWords) {
         let is_first = self.peer_workers.set(words).is_ok();
         debug_assert!(is_first, "a device has one TUN device");
+    }
+
+    /// From now on writes there where keypairs are at home ([`wg_common::map::INDEX_WORKERS`]), a word for each of
+    /// our slots. To be called once, before there are any.
+    pub fn write_index_homes_to(&self, words: SharedWords) {
+        let is_first = self.index_workers.set(words).is_ok();
+        debug_assert!(is_first, "a device has one table of homes");
+    }
+
+    fn index_home(&self, slot: u32) -> Option<&AtomicU64> {
+        let at = slot.checked_sub(self.slots.start)?;
+        self.index_workers.get()?.get(at as usize)
     }
 
     /// Has packets that leave for `peer` come to the worker at which its present keypair is at home. To be

@@ -257,6 +257,40 @@ fn datagrams_of(gateway: &mut Gateway, id: u32, packets: &[Vec<u8>]) -> Vec<Vec<
     gateway.sent()
 }
 
+/// A socket that keeps the TOS of what it is given.
+#[derive(Default)]
+struct Marks(RefCell<Vec<u8>>);
+
+impl DatagramSink for Marks {
+    fn send(&self, datagrams: &[Outgoing<'_>]) -> Unsent {
+        self.0.borrow_mut().extend(datagrams.iter().map(|datagram| datagram.tos));
+        Unsent::default()
+    }
+}
+
+#[test]
+fn the_dscp_goes_outside_where_that_is_wanted_and_none_comes_in() {
+    let marked = |tos: u8| {
+        let mut packet = packet(US, PEER_1, 60);
+        packet[1] = tos;
+        packet
+    };
+    let outer = |gateway: &mut Gateway| -> Vec<u8> {
+        let marks = Marks::default();
+        gateway.tun.to_read.borrow_mut().extend([0xb8, 0x2b, 0].map(marked));
+        gateway.outbound.process(&gateway.tun, &marks, START).unwrap();
+        marks.0.take()
+    };
+    let mut gateway = Gateway::new();
+    gateway.give_keypair(1, Role::Initiator);
+    assert_eq!(outer(&mut gateway), [0, 2, 0]);
+    gateway.shared.copy_dscp.store(true, Ordering::Relaxed);
+    assert_eq!(outer(&mut gateway), [0xb8, 0x2a, 0]);
+    let datagrams = datagrams_of(&mut gateway, 1, &[packet(PEER_1, US, 60)]);
+    gateway.receive_with(0, &datagrams[0], (endpoint("192.0.2.1:1000"), 0xfc), START);
+    assert_eq!(gateway.written()[0][1], 0, "the inner DSCP is its sender's");
+}
+
 #[test]
 fn a_packet_goes_out_sealed_and_padded_and_comes_back_as_it_was() {
     let mut gateway = Gateway::new();

@@ -23,6 +23,7 @@ use std::ops::Range;
 use std::vec;
 
 use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
 use wg_common::id::PeerId;
 
 use crate::config::{Config, Endpoint};
@@ -38,8 +39,35 @@ pub struct Device {
     public_key: Option<PublicKey>,
     listen_port: u16,
     fwmark: u32,
+    rules: PacketRules,
     peers: Peers,
     allowed_ips: AllowedIps,
+}
+
+/// What is done to packets beside what the protocol says.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct PacketRules {
+    /// The segment size that a SYN offers is lowered to what the tunnel carries, in both directions.
+    pub mss_clamp: bool,
+    /// Outer headers get the DSCP of the packet in them; else they have none. No inner DSCP is ever changed.
+    pub copy_dscp: bool,
+}
+
+impl PacketRules {
+    /// What a file says of them, where it says anything.
+    pub fn of(mss_clamp: Option<&bool>, copy_dscp: Option<&bool>) -> Self {
+        let usual = Self::default();
+        Self {
+            mss_clamp: mss_clamp.copied().unwrap_or(usual.mss_clamp),
+            copy_dscp: copy_dscp.copied().unwrap_or(usual.copy_dscp),
+        }
+    }
+}
+
+impl Default for PacketRules {
+    fn default() -> Self {
+        Self { mss_clamp: true, copy_dscp: false }
+    }
 }
 
 /// A peer of a device.
@@ -68,6 +96,10 @@ pub struct SetRequest {
     pub listen_port: Option<u16>,
     /// The new mark; 0: none.
     pub fwmark: Option<u32>,
+    /// [`PacketRules::mss_clamp`] from now on.
+    pub mss_clamp: Option<bool>,
+    /// [`PacketRules::copy_dscp`] from now on.
+    pub copy_dscp: Option<bool>,
     /// Removes all peers before anything is done to peers.
     pub replace_peers: bool,
     /// In this order; a peer may come more than once.
@@ -117,6 +149,8 @@ pub enum Effect {
     ListenPort(u16),
     /// The mark of outer datagrams; 0: none.
     FwMark(u32),
+    /// What is done to packets.
+    PacketRules(PacketRules),
     /// A new peer: without preshared key, endpoint and keepalives, until other effects tell.
     PeerAdded {
         /// Its slot. It is free, and was not freed by an effect of the same request.
@@ -169,6 +203,7 @@ impl SetRequest {
     /// `resolved` is asked for the address of every endpoint; for `None` the peer gets none.
     pub fn replacing(config: &Config, resolved: impl Fn(&Endpoint) -> Option<SocketAddr>) -> Self {
         let interface = &config.interface;
+        let rules = PacketRules::of(interface.mss_clamp.as_deref(), interface.copy_dscp.as_deref());
         let peers = config.peers.iter().map(|peer| PeerChange {
             preshared_key: Some(peer.preshared_key.as_deref().cloned().unwrap_or_default()),
             endpoint: peer.endpoint.as_deref().and_then(&resolved),
@@ -182,6 +217,8 @@ impl SetRequest {
             private_key: Some(Some(interface.private_key.value.clone())),
             listen_port: Some(interface.listen_port.as_deref().copied().unwrap_or(0)),
             fwmark: Some(interface.fwmark.as_deref().copied().unwrap_or(0)),
+            mss_clamp: Some(rules.mss_clamp),
+            copy_dscp: Some(rules.copy_dscp),
             replace_peers: true,
             peers: peers.collect(),
         }
@@ -234,6 +271,11 @@ impl Device {
     /// The mark of outer datagrams; 0: none.
     pub const fn fwmark(&self) -> u32 {
         self.fwmark
+    }
+
+    /// What is done to packets.
+    pub const fn packet_rules(&self) -> PacketRules {
+        self.rules
     }
 
     /// The peer in a slot.
@@ -311,6 +353,7 @@ impl Device {
         if let Some(port) = request.listen_port {
             change.set_listen_port(port);
         }
+        change.set_packet_rules(request.mss_clamp, request.copy_dscp);
         if request.replace_peers {
             let all: Vec<_> = self.peers.by_age.values().copied().collect();
             applying.removals = all.into_iter();
@@ -378,6 +421,17 @@ impl Change<'_> {
     fn set_listen_port(&mut self, port: u16) {
         if mem::replace(&mut self.device.listen_port, port) != port {
             self.to.effects.push(Effect::ListenPort(port));
+        }
+    }
+
+    fn set_packet_rules(&mut self, mss_clamp: Option<bool>, copy_dscp: Option<bool>) {
+        let before = self.device.rules;
+        let rules = PacketRules {
+            mss_clamp: mss_clamp.unwrap_or(before.mss_clamp),
+            copy_dscp: copy_dscp.unwrap_or(before.copy_dscp),
+        };
+        if mem::replace(&mut self.device.rules, rules) != rules {
+            self.to.effects.push(Effect::PacketRules(rules));
         }
     }
 

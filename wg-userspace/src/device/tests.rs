@@ -47,6 +47,8 @@ fn each_change_is_told_once() {
         private_key: Some(Some(private(1))),
         listen_port: Some(51820),
         fwmark: Some(7),
+        mss_clamp: Some(true),
+        copy_dscp: Some(true),
         replace_peers: true,
         peers: vec![PeerChange {
             preshared_key: Some(preshared(3)),
@@ -62,6 +64,7 @@ fn each_change_is_told_once() {
         [
             Effect::FwMark(7),
             Effect::ListenPort(51820),
+            Effect::PacketRules(PacketRules { mss_clamp: true, copy_dscp: true }),
             Effect::PrivateKey(Some(private(1))),
             Effect::PeerAdded { id, public_key: public(2) },
             Effect::Preshared { id, key: preshared(3) },
@@ -256,6 +259,8 @@ fn any_request() -> impl Strategy<Value = SetRequest> {
             private_key,
             listen_port: Some(dice.into()),
             fwmark: Some(dice.into()),
+            mss_clamp: [None, Some(true), Some(false)].get(usize::from(dice)).copied().flatten(),
+            copy_dscp: [Some(true), Some(false)].get(usize::from(dice)).copied().flatten(),
             replace_peers: dice == 0,
             peers,
         },
@@ -268,6 +273,7 @@ struct Follower {
     private_key: Option<PrivateKey>,
     listen_port: u16,
     fwmark: u32,
+    rules: PacketRules,
     peers: BTreeMap<PeerId, Peer>,
 }
 
@@ -277,6 +283,7 @@ impl Follower {
             Effect::PrivateKey(key) => self.private_key = key,
             Effect::ListenPort(port) => self.listen_port = port,
             Effect::FwMark(mark) => self.fwmark = mark,
+            Effect::PacketRules(rules) => self.rules = rules,
             Effect::PeerAdded { id, public_key } => {
                 let preshared_key = PresharedKey::default();
                 let peer = Peer {
@@ -342,6 +349,7 @@ proptest! {
 
             effects.into_iter().for_each(|effect| follower.hear(effect));
             prop_assert_eq!(&follower.private_key, &device.private_key);
+            prop_assert_eq!(follower.rules, device.packet_rules());
             prop_assert_eq!((follower.listen_port, follower.fwmark), (device.listen_port, device.fwmark));
             let peers: BTreeMap<_, _> = device.peers().map(|(id, peer)| (id, peer.clone())).collect();
             prop_assert_eq!(&follower.peers, &peers);

@@ -134,6 +134,26 @@ impl Keeper {
         })
     }
 
+    /// Has a program choose the sockets of a device by what is written to the memory that this gives, a word for
+    /// each of its `slot_count` slots ([`wg_common::map::INDEX_WORKERS`]).
+    ///
+    /// # Errors
+    /// If the kernel has no such programs. It spreads datagrams by itself then.
+    pub fn steer_sockets(&self, device: u16, slot_count: usize) -> Result<SharedWords, Refusal> {
+        let fd = match self.ask(&Request::SteerSockets { device }) {
+            (Answer::IndexWorkers, fds) => match <[OwnedFd; 1]>::try_from(fds) {
+                Ok([fd]) => fd,
+                Err(_) => lost(&ChannelError::Unexpected),
+            },
+            (Answer::Refused(refusal), _) => return Err(refusal),
+            _ => lost(&ChannelError::Unexpected),
+        };
+        SharedWords::map(fd, slot_count).map_err(|error| Refusal {
+            text: format!("mapping where keypairs are at home: {error}"),
+            errno: error.raw_os_error(),
+        })
+    }
+
     /// Says who owns prefixes from now on: address, length, owner.
     ///
     /// # Errors

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::IpAddr;
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -21,8 +22,8 @@ use super::protocol::{
     Answer, DeviceSetup, LINKS_MAX, NamedNic, OWNERS_MAX, Refusal, Request, Setup,
 };
 use super::ways::{Look, Neighbours};
-use crate::bpf::{BpfError, LogReader, Steer, TunSteering};
-use crate::daemon::{AeadChoice, Error, Mode, Options};
+use crate::bpf::{BpfError, LogReader, SocketSteering, Steer, TunSteering};
+use crate::daemon::{AeadChoice, Error, Mode, Options, PacketRules};
 use crate::host::{AddressChange, Host, Towards};
 use crate::sys::errno::ENODEV;
 use crate::sys::{SharedWords, affinity, memory, random};
@@ -63,6 +64,11 @@ struct Device {
     tun_index: u32,
     /// What chooses the TUN device's queues, if the data process asked for it.
     tun_steering: Option<TunSteering>,
+    /// What chooses among the sockets on the present port, if the data process asked for it.
+    socket_steering: Option<SocketSteering>,
+    /// The indexes that the device lends are those of these slots.
+    indexes: IndexPermutation,
+    slots: Range<u32>,
     sockets: Group,
     /// Whether somebody has chosen the port, or said that any will do.
     has_chosen_port: bool,
@@ -70,6 +76,8 @@ struct Device {
     listener: uapi::Listener,
     memory: Option<OwnedFd>,
     quiesced_until: u64,
+    /// What it was started with.
+    rules: PacketRules,
 }
 
 /// The sockets on one port.
@@ -105,7 +113,10 @@ impl Edges {
             .context("making the memory of the workers' heartbeats")?;
         let mut devices = Vec::new();
         for (number, interface) in options.interfaces.iter().enumerate() {
-            devices.push(Some(Device::open(DeviceId(number as u16), interface, worker_count)?));
+            let (id, rules) = (DeviceId(number as u16), options.rules_of(number));
+            let slots = indexes.layout().share(number as u32, options.interfaces.len() as u32);
+            let device = Device::open(id, interface, worker_count, (indexes, slots), rules)?;
+            devices.push(Some(device));
         }
         let steer_log = nics.steer.as_mut().and_then(Steer::log_reader);
         let edges = Self {
@@ -263,6 +274,7 @@ impl Edges {
             Request::Ready | Request::Alive => done(),
             Request::TunQueues { .. }
             | Request::SteerTun { .. }
+            | Request::SteerSockets { .. }
             | Request::SetOwners { .. }
             | Request::Sockets { .. }
             | Request::OpenSockets { .. }
@@ -334,7 +346,13 @@ impl Edges {
 }
 
 impl Device {
-    fn open(id: DeviceId, interface: &str, worker_count: usize) -> anyhow::Result<Self> {
+    fn open(
+        id: DeviceId,
+        interface: &str,
+        worker_count: usize,
+        (indexes, slots): (IndexPermutation, Range<u32>),
+        rules: PacketRules,
+    ) -> anyhow::Result<Self> {
         let tun = open_tun(interface, worker_count)?;
         let tun_index = tun.ifindex();
         let (port, of_worker) =
@@ -347,12 +365,16 @@ impl Device {
             tun: tun.into_queues(),
             tun_index,
             tun_steering: None,
+            socket_steering: None,
+            indexes,
+            slots,
             sockets: Group { port, of_worker },
             has_chosen_port: false,
             former: Vec::new(),
             listener,
             memory: None,
             quiesced_until: 0,
+            rules,
         })
     }
 
@@ -362,6 +384,7 @@ impl Device {
             interface: self.interface.clone(),
             has_memory: self.memory.is_some(),
             quiesced_until: self.quiesced_until,
+            rules: self.rules,
         }
     }
 
@@ -393,6 +416,7 @@ impl Device {
                 clones(self.tun.iter().map(AsFd::as_fd)).map(|fds| (Answer::TunQueues, fds))
             }
             Request::SteerTun { .. } => self.steer_tun(),
+            Request::SteerSockets { .. } => self.steer_sockets(),
             Request::SetOwners { ref owners, .. } => self.set_owners(owners)?,
             Request::OpenSockets { port, fwmark, .. } => {
                 self.open_sockets(port, fwmark, steer).and_then(|()| self.sockets.answer())
@@ -409,6 +433,7 @@ impl Device {
 
     /// Has a program choose the TUN device's queues. What was there before stays if that fails.
     fn steer_tun(&mut self) -> Answered {
+        refused_by_a_test("tun")?;
         let refused = |error: BpfError| {
             tracing::debug!(%error, "the kernel does not take the program that chooses TUN queues");
             // Not the verifier's log, which may be long.
@@ -422,6 +447,24 @@ impl Device {
         let peer_workers = clone(steering.peer_workers_fd())?;
         self.tun_steering = Some(steering);
         Ok((Answer::PeerWorkers, vec![peer_workers]))
+    }
+
+    /// Has a program choose the sockets. If that fails, the kernel does.
+    fn steer_sockets(&mut self) -> Answered {
+        refused_by_a_test("sockets")?;
+        let refused = |error: BpfError| {
+            tracing::debug!(%error, "the kernel does not take the program that chooses sockets");
+            refusal(error.to_string().lines().next().unwrap_or_default(), None)
+        };
+        let mut steering = match self.socket_steering.take() {
+            Some(steering) => steering,
+            None => SocketSteering::load(self.indexes, self.slots.clone()).map_err(refused)?,
+        };
+        steering.forget_keypairs();
+        self.sockets.steer(&mut steering).map_err(refused)?;
+        let index_workers = clone(steering.index_workers_fd())?;
+        self.socket_steering = Some(steering);
+        Ok((Answer::IndexWorkers, vec![index_workers]))
     }
 
     /// Says who owns prefixes, as far as the kernel takes it; tells the first thing that it does not take.
@@ -471,6 +514,12 @@ impl Device {
         };
         self.former.push(std::mem::replace(&mut self.sockets, group));
         steer_port(steer, self.id, Some(before), self.sockets.port);
+        if let Some(steering) = &mut self.socket_steering
+            && let Err(error) = self.sockets.steer(steering)
+        {
+            let (interface, port) = (&self.interface, self.sockets.port);
+            tracing::warn!(interface, port, %error, "the kernel spreads datagrams over workers by itself");
+        }
         Ok(())
     }
 }
@@ -505,6 +554,24 @@ fn refused_socket(error: UdpError) -> Refusal {
     refusal(error, errno)
 }
 
+/// A hook for tests: refuses a program of a kind that `TIDEGATE_TEST_REFUSE_STEERING` names, as a kernel does
+/// that has none.
+#[cfg(debug_assertions)]
+fn refused_by_a_test(kind: &str) -> Result<(), Refusal> {
+    match std::env::var("TIDEGATE_TEST_REFUSE_STEERING") {
+        Ok(kinds) if kinds.split(',').any(|refused| refused == kind) => {
+            Err(refusal("a test refuses the program", None))
+        }
+        _ => Ok(()),
+    }
+}
+
+#[cfg(not(debug_assertions))]
+#[expect(clippy::unnecessary_wraps, reason = "in debug builds it may refuse")]
+fn refused_by_a_test(_: &str) -> Result<(), Refusal> {
+    Ok(())
+}
+
 /// Descriptors that can be given away.
 fn clones<'a>(fds: impl Iterator<Item = BorrowedFd<'a>>) -> Result<Vec<OwnedFd>, Refusal> {
     fds.map(clone).collect()
@@ -528,6 +595,13 @@ impl Group {
         let v6 = self.of_worker.iter().filter_map(|sockets| sockets.v6.as_ref()).map(AsFd::as_fd);
         let has_v6 = self.of_worker.iter().any(|sockets| sockets.v6.is_some());
         Ok((Answer::Sockets { port: self.port, has_v6 }, clones(v4.chain(v6))?))
+    }
+
+    /// Has `steering` choose among them.
+    fn steer(&self, steering: &mut SocketSteering) -> Result<(), BpfError> {
+        let v4: Vec<_> = self.of_worker.iter().map(|sockets| sockets.v4.as_fd()).collect();
+        let v6 = self.of_worker.iter().filter_map(|sockets| sockets.v6.as_ref());
+        steering.steer(&v4, &v6.map(AsFd::as_fd).collect::<Vec<_>>())
     }
 
     /// Marks all sockets, or none.

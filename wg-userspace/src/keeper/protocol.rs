@@ -19,7 +19,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::choice::Plan;
-use crate::daemon::{AeadChoice, Mode};
+use crate::daemon::{AeadChoice, Mode, PacketRules};
 use crate::host::Towards;
 
 /// Longest message.
@@ -52,6 +52,12 @@ pub enum Request {
     /// Has a program choose the queue for a packet, by what [`Request::SetOwners`] says and by where peers
     /// are at home. It knows nothing yet, and follows one that a data process before this one had.
     SteerTun {
+        /// Whose.
+        device: u16,
+    },
+    /// Has a program choose the socket for a datagram by where keypairs are at home. It knows of none yet, and
+    /// follows one that a data process before this one had.
+    SteerSockets {
         /// Whose.
         device: u16,
     },
@@ -158,6 +164,7 @@ impl Request {
         match *self {
             Self::TunQueues { device }
             | Self::SteerTun { device }
+            | Self::SteerSockets { device }
             | Self::SetOwners { device, .. }
             | Self::Sockets { device }
             | Self::OpenSockets { device, .. }
@@ -193,6 +200,8 @@ pub enum Answer {
     TunQueues,
     /// The map of where peers are at home is beside it.
     PeerWorkers,
+    /// The map of where keypairs are at home is beside it.
+    IndexWorkers,
     /// Beside it: a socket of each worker for IPv4, then one of each for IPv6.
     Sockets {
         /// Their port.
@@ -306,6 +315,8 @@ pub struct DeviceSetup {
     pub has_memory: bool,
     /// There are to be no keypairs until then, in nanoseconds of boot time; 0: there may be.
     pub quiesced_until: u64,
+    /// What is done to packets, until somebody says otherwise.
+    pub rules: PacketRules,
 }
 
 /// A NIC that was named for XDP.

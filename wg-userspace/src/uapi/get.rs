@@ -11,7 +11,7 @@ use wg_common::id::PeerId;
 use zeroize::Zeroizing;
 
 use crate::config::NAME_LEN_MAX;
-use crate::device::{Device, Peer};
+use crate::device::{Device, PacketRules, Peer};
 
 /// What is known of a peer beside its configuration.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -113,6 +113,14 @@ fn write_device(text: &mut String, device: &Device, listen_port: u16) -> fmt::Re
     if device.fwmark() != 0 {
         writeln!(text, "fwmark={}", device.fwmark())?;
     }
+    // Ours alone: wg(8) passes over what it does not know.
+    let PacketRules { mss_clamp, copy_dscp } = device.packet_rules();
+    if !mss_clamp {
+        writeln!(text, "tidegate_mss_clamp=false")?;
+    }
+    if copy_dscp {
+        writeln!(text, "tidegate_copy_dscp=true")?;
+    }
     Ok(())
 }
 
@@ -147,8 +155,12 @@ fn write_net(text: &mut String, net: IpNet) -> fmt::Result {
     writeln!(text, "allowed_ip={net}")
 }
 
-/// `private_key=`, `listen_port=` and `fwmark=` with their longest values.
-const DEVICE_LEN_MAX: usize = (12 + 64 + 1) + (12 + 5 + 1) + (7 + 10 + 1);
+/// All lines of a device, with their longest values.
+const DEVICE_LEN_MAX: usize = (12 + 64 + 1)
+    + (12 + 5 + 1)
+    + (7 + 10 + 1)
+    + "tidegate_mss_clamp=false\n".len()
+    + "tidegate_copy_dscp=true\n".len();
 /// All lines of a peer but its allowed IPs, with the longest values.
 const PEER_LEN_MAX: usize = (11 + 64 + 1)
     + (14 + 64 + 1)
@@ -191,6 +203,8 @@ mod tests {
         device.apply(SetRequest {
             private_key: Some(Some(PrivateKey::from_bytes(key))),
             fwmark: Some(u32::MAX),
+            mss_clamp: Some(false),
+            copy_dscp: Some(true),
             peers: vec![peer, PeerChange::new(PublicKey::from_bytes([3; 32]))],
             ..SetRequest::default()
         });
@@ -210,6 +224,7 @@ mod tests {
         let hex = |byte: &str| byte.repeat(32);
         let expected = format!(
             "private_key={}\nlisten_port=51820\nfwmark=4294967295\n\
+             tidegate_mss_clamp=false\ntidegate_copy_dscp=true\n\
              public_key={}\npreshared_key={}\nprotocol_version=1\n\
              endpoint=[1111:1111:1111:1111:1111:1111:ffff:ffff%4294967295]:65535\n\
              last_handshake_time_sec=1700000000\nlast_handshake_time_nsec=999999999\n\

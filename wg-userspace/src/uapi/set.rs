@@ -187,6 +187,13 @@ impl<F: Fn(&str) -> Option<u32>> SetParser<F> {
                 "private_key" => request.private_key = Some(private_key(value)?),
                 "listen_port" => request.listen_port = Some(number("listen_port", value)?),
                 "fwmark" => request.fwmark = Some(number("fwmark", value)?),
+                // Ours alone, as below.
+                "tidegate_mss_clamp" => {
+                    request.mss_clamp = Some(switch("tidegate_mss_clamp", value)?);
+                }
+                "tidegate_copy_dscp" => {
+                    request.copy_dscp = Some(switch("tidegate_copy_dscp", value)?);
+                }
                 "replace_peers" => request.replace_peers = flag("replace_peers", value)?,
                 _ => return Err(SetProblem::UnknownKey { key: key.to_owned(), in_peer: false }),
             }
@@ -257,6 +264,11 @@ fn flag(key: &'static str, value: &str) -> Result<bool, SetProblem> {
     if value == "true" { Ok(true) } else { Err(bad_value(key, value)) }
 }
 
+/// `true` or `false`.
+fn switch(key: &'static str, value: &str) -> Result<bool, SetProblem> {
+    value.parse().map_err(|_| bad_value(key, value))
+}
+
 fn network(value: &str) -> Result<IpNet, SetProblem> {
     value.parse().map_err(|_| bad_value("allowed_ip", value))
 }
@@ -324,6 +336,12 @@ fn write_all(text: &mut String, request: &SetRequest) -> fmt::Result {
     if let Some(mark) = request.fwmark {
         writeln!(text, "fwmark={mark}")?;
     }
+    if let Some(is_on) = request.mss_clamp {
+        writeln!(text, "tidegate_mss_clamp={is_on}")?;
+    }
+    if let Some(is_on) = request.copy_dscp {
+        writeln!(text, "tidegate_copy_dscp={is_on}")?;
+    }
     if request.replace_peers {
         writeln!(text, "replace_peers=true")?;
     }
@@ -381,6 +399,7 @@ mod tests {
     fn all_keys_are_read() {
         let text = format!(
             "private_key={KEY}\nlisten_port=51820\nfwmark=0\nreplace_peers=true\n\
+             tidegate_mss_clamp=false\ntidegate_copy_dscp=true\n\
              public_key={KEY}\nremove=true\n\
              public_key={KEY}\nupdate_only=true\nprotocol_version=1\npreshared_key={KEY}\n\
              endpoint=[fd00::1]:5\npersistent_keepalive_interval=0\nallowed_ip=10.0.0.0/8\n\
@@ -394,6 +413,8 @@ mod tests {
                 private_key: Some(Some(PrivateKey::from_hex(KEY).unwrap())),
                 listen_port: Some(51820),
                 fwmark: Some(0),
+                mss_clamp: Some(false),
+                copy_dscp: Some(true),
                 replace_peers: true,
                 peers: vec![
                     PeerChange { remove: true, ..PeerChange::new(key) },
@@ -532,15 +553,20 @@ mod tests {
     fn any_request() -> impl Strategy<Value = SetRequest> {
         let private_key =
             option::of(option::of(any::<[u8; 32]>().prop_map(PrivateKey::from_bytes)));
+        let rules = (option::of(any::<bool>()), option::of(any::<bool>()));
         let device =
-            (private_key, option::of(any::<u16>()), option::of(any::<u32>()), any::<bool>());
+            (private_key, option::of(any::<u16>()), option::of(any::<u32>()), rules, any::<bool>());
         (device, vec(any_peer(), 0..4)).prop_map(
-            |((private_key, listen_port, fwmark, replace_peers), peers)| SetRequest {
-                private_key,
-                listen_port,
-                fwmark,
-                replace_peers,
-                peers,
+            |((private_key, listen_port, fwmark, (mss_clamp, copy_dscp), replace_peers), peers)| {
+                SetRequest {
+                    private_key,
+                    listen_port,
+                    fwmark,
+                    mss_clamp,
+                    copy_dscp,
+                    replace_peers,
+                    peers,
+                }
             },
         )
     }

@@ -94,6 +94,10 @@ pub struct Limit {
     pub bits_per_s: u64,
 }
 
+/// What a switch says.
+const ON: &str = "on";
+const OFF: &str = "off";
+
 /// Most characters of a peer's name.
 pub const NAME_CHARS_MAX: usize = 63;
 /// Most bytes of a peer's name.
@@ -126,6 +130,13 @@ impl Interface {
         all.extend(endpoint.map(|endpoint| line(Directive::Endpoint, endpoint)));
         all.extend(self.xdp.as_ref().map(|xdp| line(Directive::Xdp, xdp)));
         all.extend(self.workers.as_ref().map(|workers| line(Directive::Workers, workers)));
+        let switches =
+            [(Directive::MssClamp, &self.mss_clamp), (Directive::CopyDscp, &self.copy_dscp)];
+        for (directive, switch) in switches {
+            let switch = switch.as_ref();
+            let word = switch.map(|is| Spanned::new(if is.value { ON } else { OFF }, is.span));
+            all.extend(word.map(|word| line(directive, &word)));
+        }
         all.extend(self.nat.iter().map(|nat| line(Directive::Nat, nat)));
         all.extend(self.forward.iter().map(|forward| line(Directive::Forward, forward)));
         all.extend(self.allow.iter().map(|allow| line(Directive::Allow, allow)));

@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 
-use super::{Allow, Forward, Limit, Nat, NatSource, PortRange, Traffic, Transport, UNITS};
+use super::{Allow, Forward, Limit, Nat, NatSource, OFF, ON, PortRange, Traffic, Transport, UNITS};
 use crate::config::Spanned;
 use crate::config::keys::{Directive, nearest_word};
 use crate::config::lines::Text;
@@ -175,6 +175,17 @@ pub fn metrics(value: Text<'_>) -> Result<SocketAddr, Mistake> {
     const FORM: &str = "write an address of this host and a port, such as 127.0.0.1:9586 or \
         [::1]:9586";
     address_and_port(value, FORM)
+}
+
+/// `on` or `off`
+pub fn switch(value: Text<'_>, of: Directive) -> Result<bool, Mistake> {
+    match &*lower(value) {
+        ON => Ok(true),
+        OFF => Ok(false),
+        _ => Err(Mistake::new(format!("`{}` is either on or off", of.name()))
+            .at(value.span(), "neither `on` nor `off`")
+            .help(format!("write `#! {0} = on` or `#! {0} = off`", of.name()))),
+    }
 }
 
 /// What a peer is called.

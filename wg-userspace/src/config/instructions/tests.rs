@@ -46,7 +46,9 @@ fn all_forms_are_read_whatever_their_case_and_blanks() {
         #! Allow = fd09::/64 -> fd20::/64\n\
         #! Allow = fd09::/64 -> fd20::/64 ICMP\n\
         #! Xdp = eth0 ,eth1 queues=4 Bypass-Firewall mode=ZeroCopy\n\
-        #! Workers = 4";
+        #! Workers = 4\n\
+        #! mssclamp = Off # for a reason\n\
+        #!CopyDscp=ON";
     let config = accept(interface, "#! Limit = 200 MBit\n#! Name =  my laptop  # old");
     let expected = [
         "#! Metrics = [::1]:9586",
@@ -60,6 +62,8 @@ fn all_forms_are_read_whatever_their_case_and_blanks() {
         "#! Allow = fd09::/64 -> fd20::/64 icmp",
         "#! Xdp = eth0,eth1 mode=zerocopy queues=4 bypass-firewall",
         "#! Workers = 4",
+        "#! MssClamp = off",
+        "#! CopyDscp = on",
     ];
     assert_eq!(texts(config.interface.instructions()), expected);
     let of_peer = texts(config.peers[0].instructions());
@@ -100,6 +104,31 @@ fn what_is_not_built_yet_is_understood_and_said() {
         "`#! Limit`",
     ];
     assert_eq!(said, expected.map(|what| format!("{what} is not supported yet")));
+}
+
+#[test]
+fn a_switch_is_on_or_off_and_stands_once() {
+    let switches = |lines: &str| {
+        let interface = accept(lines, "").interface;
+        (interface.mss_clamp.map(|is| is.value), interface.copy_dscp.map(|is| is.value))
+    };
+    assert_eq!(switches(""), (None, None));
+    assert_eq!(switches("#! MssClamp = on\n#! CopyDscp = off"), (Some(true), Some(false)));
+    assert!(accept("#! MssClamp = on\n#! CopyDscp = on", "").unsupported().is_empty());
+    for (interface, expected) in [
+        (
+            "#! MssClamp = 1",
+            "`MssClamp` is either on or off | 1: neither `on` nor `off` | write `#! MssClamp = on` or `#! MssClamp = off`",
+        ),
+        ("#! CopyDscp = on off", "`CopyDscp` is either on or off | on off: neither"),
+        ("#! CopyDscp =", "`#! CopyDscp` has no value"),
+        ("#! CopyDscp = on\n#! CopyDscp = on", "`CopyDscp` is set twice"),
+        ("#! CopyDcsp = on", "did you mean `#! CopyDscp`?"),
+    ] {
+        let said = complaint(interface, "");
+        assert!(said.contains(expected), "{said}");
+    }
+    assert!(complaint("", "#! MssClamp = on").starts_with("`MssClamp` does not belong here"));
 }
 
 #[test]

@@ -80,6 +80,20 @@ fn a_syn_offers_what_fits_into_the_peers_link_where_that_is_narrower() {
     assert_eq!(mss(&gateway.written().remove(0)), 1300);
 }
 
+#[test]
+fn a_syn_stays_as_it_is_where_that_is_wanted() {
+    let mut gateway = Gateway::new();
+    gateway.give_keypair(1, Role::Initiator);
+    gateway.shared.mss_clamp.store(false, Ordering::Relaxed);
+    gateway.shared.mtu.store(1300, Ordering::Relaxed);
+    gateway.shared.routing.store(all_to_peer_1());
+    let offer = syn(US, PEER_1);
+    gateway.send(std::slice::from_ref(&offer), START);
+    let datagram = gateway.sent().remove(0);
+    gateway.receive(0, &datagram, START);
+    assert_eq!(gateway.written(), [offer]);
+}
+
 fn with_flags(mut packet: Vec<u8>, flags: u8) -> Vec<u8> {
     packet[6] = flags;
     packet

@@ -142,7 +142,7 @@ pub fn seeds() -> Vec<Vec<u8>> {
         "\u{feff}[Interface] # ours\nPrivateKey = {private}\nListenPort = 51820\nFwMark = 0xca6c\n\
          Address = 10.9.0.1/24, fd09::1/64\nDNS = 9.9.9.9, example.org\nMTU = 1420\nTable = off\n\
          PreUp = a\nPostUp = echo \"%i\"\nPreDown = b\nPostDown = c\nSaveConfig = false\n\
-         #! Xdp = eth0,eth1 mode=native queues=4\n#! Workers = 4\n#! Nat = masquerade out=eth0\n\
+         #! Xdp = eth0,eth1 mode=native queues=4\n#! Workers = 4\n#! MssClamp = off\n#! CopyDscp = on\n#! Nat = masquerade out=eth0\n\
          #! Nat = snat out=eth1 to=192.0.2.1,fd00::1 from=10.9.0.0/24\n\
          #! Forward = tcp eth0:8443 -> 10.9.0.2:443\n\
          #! Allow = 10.9.0.0/24 -> 192.168.20.0/24 tcp 22,8000-8080\n#! Metrics = [::1]:9586\n\

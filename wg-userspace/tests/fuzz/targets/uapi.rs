@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 
 use ipnet::IpNet;
 use wg_common::id::PeerId;
-use wg_userspace::device::{AllowedIpChange, Device, Effect, PeerChange, SetRequest};
+use wg_userspace::device::{AllowedIpChange, Device, Effect, PacketRules, PeerChange, SetRequest};
 use wg_userspace::key::{PresharedKey, PrivateKey, PublicKey};
 use wg_userspace::uapi::{PeerStatus, SetProblem, format_get, format_set, parse_set};
 
@@ -172,6 +172,7 @@ struct Mirror {
     key: Option<PrivateKey>,
     port: u16,
     fwmark: u32,
+    rules: PacketRules,
     peers: BTreeMap<u32, MirrorPeer>,
 }
 
@@ -191,6 +192,7 @@ impl Mirror {
                 Effect::PrivateKey(key) => self.key = key,
                 Effect::ListenPort(port) => self.port = port,
                 Effect::FwMark(mark) => self.fwmark = mark,
+                Effect::PacketRules(rules) => self.rules = rules,
                 Effect::PeerAdded { id, public_key } => {
                     assert!(!freed.contains(&id), "a slot is not freed and used in one request");
                     let peer = MirrorPeer {
@@ -225,6 +227,7 @@ impl Mirror {
     fn check(&self, device: &Device) {
         assert_eq!(self.key.as_ref(), device.private_key());
         assert_eq!((self.port, self.fwmark), (device.listen_port(), device.fwmark()));
+        assert_eq!(self.rules, device.packet_rules());
         assert_eq!(self.peers.len(), device.peer_count());
         for (id, peer) in device.peers() {
             let known = &self.peers[&id.0];
@@ -244,7 +247,7 @@ pub fn seeds() -> Vec<Vec<u8>> {
     let [a, b] = [key(2), key(3)];
     let own = PrivateKey::from_bytes([0x48; 32]).public_key().to_hex();
     let whole = format!(
-        "private_key={}\nlisten_port=51820\nfwmark=31\nreplace_peers=true\n\
+        "private_key={}\nlisten_port=51820\nfwmark=31\ntidegate_mss_clamp=false\ntidegate_copy_dscp=true\nreplace_peers=true\n\
          public_key={a}\npreshared_key={b}\nprotocol_version=1\nendpoint=192.0.2.1:7\n\
          persistent_keepalive_interval=25\ntidegate_name=a laptop\nreplace_allowed_ips=true\nallowed_ip=10.0.0.0/8\n\
          allowed_ip=fd00::/8\npublic_key={b}\nendpoint=[fd00::1]:5\nallowed_ip=10.1.0.0/16\n",
