@@ -8,7 +8,7 @@ use wg_common::protocol::{KEY_LEN, TAG_LEN};
 use super::super::Job;
 use super::chacha::BLOCK_LEN;
 
-/// Jobs that are sorted at a time; bits of a [`u64`] say which are done.
+/// Jobs that are listed, and sorted, at a time.
 pub(super) const WINDOW: usize = 64;
 
 /// What ChaCha20's block counter of 32 bits reaches, without the block of the one-time key.

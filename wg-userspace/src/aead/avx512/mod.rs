@@ -15,7 +15,7 @@
 //!             one-time keys: first in the first pass; data after them             (0: its one-time key)
 //!
 //!  rounds.rs: all rows, 20 rounds ── transpose.rs: lane l becomes vector l ── XOR into the packet
-//!      └── transpose.rs: words 0…7 of block 0, joined to 64 bits: r and s, packet p in lane p
+//!      └── chacha.rs: words 0…7 of block 0, joined to 64 bits: r and s, packet p in lane p
 //!
 //! a group     ┌────────┬────────┬─   ─┬────────┐
 //!  Poly1305   │   p0   │   p1   │  …  │   p7   │   three limbs of h in three vectors, four blocks a step
@@ -36,9 +36,10 @@
 //!
 //! # What is wiped
 //! Each thread has one `Scratch`, in which states, key stream, one-time keys and powers of `r` are
-//! kept. A call overwrites it with zeros when it ends, also by a panic; then all vector and mask
-//! registers. What the compiler puts on the stack on its own account is not wiped: parts of the sums
-//! of Poly1305 where a function needs more registers than there are, and the tags that were computed.
+//! kept. A call overwrites it with zeros when it ends, also by a panic, and, if it ends well, all
+//! vector and mask registers. What the compiler puts on the stack on its own account is not wiped:
+//! limbs of `r`, of its powers and of sums, where Poly1305 needs more registers than there are; and
+//! the tags that were computed. Key stream and keys it does not put there, in the builds looked at.
 //! Keys themselves are the caller's.
 //!
 //! # What is unsafe

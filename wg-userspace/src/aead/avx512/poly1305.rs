@@ -22,7 +22,6 @@
 
 use std::arch::x86_64::*;
 use std::array;
-use std::ptr;
 
 use wg_common::protocol::TAG_LEN;
 
@@ -213,6 +212,8 @@ struct Rows {
     /// Blocks before the first of the longest packet, and of the shortest.
     delay_min: usize,
     delay_max: usize,
+    /// Whether all packets are of one length.
+    is_even: bool,
     /// For each lane, its packet's first byte, its length, and the blocks before it.
     data: [*const u8; GROUP],
     lens: [usize; GROUP],
@@ -314,30 +315,22 @@ fn absorbed(h: Limbs, row: Row, behind: [__m512i; ROW], memory: &Memory) -> Limb
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512ifma,avx512vbmi2,bmi2")]
 fn lay_out(packets: &[Packet<'_>], memory: &mut Memory) -> Rows {
+    // Lanes without a packet do again what the first does: so no row waits for them.
+    let packet = |lane| packets.get(lane).unwrap_or(&packets[0]);
+    let data = array::from_fn(|lane| packet(lane).data().cast_const());
+    let lens: [usize; GROUP] = array::from_fn(|lane| packet(lane).len());
     // One block for the length.
-    let count_of = |packet: &Packet<'_>| packet.len().div_ceil(BLOCK_LEN) + 1;
-    let longest = packets.iter().map(count_of).max().unwrap_or(0);
-    let mut rows = Rows {
-        count: longest.div_ceil(ROW),
-        delay_min: 0,
-        delay_max: 0,
-        data: [ptr::null(); GROUP],
-        lens: [0; GROUP],
-        delays: [0; GROUP],
-    };
-    rows.delay_min = ROW * rows.count - longest;
-    for lane in 0..GROUP {
-        // Lanes without a packet do again what the first does: so no row waits for them.
-        let packet = packets.get(lane).unwrap_or(&packets[0]);
-        let delay = ROW * rows.count - count_of(packet);
-        rows.data[lane] = packet.data();
-        rows.lens[lane] = packet.len();
-        rows.delays[lane] = delay;
-        rows.delay_max = rows.delay_max.max(delay);
-        memory.delays.set_quad(lane, delay as u64);
-        memory.lens.set_quad(lane, packet.len() as u64);
-    }
-    rows
+    let block_count = |len: usize| len.div_ceil(BLOCK_LEN) + 1;
+    let (shortest, longest) =
+        lens.iter().fold((usize::MAX, 0), |(min, max), len| (min.min(*len), max.max(*len)));
+    let count = block_count(longest).div_ceil(ROW);
+    let delay = |len| ROW * count - block_count(len);
+    let is_even = shortest == longest;
+    let delays = if is_even { [delay(longest); GROUP] } else { lens.map(delay) };
+    memory.delays.set_quads(delays.map(|delay| delay as u64));
+    memory.lens.set_quads(lens.map(|len| len as u64));
+    let (delay_min, delay_max) = (delay(longest), delay(shortest));
+    Rows { count, delay_min, delay_max, is_even, data, lens, delays }
 }
 
 /// How many bytes behind a packet's first one block `block` of the rows begins; before it, as a
@@ -351,13 +344,17 @@ fn offset(block: usize, delay: usize) -> usize {
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512ifma,avx512vbmi2,bmi2")]
 fn row(rows: &Rows, t: usize) -> Row {
     debug_assert!(t + 1 < rows.count);
-    transpose::halves_of(|lane| {
-        // Of a packet's first row, and of all before it, blocks are missing.
-        let missing = rows.delays[lane].saturating_sub(ROW * t);
-        // Where there is nothing to be read, it does not matter where.
-        let missing = missing.min(ROW);
-        let halves = (0xff_u32 << (2 * missing)) as u8;
+    // Which halves there are, and where.
+    let place = |lane: usize| {
+        // Of a packet's first row, and of all before it, blocks are missing. Where there is nothing to
+        // be read, it does not matter where.
+        let missing = rows.delays[lane].saturating_sub(ROW * t).min(ROW);
         let start = if missing < ROW { offset(ROW * t, rows.delays[lane]) } else { 0 };
+        ((0xff_u32 << (2 * missing)) as u8, start)
+    };
+    let first = place(0);
+    transpose::halves_of(|lane| {
+        let (halves, start) = if rows.is_even { first } else { place(lane) };
         let data = rows.data[lane].wrapping_add(start);
         // SAFETY: only halves in the mask are read. They are of blocks of data: from the packet's
         // first on, and not of its last four, which make the last row.
@@ -381,13 +378,18 @@ fn even_row(rows: &Rows, t: usize) -> Row {
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512ifma,avx512vbmi2,bmi2")]
 fn last_row(rows: &Rows, memory: &Memory) -> Row {
-    let mut row = transpose::halves_of(|lane| {
-        let before = ROW * (rows.count - 1);
+    let before = ROW * (rows.count - 1);
+    // Which bytes there are, and where.
+    let place = |lane: usize| {
         // As above; such a packet has this row alone.
         let missing = BLOCK_LEN * rows.delays[lane].saturating_sub(before);
         let start = offset(before, rows.delays[lane]);
         let end = rows.lens[lane].wrapping_sub(start);
-        let bytes = _bzhi_u64(u64::MAX, end as u32) & (u64::MAX << missing);
+        (_bzhi_u64(u64::MAX, end as u32) & (u64::MAX << missing), start)
+    };
+    let first = place(0);
+    let mut row = transpose::halves_of(|lane| {
+        let (bytes, start) = if rows.is_even { first } else { place(lane) };
         // SAFETY: only bytes in the mask are read. They are the packet's: from its first byte, which
         // is byte `missing` of the row, to its last, which is before `end`.
         unsafe { _mm512_maskz_loadu_epi8(bytes, rows.data[lane].wrapping_add(start).cast()) }

@@ -10,7 +10,7 @@ use super::chacha;
 use super::poly1305;
 
 thread_local! {
-    /// Zeros between calls, but for ciphertext.
+    /// Between calls zeros, but for lengths.
     static SCRATCH: RefCell<Scratch> = const { RefCell::new(Scratch::ZERO) };
 }
 
@@ -43,6 +43,13 @@ impl Line {
     pub fn set_quad(&mut self, i: usize, number: u64) {
         self.0[2 * i] = number as u32;
         self.0[2 * i + 1] = (number >> 32) as u32;
+    }
+
+    /// Makes words `2i` and `2i + 1` one number, for each `i`.
+    pub fn set_quads(&mut self, numbers: [u64; 8]) {
+        for (i, number) in numbers.into_iter().enumerate() {
+            self.set_quad(i, number);
+        }
     }
 
     /// Words `2i` and `2i + 1` as one number, for each `i`.
