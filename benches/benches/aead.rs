@@ -1,9 +1,10 @@
 //! How long does it take to seal, and to open, a batch of packets?
 //!
 //! `<len>x<batch>`: bytes of each packet, packets of one call, all with one key; `-mixed`: each
-//! with a key of its own. Whatever the batch, the 64 packets of a pool take turns, so that all have
-//! the same footprint. boringtun encapsulates and decapsulates one by one, from one buffer to
-//! another, header and replay window included: that is what its interface offers.
+//! with a key of its own; `imix`: seven packets of 64 bytes to four of 576 to one of 1,440. Whatever
+//! the batch, the 64 packets of a pool take turns, so that all have the same footprint. boringtun
+//! encapsulates and decapsulates one by one, from one buffer to another, header and replay window
+//! included: that is what its interface offers.
 
 use std::time::Duration;
 
@@ -14,15 +15,37 @@ use criterion::{
     BenchmarkGroup, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main,
 };
 use wg_common::protocol::{TAG_LEN, TRANSPORT_OVERHEAD};
-use wg_userspace::aead::{AeadKey, BatchAead, Job, RingAead};
+use wg_userspace::aead::choice::back_ends;
+use wg_userspace::aead::{AeadKey, BatchAead, Job};
 
-const LENS: [usize; 3] = [64, 256, 1440];
-const BATCHES: [usize; 4] = [1, 8, 32, BATCH_MAX];
+const LENS: [Len; 4] = [Len::All(64), Len::All(256), Len::All(1440), Len::Imix];
+const BATCHES: [usize; 8] = [1, 2, 3, 4, 8, 16, 32, BATCH_MAX];
+/// Those that boringtun is measured with: it knows no batches.
+const BATCHES_OF_BORINGTUN: [usize; 2] = [1, BATCH_MAX];
+/// Twelve packets as they may follow each other.
+const IMIX: [usize; 12] = [64, 576, 64, 64, 576, 64, 1440, 64, 576, 64, 576, 64];
+
+/// How long packets are.
+#[derive(Clone, Copy, PartialEq)]
+enum Len {
+    All(usize),
+    Imix,
+}
+
+impl Len {
+    /// Bytes of the packet at this place of the pool.
+    fn at(self, place: usize) -> usize {
+        match self {
+            Self::All(len) => len,
+            Self::Imix => IMIX[place % IMIX.len()],
+        }
+    }
+}
 
 /// What is measured for each back end.
 #[derive(Clone, Copy)]
 struct Case {
-    len: usize,
+    len: Len,
     batch: usize,
     mixed: bool,
 }
@@ -32,12 +55,17 @@ impl Case {
         LENS.into_iter()
             .flat_map(|len| BATCHES.map(|batch| (len, batch)))
             .flat_map(|(len, batch)| [false, true].map(|mixed| Case { len, batch, mixed }))
-            // One packet has one key.
-            .filter(|case| case.batch > 1 || !case.mixed)
+            // One packet has one key, unless it is one of several lengths.
+            .filter(|case| case.len == Len::Imix || case.batch > 1 || !case.mixed)
+            .filter(|case| case.len != Len::Imix || case.mixed)
     }
 
     fn id(self, back_end: &str) -> BenchmarkId {
         let Case { len, batch, mixed } = self;
+        let len = match len {
+            Len::All(len) => len.to_string(),
+            Len::Imix => "imix".to_owned(),
+        };
         BenchmarkId::new(back_end, format!("{len}x{batch}{}", if mixed { "-mixed" } else { "" }))
     }
 
@@ -45,9 +73,13 @@ impl Case {
         if self.mixed { BATCH_MAX } else { 1 }
     }
 
-    /// Calls until every packet of the pool had its turn.
+    /// Calls until every packet of the pool had its turn, but for a rest of less than a batch.
     fn call_count(self) -> usize {
         BATCH_MAX / self.batch
+    }
+
+    fn is_for_boringtun(self) -> bool {
+        BATCHES_OF_BORINGTUN.contains(&self.batch)
     }
 }
 
@@ -75,10 +107,10 @@ fn keys(count: usize) -> Vec<AeadKey> {
 }
 
 fn jobs<'a>(case: Case, keys: &'a [AeadKey], pool: &'a mut Pool) -> Vec<Job<'a>> {
-    let packet = ipv4_packet(case.len);
     let jobs = pool.buffers().enumerate().map(|(i, buffer)| {
-        let buffer = &mut buffer[..case.len + TAG_LEN];
-        buffer[..case.len].copy_from_slice(&packet);
+        let len = case.len.at(i);
+        let buffer = &mut buffer[..len + TAG_LEN];
+        buffer[..len].copy_from_slice(&ipv4_packet(len));
         Job::new(&keys[i % keys.len()], i as u64, buffer)
     });
     jobs.collect()
@@ -88,9 +120,13 @@ fn seal(c: &mut Criterion) {
     let mut group = c.benchmark_group("seal");
     for case in Case::all() {
         group.throughput(Throughput::Elements(case.batch as u64));
-        seal_with(&RingAead, case, &mut group);
-
-        let packet = ipv4_packet(case.len);
+        for aead in back_ends() {
+            seal_with(aead, case, &mut group);
+        }
+        if !case.is_for_boringtun() {
+            continue;
+        }
+        let packets: Vec<Vec<u8>> = (0..BATCH_MAX).map(|i| ipv4_packet(case.len.at(i))).collect();
         let mut tunns: Vec<Tunn> = (0..case.key_count()).map(|_| connected_tunns().0).collect();
         let mut sealed = vec![[0; BUFFER_LEN]; BATCH_MAX];
         let mut next = 0;
@@ -98,7 +134,7 @@ fn seal(c: &mut Criterion) {
             b.iter(|| {
                 for (i, sealed) in (next..).zip(&mut sealed[next..next + case.batch]) {
                     let tunn = &mut tunns[i % case.key_count()];
-                    to_network(tunn.encapsulate(&packet, sealed));
+                    to_network(tunn.encapsulate(&packets[i], sealed));
                 }
                 next = (next + case.batch) % BATCH_MAX;
             });
@@ -110,11 +146,11 @@ fn seal(c: &mut Criterion) {
 fn seal_with(aead: &dyn BatchAead, case: Case, group: &mut BenchmarkGroup<'_, WallTime>) {
     let (keys, mut pool) = (keys(case.key_count()), Pool::new());
     let mut jobs = jobs(case, &keys, &mut pool);
-    let mut next = 0;
+    let mut call = 0;
     group.bench_function(case.id(aead.name()), |b| {
         b.iter(|| {
-            aead.seal(&mut jobs[next..next + case.batch]);
-            next = (next + case.batch) % BATCH_MAX;
+            aead.seal(&mut jobs[call * case.batch..(call + 1) * case.batch]);
+            call = (call + 1) % case.call_count();
         });
     });
 }
@@ -123,9 +159,13 @@ fn open(c: &mut Criterion) {
     let mut group = c.benchmark_group("open");
     for case in Case::all() {
         group.throughput(Throughput::Elements(case.batch as u64));
-        open_with(&RingAead, case, &mut group);
-
-        let packet = ipv4_packet(case.len);
+        for aead in back_ends() {
+            open_with(aead, case, &mut group);
+        }
+        if !case.is_for_boringtun() {
+            continue;
+        }
+        let packets: Vec<Vec<u8>> = (0..BATCH_MAX).map(|i| ipv4_packet(case.len.at(i))).collect();
         let (mut senders, mut receivers): (Vec<Tunn>, Vec<Tunn>) =
             (0..case.key_count()).map(|_| connected_tunns()).unzip();
         let mut opened = vec![[0; BUFFER_LEN]; BATCH_MAX];
@@ -133,15 +173,15 @@ fn open(c: &mut Criterion) {
         let seal_all = |datagrams: &mut Vec<[u8; BUFFER_LEN]>| {
             for (i, datagram) in datagrams.iter_mut().enumerate() {
                 let tunn = &mut senders[i % case.key_count()];
-                let len = to_network(tunn.encapsulate(&packet, datagram)).len();
-                assert_eq!(len, sealed_len(case));
+                let len = to_network(tunn.encapsulate(&packets[i], datagram)).len();
+                assert_eq!(len, sealed_len(case, i));
             }
         };
         let open_batch = |datagrams: &mut Vec<[u8; BUFFER_LEN]>, call: usize| {
             let batch = call * case.batch..(call + 1) * case.batch;
             for i in batch {
                 let tunn = &mut receivers[i % case.key_count()];
-                let datagram = &datagrams[i][..sealed_len(case)];
+                let datagram = &datagrams[i][..sealed_len(case, i)];
                 let result = tunn.decapsulate(None, datagram, &mut opened[i]);
                 assert!(matches!(result, TunnResult::WriteToTunnelV4(..)));
             }
@@ -186,9 +226,9 @@ fn bench_used_up<T>(
     });
 }
 
-/// Bytes of a transport message as boringtun makes it: it does not pad.
-fn sealed_len(case: Case) -> usize {
-    case.len + TRANSPORT_OVERHEAD
+/// Bytes of a transport message as boringtun makes it of the packet at this place: it does not pad.
+fn sealed_len(case: Case, place: usize) -> usize {
+    case.len.at(place) + TRANSPORT_OVERHEAD
 }
 
 criterion_group! {

@@ -243,8 +243,12 @@ mod tests {
             RouteAttribute::Encap(Vec::new()),
             RouteAttribute::NewDestination(Vec::new()),
         ] {
-            let matched = route(&[odd.clone()]);
-            assert_eq!(next_hop(remote, &route(&[source.clone()]), &matched), None, "{odd:?}");
+            let matched = route(std::slice::from_ref(&odd));
+            assert_eq!(
+                next_hop(remote, &route(std::slice::from_ref(&source)), &matched),
+                None,
+                "{odd:?}"
+            );
             let found = route(&[source.clone(), odd.clone()]);
             assert_eq!(next_hop(remote, &found, &route(&[])), None, "{odd:?}");
         }
@@ -253,7 +257,7 @@ mod tests {
         let found = route(&[source.clone(), redirected]);
         assert_eq!(next_hop(remote, &found, &route(&[])), None, "redirected");
         for kind in [RouteType::Local, RouteType::Broadcast, RouteType::BlackHole] {
-            let mut found = route(&[source.clone()]);
+            let mut found = route(std::slice::from_ref(&source));
             found.header.kind = kind;
             assert_eq!(next_hop(remote, &found, &route(&[])), None, "{kind:?}");
         }
