@@ -1,23 +1,103 @@
-//! How long do the steps between AEAD and the TUN device take for a packet?
+//! How long does a worker take for a packet, in memory: everything but AEAD, and with it?
 //!
-//! `join`: a batch of opened packets of 1,440 bytes, whose checksums are looked at, becomes runs with all
-//! that is written for them; nothing is written. Of `1` flow of TCP, as it fills one run (47) or a batch
-//! (64); of `8` flows, one packet of each after the other; of `64`, where nothing can be joined.
+//! Packets have 1,440 bytes, unless a name says otherwise; rates are of packets.
+//!
+//! `open→coalesce`, from datagrams to what is written to the TUN device, which takes everything. `join`: opened
+//! packets, whose checksums are looked at, become runs. `all but AEAD`: a batch through the inbound half, with
+//! a back end that opens nothing; `with ring`: with one that does. Of `1` flow of TCP, as it fills one run (47)
+//! or a batch (64); of `8` flows, one packet of each after the other; of `64`, where nothing can be joined.
+//!
+//! `read→segment→seal`, from super-packets of 64 KiB of TCP in a queue to a socket that takes everything. `cut`:
+//! the packets alone, of 1,440 bytes and tiny ones. `all but AEAD`: through the outbound half with a back end
+//! that seals nothing: reading (a copy), cutting, routing, counters, headers; `with ring`: with one that does.
 
+use std::cell::{Cell, RefCell};
 use std::hint::black_box;
+use std::io;
 use std::net::{IpAddr, Ipv4Addr};
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use benches::{BATCH_MAX, ipv4_packet};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use ipnet::IpNet;
+use wg_common::endpoint::Endpoint;
 use wg_common::headers::{Checksum, IPV4_LEN};
+use wg_common::id::{DeviceId, PeerId, ShardId, WorkerId};
+use wg_common::index::{IndexLayout, IndexPermutation};
+use wg_common::time::Now;
+use wg_userspace::aead::{BatchAead, Job, RingAead};
+use wg_userspace::counters::Path;
+use wg_userspace::datapath::handoff::Mesh;
+use wg_userspace::datapath::inbound::{Arrival, Inbound, PacketSink, Run};
+use wg_userspace::datapath::outbound::{DatagramSink, Outbound, Outgoing, PacketSource, Unsent};
+use wg_userspace::datapath::{Shared, SocketGroup};
+use wg_userspace::key::PublicKey;
+use wg_userspace::noise::{Established, Role, TransportKeys};
+use wg_userspace::routing::AllowedIps;
 use wg_userspace::segments::join::{Batch, Plan};
+use wg_userspace::segments::vnet::{PartialChecksum, SegmentKind, Segments};
+use wg_userspace::segments::{Cut, VnetHeader};
+use wg_userspace::session::{HotPeer, Keypair};
 
 const PACKET_LEN: usize = 1440;
 const TCP: u8 = 6;
 const TCP_LEN: usize = 32;
 /// Packets of [`PACKET_LEN`] of which a super-packet has room.
 const RUN_LEN: usize = 47;
+const START: Now = Now::from_boot_ns(1_000_000_000);
+/// How many flows, and packets in a batch of them.
+const FLOWS: [(usize, usize); 4] = [(1, RUN_LEN), (1, BATCH_MAX), (8, BATCH_MAX), (64, BATCH_MAX)];
+/// What is done beside AEAD, and what together with it.
+const BACK_ENDS: [(&str, &dyn BatchAead); 2] = [("all but AEAD", &Plain), ("with ring", &RingAead)];
+
+/// Seals and opens nothing.
+struct Plain;
+
+impl BatchAead for Plain {
+    fn name(&self) -> &'static str {
+        "plain"
+    }
+
+    fn seal(&self, jobs: &mut [Job<'_>]) {
+        black_box(jobs);
+    }
+
+    fn open(&self, jobs: &mut [Job<'_>]) {
+        jobs.iter_mut().for_each(|job| job.ok = true);
+    }
+}
+
+/// A device with one worker and one peer, which owns everything and has a keypair with one key for both
+/// directions: it opens what it has sealed.
+fn device() -> Arc<Shared> {
+    const INDEXES: IndexPermutation = IndexPermutation::new([1, 2, 3, 4], IndexLayout::DEFAULT);
+    let sockets = SocketGroup { port: 51820, of_worker: Vec::new() };
+    let (shared, _) =
+        Shared::new(DeviceId(0), 1, Vec::new(), sockets, None, INDEXES).expect("an event");
+    let mut allowed_ips = AllowedIps::default();
+    allowed_ips.insert("0.0.0.0/0".parse::<IpNet>().expect("a prefix"), PeerId(1));
+    shared.routing.store(allowed_ips.snapshot());
+    let peer = Arc::new(HotPeer::new(PeerId(1), DeviceId(0), PublicKey::from_bytes([1; 32])));
+    peer.endpoint.store(Some(Arc::new(endpoint())));
+    shared.peers.set(1, Arc::clone(&peer));
+    let index = INDEXES.own_index(1, 1);
+    let established = Established {
+        keys: TransportKeys { send: [1; 32], receive: [1; 32] },
+        local_index: index,
+        remote_index: index,
+        role: Role::Initiator,
+    };
+    let keypair = Keypair::new(&established, Arc::downgrade(&peer), ShardId::new(0), START);
+    let keypair = Arc::new(keypair);
+    shared.publish(&keypair);
+    peer.keypairs.update(|keypairs| keypairs.installed_by_initiator(Arc::clone(&keypair)));
+    shared
+}
+
+fn endpoint() -> Endpoint {
+    Endpoint::configured("192.0.2.1:1000".parse().expect("an address"))
+}
 
 /// A packet of a TCP stream to port `flow`, the one with this number.
 fn tcp_packet(flow: usize, number: usize) -> Vec<u8> {
@@ -49,26 +129,168 @@ fn tcp_packet(flow: usize, number: usize) -> Vec<u8> {
     packet
 }
 
-fn join(c: &mut Criterion) {
-    let mut group = c.benchmark_group("join");
-    for (flow_count, packet_count) in
-        [(1, RUN_LEN), (1, BATCH_MAX), (8, BATCH_MAX), (64, BATCH_MAX)]
-    {
-        let packets: Vec<_> = (0..packet_count)
-            .map(|number| tcp_packet(number % flow_count, number / flow_count))
+/// The packets of a batch of several flows.
+fn packets_of(flow_count: usize, packet_count: usize) -> Vec<Vec<u8>> {
+    (0..packet_count).map(|number| tcp_packet(number % flow_count, number / flow_count)).collect()
+}
+
+/// A queue that has these packets once, or a super-packet for ever.
+enum Queue<'a> {
+    Once(RefCell<std::slice::Iter<'a, Vec<u8>>>),
+    Always(VnetHeader, &'a [u8]),
+}
+
+impl PacketSource for Queue<'_> {
+    fn read(&self, buffer: &mut [u8]) -> io::Result<Option<(VnetHeader, usize)>> {
+        let (header, packet) = match self {
+            Self::Once(packets) => match packets.borrow_mut().next() {
+                Some(packet) => (VnetHeader::PLAIN, packet.as_slice()),
+                None => return Ok(None),
+            },
+            Self::Always(header, packet) => (*header, *packet),
+        };
+        buffer[..packet.len()].copy_from_slice(packet);
+        Ok(Some((header, packet.len())))
+    }
+}
+
+/// Takes everything, and counts it.
+#[derive(Default)]
+struct Sink(Cell<u64>);
+
+impl DatagramSink for Sink {
+    fn send(&self, datagrams: &[Outgoing<'_>]) -> Unsent {
+        black_box(datagrams);
+        self.0.set(self.0.get() + datagrams.len() as u64);
+        Unsent::default()
+    }
+}
+
+impl PacketSink for Sink {
+    fn write(&self, run: &Run<'_>) -> io::Result<()> {
+        let head = run.head();
+        black_box(run.parts(&head));
+        self.0.set(self.0.get() + run.len() as u64);
+        Ok(())
+    }
+}
+
+/// Keeps datagrams.
+#[derive(Default)]
+struct Post(RefCell<Vec<Vec<u8>>>);
+
+impl DatagramSink for Post {
+    fn send(&self, datagrams: &[Outgoing<'_>]) -> Unsent {
+        self.0.borrow_mut().extend(datagrams.iter().map(|datagram| datagram.bytes.to_vec()));
+        Unsent::default()
+    }
+}
+
+/// These packets as a device with this back end seals them, under new counters each time.
+fn sealed(outbound: &mut Outbound, packets: &[Vec<u8>]) -> Vec<Vec<u8>> {
+    let (queue, post) = (Queue::Once(RefCell::new(packets.iter())), Post::default());
+    while outbound.process(&queue, &post, START).expect("it always reads") {}
+    post.0.take()
+}
+
+/// Mean time of as many packets as a batch has, of which nothing but taking them in is timed.
+fn time_inbound(aead: &'static dyn BatchAead, packets: &[Vec<u8>], batch_count: u64) -> Duration {
+    let device = device();
+    let mut outbound = Outbound::new(WorkerId(0), Arc::clone(&device), aead);
+    let alone = Mesh::between(1, 1).pop_front().expect("one worker has one");
+    let mut inbound = Inbound::new(WorkerId(0), device, aead, alone.to);
+    let sink = Sink::default();
+    let mut time = Duration::ZERO;
+    for _ in 0..batch_count {
+        let mut datagrams = sealed(&mut outbound, packets);
+        let mut arrivals: Vec<Arrival<'_>> = datagrams
+            .iter_mut()
+            .map(|bytes| Arrival {
+                bytes,
+                from: endpoint(),
+                tos: 0,
+                path: Path::Socket,
+                worker: WorkerId(0),
+            })
             .collect();
+        let start = Instant::now();
+        inbound.process(&mut arrivals, &sink, START);
+        time += start.elapsed();
+    }
+    assert_eq!(sink.0.get(), batch_count * packets.len() as u64, "none is dropped");
+    time
+}
+
+fn open_coalesce(c: &mut Criterion) {
+    let mut group = c.benchmark_group("open→coalesce");
+    for (flow_count, packet_count) in FLOWS {
+        let packets = packets_of(flow_count, packet_count);
         let all = Batch::from_iter(packets.iter().map(Vec::as_slice));
         let expected = flow_count.max(packet_count.div_ceil(RUN_LEN));
         assert_eq!(Plan::of(&all, true).runs().count(), expected, "they are joined");
 
         group.throughput(Throughput::Elements(packet_count as u64));
-        group.bench_function(BenchmarkId::new(flow_count.to_string(), packet_count), |b| {
+        let id = |what: &str| BenchmarkId::new(format!("{what}/{flow_count}"), packet_count);
+        group.bench_function(id("join"), |b| {
             b.iter(|| {
                 let batch = Batch::from_iter(black_box(&packets).iter().map(Vec::as_slice));
                 for run in Plan::of(&batch, true).runs() {
                     let head = run.head();
                     black_box(run.parts(&head));
                 }
+            });
+        });
+        for (what, aead) in BACK_ENDS {
+            group.bench_function(id(what), |b| {
+                b.iter_custom(|count| time_inbound(aead, &packets, count));
+            });
+        }
+    }
+    group.finish();
+}
+
+/// A super-packet of TCP whose segments have `payload_len` bytes.
+fn super_packet(payload_len: u16) -> (VnetHeader, Vec<u8>) {
+    let mut packet = ipv4_packet(65_535 / PACKET_LEN * 1400 + 40);
+    packet[9] = TCP;
+    packet[32..34].copy_from_slice(&[0x50, 0x10]);
+    let kind = SegmentKind::TcpV4;
+    let segments = Segments { kind, has_cwr: false, headers_len: 40, payload_len };
+    let checksum = Some(PartialChecksum { start: 20, offset: 16 });
+    (VnetHeader { checksum, segments: Some(segments) }, packet)
+}
+
+fn read_segment_seal(c: &mut Criterion) {
+    let mut group = c.benchmark_group("read→segment→seal");
+    for payload_len in [1400, 100] {
+        let (header, packet) = super_packet(payload_len);
+        let segments = header.segments.expect("it is a super-packet");
+        let count = (packet.len() - 40).div_ceil(payload_len.into()) as u64;
+        group.throughput(Throughput::Elements(count));
+        group.bench_function(BenchmarkId::new("cut", payload_len + 40), |b| {
+            let mut segment = vec![0; 64 * 1600];
+            b.iter(|| {
+                let packet = black_box(&packet);
+                let cut = Cut::new(segments, header.checksum, packet).expect("it holds together");
+                for index in 0..cut.count() {
+                    cut.write(packet, index, &mut segment[index % 64 * 1600..]);
+                }
+                black_box(&mut segment);
+            });
+        });
+    }
+    let (header, packet) = super_packet(1400);
+    group.throughput(Throughput::Elements(1));
+    for (what, aead) in BACK_ENDS {
+        group.bench_function(BenchmarkId::new(what, PACKET_LEN), |b| {
+            b.iter_custom(|count| {
+                let mut outbound = Outbound::new(WorkerId(0), device(), aead);
+                let (queue, sink) = (Queue::Always(header, &packet), Sink::default());
+                let start = Instant::now();
+                while sink.0.get() < count {
+                    outbound.process(&queue, &sink, START).expect("it always reads");
+                }
+                start.elapsed().mul_f64(count as f64 / sink.0.get() as f64)
             });
         });
     }
@@ -80,6 +302,6 @@ criterion_group! {
     config = Criterion::default()
         .warm_up_time(Duration::from_millis(500))
         .measurement_time(Duration::from_secs(2));
-    targets = join
+    targets = open_coalesce, read_segment_seal
 }
 criterion_main!(benches);

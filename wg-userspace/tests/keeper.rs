@@ -342,6 +342,69 @@ fn the_kernel_side_knows_who_owns_what_and_where_they_are_at_home() {
     assert!(has_home(&gateway));
 }
 
+/// What `show --json` says of a daemon's data path.
+fn data_path(daemon: &Daemon, space: &Space) -> Value {
+    let output =
+        space.command(tidegate()).args(["show", "--json", &daemon.interface]).output().unwrap();
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    report["interfaces"][0]["data_path"].clone()
+}
+
+/// A gateway with two workers, and how many packets one of them hands on to the other while the client speaks
+/// from one port after the other; also when there is another data process, and another port of the gateway.
+fn handed_on(lab: &Lab, refused: &[(&str, &str)]) -> (u64, Value) {
+    let options = [UDP, &["--workers", "2"]].concat();
+    let gateway = Daemon::start_with(&lab.gateway, &lab.interface('g'), &options, refused);
+    gateway.configure(lab, GATEWAY_CONF);
+    let client = Daemon::start(&lab.client, &lab.interface('c'), UDP);
+    client.configure(lab, CLIENT_CONF);
+    let speak = |ports: std::ops::Range<u16>| {
+        for port in ports {
+            let port = port.to_string();
+            client.wg(&["set", &client.interface, "listen-port", &port]);
+            until_answered(&lab.client, GATEWAY_INNER[0], &client);
+            let ping = lab.client.ping(GATEWAY_INNER[0], 20, &["-i", "0.005", "-W", "1"]);
+            assert!(ping.unwrap().answered > 0);
+        }
+    };
+    let count = || data_path(&gateway, &lab.gateway)["handed_on"].as_u64().unwrap();
+    speak(4000..4006);
+    let first = count();
+    replace(&gateway);
+    until_answered(&lab.gateway, CLIENT_INNER, &gateway);
+    speak(4020..4026);
+    gateway.wg(&["set", &gateway.interface, "listen-port", "5000"]);
+    until_answered(&lab.gateway, CLIENT_INNER, &gateway);
+    speak(4040..4046);
+    // The other process has counted anew.
+    (first + count(), data_path(&gateway, &lab.gateway))
+}
+
+#[test]
+fn datagrams_come_to_the_worker_at_which_their_keypair_is_at_home() {
+    let test = "datagrams_come_to_the_worker_at_which_their_keypair_is_at_home";
+    let Some(lab) = lab(test) else { return };
+    let (count, shown) = handed_on(&lab, &[]);
+    assert_eq!(shown["socket_steering"]["is_on"], true, "{shown}");
+    assert_eq!(count, 0, "{shown}");
+}
+
+#[test]
+fn a_kernel_that_takes_no_steering_chooses_by_itself_and_it_is_said() {
+    let test = "a_kernel_that_takes_no_steering_chooses_by_itself_and_it_is_said";
+    if !cfg!(debug_assertions) {
+        eprintln!("SKIPPED {test}: the keeper can be told to refuse in debug builds only");
+        return;
+    }
+    let Some(lab) = lab(test) else { return };
+    let (count, shown) = handed_on(&lab, &[("TIDEGATE_TEST_REFUSE_STEERING", "tun,sockets")]);
+    for kind in ["tun_steering", "socket_steering"] {
+        assert_eq!(shown[kind]["is_on"], false, "{shown}");
+        assert_eq!(shown[kind]["reason"], "a test refuses the program");
+    }
+    assert!(count > 0, "18 ports, of which half belong to the other worker");
+}
+
 fn wireguard_key(lab: &Lab) -> String {
     lab.gateway.run("wg", &["genkey"]).unwrap().trim().to_owned()
 }

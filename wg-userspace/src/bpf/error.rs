@@ -79,7 +79,7 @@ impl BpfError {
 
     pub(super) fn map(name: &'static str, error: MapError) -> Self {
         match system_error(&error) {
-            Some(error) if error.kind() == io::ErrorKind::ArgumentListTooLong => Self::Full(name),
+            Some(error) if is_full(error) => Self::Full(name),
             _ => Self::Map { name, cause: chain(&error) },
         }
     }
@@ -164,6 +164,11 @@ impl fmt::Display for ForeignProgram {
             _ => f.write_str("of someone else's"),
         }
     }
+}
+
+/// E2BIG, as most maps say it, and ENOSPC, as tries do.
+fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::ArgumentListTooLong | io::ErrorKind::StorageFull)
 }
 
 /// EPERM only: the verifier's own refusals are EACCES, which Rust calls by the same name.

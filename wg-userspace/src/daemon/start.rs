@@ -206,6 +206,8 @@ fn start_threads(
         });
         let thread = WorkerThread::new(id, Arc::clone(crew), ports, workers.collect())
             .context("preparing a worker")?;
+        // One at least is left for who sends to them.
+        let thread = thread.with_own_core(crew.thread_count() < cpus.len());
         let cpu = cpus[usize::from(id.0) % cpus.len()];
         let spawned = std::thread::Builder::new().name(format!("worker-{id}")).spawn(move || {
             if let Err(error) = affinity::pin(cpu) {

@@ -1,7 +1,7 @@
 //! From datagram to TUN: triage, open the batch, replay, source check, join, write.
 //!
 //! A packet changes nothing until it is proven. The order is: length and type, receiver index, home,
-//! key age, tag, replay, then endpoint and timers, then the inner header, the source check, and
+//! key age, whether its counter has come before, tag, replay, then endpoint and timers, then the inner header, the source check, and
 //! the TUN device, to which packets of a flow go as one. A batch leaves nothing behind that waits for
 //! the next.
 
@@ -22,7 +22,7 @@ use wg_common::time::Now;
 
 use super::BATCH_LEN;
 use super::encap::transport_counter;
-use super::handoff::{HandshakeDatagram, Parcel, Work};
+use super::handoff::{HandshakeDatagram, Outbox, Parcel, Work};
 use super::shared::Shared;
 use crate::aead::{BatchAead, Job};
 use crate::counters::Path;
@@ -73,7 +73,7 @@ pub struct Inbound {
     shared: Arc<Shared>,
     aead: &'static dyn BatchAead,
     /// Rings to the other workers, for packets that are at home there.
-    to: Vec<Option<rtrb::Producer<Parcel>>>,
+    to: Outbox,
     /// Whether the TUN device takes runs of UDP, as far as is known: Linux does from 6.2 on.
     uso: bool,
 }
@@ -133,22 +133,29 @@ impl Inbound {
         id: WorkerId,
         shared: Arc<Shared>,
         aead: &'static dyn BatchAead,
-        to: Vec<Option<rtrb::Producer<Parcel>>>,
+        mut to: Outbox,
     ) -> Self {
+        to.make_buffers(shared.parcel_len);
         Self { id, shared, aead, to, uso: true }
     }
 
-    /// Takes a batch of at most [`BATCH_LEN`] datagrams; what is good in them goes to `tun`.
-    pub fn process(&mut self, arrivals: &mut [Arrival<'_>], tun: &impl PacketSink, now: Now) {
+    /// Takes a batch of at most [`BATCH_LEN`] datagrams; what is good in them goes to `tun`. Gives how many
+    /// cost something: the others were dropped at sight.
+    pub fn process(
+        &mut self,
+        arrivals: &mut [Arrival<'_>],
+        tun: &impl PacketSink,
+        now: Now,
+    ) -> usize {
         if !self.shared.is_up() {
             self.counters().drop(DropReason::InterfaceDown, arrivals.len() as u64);
-            return;
+            return 0;
         }
         // Older than any keypair of this batch: an id in it cannot mean a peer that came later.
         let routing = self.shared.routing.load_full();
         let mut groups: ArrayVec<Group, BATCH_LEN> = ArrayVec::new();
         let mut candidates: ArrayVec<Candidate, BATCH_LEN> = ArrayVec::new();
-        let mut wake = 0_u64;
+        let (mut wake, mut dropped) = (0_u64, 0);
         for (arrival, datagram) in arrivals.iter().enumerate() {
             let outcome = self.triage(datagram, &mut groups, now).and_then(|triage| match triage {
                 Triage::Open { group, counter } => {
@@ -163,6 +170,7 @@ impl Inbound {
             });
             if let Err(reason) = outcome {
                 self.counters().drop(reason, 1);
+                dropped += 1;
             }
         }
         self.wake(wake);
@@ -202,6 +210,7 @@ impl Inbound {
         let packets: Batch<'_> =
             admitted.into_iter().map(|(at, len)| &inner(&arrivals[at])[..len]).collect();
         self.deliver(&packets, tun);
+        arrivals.len() - dropped
     }
 
     fn counters(&self) -> &crate::counters::Counters {
@@ -258,6 +267,10 @@ impl Inbound {
         if counter.0 >= REJECT_AFTER_MESSAGES {
             return Err(DropReason::KeyExpired);
         }
+        // It says so again once the tag has proved right: others of this batch may have the same.
+        if !groups[group].keypair.would_accept(counter) {
+            return Err(DropReason::Replay);
+        }
         Ok(Triage::Open { group, counter })
     }
 
@@ -277,26 +290,16 @@ impl Inbound {
         if !self.shared.moves(home, now) {
             return Err(DropReason::HomeStuck);
         }
-        let pool = &self.shared.workers[usize::from(self.id.0)].parcels;
-        let mut buffer = pool.take().ok_or(DropReason::NoBuffer)?;
-        let len = datagram.bytes.len();
-        let Some(room) = buffer.get_mut(..len) else {
-            pool.give_back(buffer);
+        let mut buffer = self.to.take(home)?;
+        if !buffer.fill(datagram.bytes) {
+            self.to.keep(buffer);
             return Err(DropReason::TooLarge);
-        };
-        room.copy_from_slice(datagram.bytes);
-        let Arrival { from, tos, path, .. } = *datagram;
-        let ring = self.to[usize::from(home.0)].as_mut().expect("a worker is at home at itself");
-        match ring.push(Parcel { buffer, len, from, tos, path, origin: self.id }) {
-            Ok(()) => {
-                self.counters().handed_on(1);
-                Ok(())
-            }
-            Err(rtrb::PushError::Full(parcel)) => {
-                pool.give_back(parcel.buffer);
-                Err(DropReason::QueueFull)
-            }
         }
+        let Arrival { from, tos, path, .. } = *datagram;
+        let len = datagram.bytes.len();
+        self.to.send(home, Parcel { buffer, len, from, tos, path, origin: self.id });
+        self.counters().handed_on(1);
+        Ok(())
     }
 
     fn wake(&self, workers: u64) {

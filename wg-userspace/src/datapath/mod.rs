@@ -21,6 +21,7 @@ pub mod inbound;
 pub mod outbound;
 mod routing_loop;
 pub mod shared;
+mod spin;
 mod staging;
 #[cfg(test)]
 mod tests;
@@ -37,3 +38,7 @@ pub use worker::Worker;
 
 /// Packets that one turn takes from one source, and that one AEAD call sees.
 pub const BATCH_LEN: usize = 64;
+
+/// Batches of datagrams that one turn takes from one source, as long as so many of them are dropped at
+/// sight that the others make no batch: a flood of what is not ours is emptied before it hides what is.
+const BATCHES_MAX: usize = 8;

@@ -18,9 +18,9 @@ use wg_common::outcome::DropReason;
 use wg_common::protocol::{DEFAULT_MTU, HANDSHAKE_QUEUE_LEN};
 use wg_common::time::{Now, Reading};
 
-use super::WorkQueue;
 use super::crew::Crew;
-use super::handoff::{ParcelPool, Work};
+use super::handoff::Work;
+use super::{BATCH_LEN, WorkQueue};
 use crate::counters::Counters;
 use crate::routing::RoutingTable;
 use crate::session::{Break, Continuity, HotPeer, Keypair, Noted, SlotTable};
@@ -35,11 +35,8 @@ const PEER_SLOT_COUNT: usize = 2 * PEER_COUNT_MAX;
 const _: () = assert!(PEER_SLOT_COUNT == PEER_WORKERS_LEN as usize * PEERS_PER_WORD as usize);
 /// Needs of our own peers that wait for the handshake pool.
 const NEED_QUEUE_LEN: usize = 1024;
-/// Parcels that one worker may have under way to another.
-pub const PARCEL_RING_LEN: usize = 256;
-/// Parcels in flight from one worker.
-/// Several times a ring's length: one worker that stands still cannot hold them all.
-const PARCEL_COUNT: usize = 4 * PARCEL_RING_LEN;
+/// Parcels that one worker may have under way to another: four batches.
+pub const PARCEL_RING_LEN: usize = 4 * BATCH_LEN;
 /// Largest datagram: what UDP can carry.
 pub const DATAGRAM_LEN_MAX: usize = 65_535;
 
@@ -80,6 +77,8 @@ pub struct Shared {
     pub host_addresses: ArcSwap<HashSet<IpAddr>>,
     /// One for each worker.
     pub workers: Vec<WorkerShared>,
+    /// Bytes of the longest datagram that goes from worker to worker.
+    pub(super) parcel_len: usize,
     /// The device's workers stop at their next turn once this is set.
     pub stopping: AtomicBool,
     /// The TUN device is gone.
@@ -103,8 +102,6 @@ pub struct Shared {
 pub struct WorkerShared {
     /// What it counted.
     pub counters: Counters,
-    /// Buffers of the parcels it sends.
-    pub parcels: ParcelPool,
 }
 
 /// The sockets on one listen port: one pair for each worker.
@@ -150,13 +147,8 @@ impl Shared {
     ) -> std::io::Result<(Arc<Self>, Arc<WorkQueue>)> {
         let worker_count = crew.thread_count();
         let work = Arc::new(WorkQueue::new(HANDSHAKE_QUEUE_LEN, NEED_QUEUE_LEN)?);
-        let parcel_count = if worker_count > 1 { PARCEL_COUNT } else { 0 };
-        let workers = (0..worker_count)
-            .map(|_| WorkerShared {
-                counters: Counters::default(),
-                parcels: ParcelPool::new(parcel_count, parcel_len),
-            })
-            .collect();
+        let workers =
+            (0..worker_count).map(|_| WorkerShared { counters: Counters::default() }).collect();
         let shared = Self {
             device,
             indexes,
@@ -175,6 +167,7 @@ impl Shared {
             up: AtomicBool::new(true),
             host_addresses: ArcSwap::default(),
             workers,
+            parcel_len,
             stopping: AtomicBool::new(false),
             tun_gone: AtomicBool::new(false),
             keys_not_before: AtomicU64::new(0),

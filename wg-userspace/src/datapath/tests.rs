@@ -31,7 +31,7 @@ mod joining;
 mod whitepaper;
 
 use super::WorkQueue;
-use super::handoff::{Mesh, Parcel, Work};
+use super::handoff::{Mesh, Parcel, ParcelReceiver, Work};
 use super::inbound::{Arrival, Inbound, PacketSink};
 use super::outbound::{DatagramSink, Outbound, Outgoing, PacketSource, Unsent};
 use super::shared::{Shared, SocketGroup};
@@ -94,7 +94,7 @@ struct Gateway {
     shared: Arc<Shared>,
     work: Arc<WorkQueue>,
     inbound: Vec<Inbound>,
-    from: Vec<Vec<Option<rtrb::Consumer<Parcel>>>>,
+    from: Vec<Vec<Option<ParcelReceiver>>>,
     outbound: Outbound,
     tun: Tun,
     wire: Wire,
@@ -203,12 +203,12 @@ impl Gateway {
     /// Has worker `home` take what the other one sent it.
     fn deliver_parcels(&mut self, home: usize, now: Now) -> usize {
         let mut count = 0;
-        while let Ok(mut parcel) = self.from[home][1 - home].as_mut().unwrap().pop() {
-            let bytes = &mut parcel.buffer[..parcel.len];
+        while let Some(mut parcel) = self.from[home][1 - home].as_mut().unwrap().pop() {
             let Parcel { from, tos, path, origin, .. } = parcel;
+            let bytes = parcel.datagram();
             let mut arrivals = [Arrival { bytes, from, tos, path, worker: origin }];
             self.inbound[home].process(&mut arrivals, &self.tun, now);
-            self.shared.workers[1 - home].parcels.give_back(parcel.buffer);
+            self.from[home][1 - home].as_mut().unwrap().give_back(parcel.buffer);
             count += 1;
         }
         count

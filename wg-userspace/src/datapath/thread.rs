@@ -14,11 +14,12 @@ use wg_common::map::QUEUES_LEN;
 use wg_common::outcome::DropReason;
 use wg_common::time::{Now, Reading};
 
-use super::BATCH_LEN;
 use super::crew::{Crew, PortChange};
 use super::inbound::Arrival;
+use super::spin::Spin;
 use super::transmit::{TX_CHUNKS, TxState};
 use super::worker::Worker;
+use super::{BATCH_LEN, BATCHES_MAX};
 use crate::counters::Path;
 use crate::sys::clock;
 use crate::sys::mmsg::ReceiveBatch;
@@ -76,6 +77,7 @@ pub struct WorkerThread {
     received: ReceiveBatch,
     /// When the kernel was last asked what it dropped before the XSKs and sockets.
     asked: Now,
+    spin: Spin,
     #[cfg(debug_assertions)]
     stall: Option<Stall>,
 }
@@ -102,18 +104,28 @@ impl WorkerThread {
             first: 0,
             received: ReceiveBatch::new()?,
             asked: Now::default(),
+            spin: Spin::new(false),
             #[cfg(debug_assertions)]
             stall: Stall::from_env(id),
         })
+    }
+
+    /// Says that the machine has cores beside those of the data path: then a thread that waits for packets
+    /// that follow each other closely looks for them instead of sleeping.
+    #[must_use]
+    pub fn with_own_core(self, has_own_core: bool) -> Self {
+        Self { spin: Spin::new(has_own_core), ..self }
     }
 
     /// Moves packets until every device is over.
     pub fn run(mut self) {
         let mut more = true;
         while self.any_left() {
-            let sleep =
-                if self.ports.iter_mut().any(XskPort::waits) { KICK_AGAIN } else { SLEEP_MAX };
-            self.wait(if more { Duration::ZERO } else { sleep });
+            if more {
+                self.wait(Duration::ZERO);
+            } else {
+                self.wait_for_more();
+            }
             #[cfg(debug_assertions)]
             if let Some(stall) = &mut self.stall {
                 stall.hold(&self.workers, clock::boot_now());
@@ -194,9 +206,22 @@ impl WorkerThread {
         }
     }
 
+    /// Waits until there is something to do, at most for [`SLEEP_MAX`], or [`KICK_AGAIN`] if there is something
+    /// to send.
+    fn wait_for_more(&mut self) {
+        while self.spin.looks_again(clock::boot_now()) {
+            if self.wait(Duration::ZERO) {
+                return self.spin.found(clock::boot_now());
+            }
+        }
+        let waits = self.ports.iter_mut().any(XskPort::waits);
+        self.wait(if waits { KICK_AGAIN } else { SLEEP_MAX });
+        self.spin.found(clock::boot_now());
+    }
+
     /// Sleeps until there is something to do, at most for `timeout`, and tells the workers what has
-    /// something.
-    pub(super) fn wait(&mut self, timeout: Duration) {
+    /// something. Says whether there is.
+    pub(super) fn wait(&mut self, timeout: Duration) -> bool {
         let wake = self.crew.wake(self.id);
         let mut fds: ArrayVec<PollFd<'_>, POLLED_MAX> = ArrayVec::new();
         fds.push(readable_fd(wake.as_fd()));
@@ -210,12 +235,12 @@ impl WorkerThread {
         }
         match poll(&mut fds, timeout) {
             // Nothing, unless there was too much to ask for.
-            Ok(0) if polled > 0 => return,
+            Ok(0) if polled > 0 => return false,
             Ok(_) => {}
             Err(error) => {
                 tracing::error!(%error, "waiting for packets");
                 std::thread::sleep(Duration::from_millis(10));
-                return;
+                return true;
             }
         }
         let ready: ArrayVec<bool, POLLED_MAX> = fds.iter().map(is_ready).collect();
@@ -228,14 +253,29 @@ impl WorkerThread {
         for worker in &mut self.workers {
             worker.learn(woken, &mut ready);
         }
+        true
     }
 
+    /// Takes frames from an XSK, at most [`BATCHES_MAX`] batches. Says whether there may be more.
     fn receive_frames(&mut self, port: usize, now: Now) -> bool {
+        let mut costly = 0;
+        for _ in 0..BATCHES_MAX {
+            let (is_full, count) = self.receive_batch(port, now);
+            costly += count;
+            if !is_full || costly >= BATCH_LEN {
+                return is_full;
+            }
+        }
+        true
+    }
+
+    /// Takes a batch of frames from an XSK. Says whether it is full, and how many cost something.
+    fn receive_batch(&mut self, port: usize, now: Now) -> (bool, usize) {
         let XskPort { xsk, ifindex, .. } = &mut self.ports[port];
         let mut frames: ArrayVec<Frame, BATCH_LEN> = ArrayVec::new();
         xsk.receive(&mut frames);
         if frames.is_empty() {
-            return false;
+            return (false, 0);
         }
         let counters = self.crew.counters(self.id);
         let umem = xsk.umem();
@@ -283,8 +323,9 @@ impl WorkerThread {
                 others.push((whose, arrival));
             }
         }
+        let mut costly = 0;
         while !arrivals.is_empty() {
-            self.workers[device].receive(&mut arrivals, now);
+            costly += self.workers[device].receive(&mut arrivals, now);
             arrivals.clear();
             let Some((next, _)) = others.first() else { break };
             device = *next;
@@ -301,7 +342,7 @@ impl WorkerThread {
         for frame in frames {
             xsk.recycle(frame);
         }
-        full
+        (full, costly)
     }
 }
 

@@ -9,13 +9,13 @@ use wg_common::id::WorkerId;
 use wg_common::outcome::DropReason;
 use wg_common::time::{Now, Reading};
 
-use super::BATCH_LEN;
-use super::handoff::{Mesh, Parcel};
+use super::handoff::{Mesh, Parcel, ParcelReceiver};
 use super::inbound::{Arrival, Inbound};
 use super::outbound::Outbound;
 use super::shared::{Shared, SocketGroup};
 use super::thread::{SLEEP_MAX, XskPort};
 use super::transmit::Exit;
+use super::{BATCH_LEN, BATCHES_MAX};
 use crate::aead::BatchAead;
 use crate::counters::Path;
 use crate::session::Continuity;
@@ -30,7 +30,9 @@ pub struct Worker {
     shared: Arc<Shared>,
     inbound: Inbound,
     outbound: Outbound,
-    from: Vec<Option<rtrb::Consumer<Parcel>>>,
+    from: Vec<Option<ParcelReceiver>>,
+    /// The ring that went first in the latest turn.
+    first_ring: usize,
     sockets: Arc<SocketGroup>,
     /// What the kernel had dropped before this worker's own sockets when it was last asked: IPv4, IPv6.
     socket_drops: [u32; 2],
@@ -84,6 +86,7 @@ impl Worker {
             inbound: Inbound::new(id, Arc::clone(&shared), aead, mesh.to),
             outbound: Outbound::new(id, Arc::clone(&shared), aead),
             from: mesh.from,
+            first_ring: 0,
             socket_drops: drops_before(&sockets, id, [0; 2]),
             sockets,
             reads: vec![Reads::of(id)],
@@ -210,19 +213,21 @@ impl Worker {
         }
     }
 
-    /// Takes datagrams that came by an XSK, at most [`BATCH_LEN`].
-    pub(super) fn receive(&mut self, arrivals: &mut [Arrival<'_>], now: Now) {
+    /// Takes datagrams, at most [`BATCH_LEN`]. Gives how many cost something.
+    pub(super) fn receive(&mut self, arrivals: &mut [Arrival<'_>], now: Now) -> usize {
         let tun = &self.shared.tun_queues[usize::from(self.id.0)];
-        self.inbound.process(arrivals, tun, now);
+        self.inbound.process(arrivals, tun, now)
     }
 
     fn receive_parcels(&mut self, now: Now) -> bool {
         let mut parcels: ArrayVec<Parcel, BATCH_LEN> = ArrayVec::new();
         // Another ring goes first each time, so that none starves.
-        self.from.rotate_left(1);
-        for ring in self.from.iter_mut().flatten() {
+        let count = self.from.len();
+        self.first_ring = if self.first_ring + 1 < count { self.first_ring + 1 } else { 0 };
+        let (before, from) = self.from.split_at_mut(self.first_ring);
+        for ring in from.iter_mut().chain(before).flatten() {
             while !parcels.is_full()
-                && let Ok(parcel) = ring.pop()
+                && let Some(parcel) = ring.pop()
             {
                 parcels.push(parcel);
             }
@@ -233,34 +238,49 @@ impl Worker {
         let mut arrivals: ArrayVec<Arrival<'_>, BATCH_LEN> = parcels
             .iter_mut()
             .map(|parcel| Arrival {
-                bytes: &mut parcel.buffer[..parcel.len],
                 from: parcel.from,
                 tos: parcel.tos,
                 path: parcel.path,
                 worker: parcel.origin,
+                bytes: parcel.datagram(),
             })
             .collect();
         self.receive(&mut arrivals, now);
         let full = arrivals.is_full();
         drop(arrivals);
         for parcel in parcels {
-            let origin = &self.shared.workers[usize::from(parcel.origin.0)];
-            origin.parcels.give_back(parcel.buffer);
+            let ring = self.from[usize::from(parcel.origin.0)].as_mut();
+            ring.expect("it came by this ring").give_back(parcel.buffer);
         }
         full
     }
 
+    /// Takes datagrams from a socket, at most [`BATCHES_MAX`] batches. Says whether there may be more.
     fn receive_datagrams(
         &mut self,
         socket: &UdpSocket,
         received: &mut ReceiveBatch,
         now: Now,
     ) -> bool {
-        if let Err(error) = socket.receive(received) {
-            tracing::debug!(%error, "receiving");
-            return false;
+        let (mut costly, mut taken) = (0, 0);
+        loop {
+            if let Err(error) = socket.receive(received) {
+                tracing::debug!(%error, "receiving");
+                return false;
+            }
+            // Of runs there are more than a batch.
+            taken += received.len();
+            costly += self.receive_batch(received, now);
+            let has_enough = costly >= BATCH_LEN || taken >= BATCHES_MAX * BATCH_LEN;
+            if !received.may_have_more() || has_enough {
+                return received.may_have_more();
+            }
         }
-        let may_have_more = received.may_have_more();
+    }
+
+    /// Takes what a socket has given. Gives how many of it cost something.
+    fn receive_batch(&mut self, received: &mut ReceiveBatch, now: Now) -> usize {
+        let mut costly = 0;
         let mut arrivals: ArrayVec<Arrival<'_>, BATCH_LEN> = ArrayVec::new();
         for datagram in received.datagrams() {
             if datagram.truncated {
@@ -271,7 +291,7 @@ impl Worker {
             // What came as one is opened as one if a batch has room for it: it can go on as one.
             let room = if datagram.run_len > BATCH_LEN { 1 } else { datagram.run_len };
             if arrivals.remaining_capacity() < room {
-                self.receive(&mut arrivals, now);
+                costly += self.receive(&mut arrivals, now);
                 arrivals.clear();
             }
             arrivals.push(Arrival {
@@ -282,8 +302,7 @@ impl Worker {
                 worker: self.id,
             });
         }
-        self.receive(&mut arrivals, now);
-        may_have_more
+        costly + self.receive(&mut arrivals, now)
     }
 
     fn send_packets(&mut self, worker: usize, ports: &mut [XskPort], now: Now) -> bool {

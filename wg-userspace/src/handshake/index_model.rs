@@ -24,7 +24,7 @@ use wg_common::protocol::{INITIATION_INTERVAL_MIN, REJECT_AFTER_TIME, TRANSPORT_
 use super::*;
 use crate::aead::{AeadKey, RingAead};
 use crate::counters::{Path, Totals};
-use crate::datapath::handoff::HandshakeDatagram;
+use crate::datapath::handoff::{HandshakeDatagram, Mesh};
 use crate::datapath::inbound::{Arrival, Inbound, PacketSink, Run};
 use crate::datapath::{Crew, SocketGroup};
 use crate::noise::{Established, Initiator, Timestamp, initiate, open_initiation};
@@ -385,7 +385,8 @@ impl Lab {
         let place = (DeviceId(0), slots);
         let (shared, queue) =
             Shared::in_crew(crew, place, Vec::new(), sockets, indexes, 0).unwrap();
-        let inbound = Inbound::new(WorkerId(0), Arc::clone(&shared), &AEAD, vec![None]);
+        let to = Mesh::between(1, 1).remove(0).unwrap().to;
+        let inbound = Inbound::new(WorkerId(0), Arc::clone(&shared), &AEAD, to);
         let own = private_key(PEER_COUNT);
         let public_key = own.public_key();
         let fars = (0..PEER_COUNT).map(|peer| {

@@ -57,8 +57,10 @@ pub(super) fn next_hop(
     for attribute in &route.attributes {
         match attribute {
             RouteAttribute::PrefSource(address) => source = source.or(Some(ip(address)?)),
-            // It was asked for, and the kernel has agreed.
-            RouteAttribute::Source(address) => source = Some(ip(address)?),
+            // It was asked for, and the kernel has agreed; IPv6 says nothing that way, too.
+            RouteAttribute::Source(address) => {
+                source = Some(ip(address)?).filter(|ip| !ip.is_unspecified()).or(source);
+            }
             RouteAttribute::Metrics(metrics) => {
                 for metric in metrics {
                     if let RouteMetric::Hoplimit(limit @ 1..) = metric {
@@ -72,6 +74,7 @@ pub(super) fn next_hop(
     if remote.is_ipv6() {
         hop.learnt_mtu = own_mtu(route);
     }
+    // None of ours will do as yet, if that is nothing.
     hop.source = source?;
     Some(hop)
 }

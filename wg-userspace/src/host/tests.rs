@@ -263,6 +263,13 @@ fn a_next_hop_is_told_where_there_is_one_and_no_more_to_it() {
         assert_eq!(hop("10.0.0.2", None).await, told("10.0.0.2", "10.0.0.1", 64));
         assert_eq!(hop("10.0.0.2", Some("10.0.0.7")).await, told("10.0.0.2", "10.0.0.7", 64));
         assert_eq!(hop("10.1.0.1", None).await, told("10.0.0.254", "10.0.0.1", 9));
+        // As long as the link is not ready, nothing may leave from its addresses.
+        for _ in 0..500 {
+            if hop("fd00::2", None).await.is_some() {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
         assert_eq!(hop("fd00::2", None).await, told("fd00::2", "fd00::1", 64));
         assert_eq!(hop("fd00::2", Some("fd00::1")).await, told("fd00::2", "fd00::1", 64));
         assert_eq!(hop("fd01::2", None).await, told("fe80::9", "fd00::1", 64));

@@ -42,6 +42,13 @@ struct Nic {
     bound: BTreeSet<u32>,
 }
 
+impl Nic {
+    /// Queues that it receives by.
+    fn queue_count(&self) -> u32 {
+        self.facts.as_ref().map_or(0, |facts| facts.queue_count)
+    }
+}
+
 /// Why there is no XSK for a queue.
 pub enum NotBound {
     /// There is no such queue.
@@ -88,7 +95,7 @@ impl Nics {
         let named = self.named.iter().map(|nic| NamedNic {
             name: nic.name.clone(),
             ifindex: nic.ifindex,
-            queue_count: nic.facts.as_ref().map_or(0, |facts| facts.queue_count),
+            queue_count: nic.queue_count(),
             generation: nic.generation,
             plan: nic.plan.clone(),
         });
@@ -148,7 +155,7 @@ impl Nics {
             // Which an interface that was deleted has taken with it, but for what we keep of it.
             steer.detach_index(nic.ifindex);
         }
-        let before = (nic.ifindex, nic.plan.clone());
+        let before = (nic.ifindex, nic.queue_count(), nic.plan.clone());
         (nic.ifindex, nic.foreign, nic.facts) = (ifindex, foreign, facts);
         nic.plan = match (&self.not_loaded, &mut nic.facts) {
             (Some(reason), _) if self.mode == Mode::ZeroCopy => {
@@ -161,7 +168,7 @@ impl Nics {
             (None, None) => Plan::Sockets { reason: "it is not there yet".to_owned() },
             (None, Some(facts)) => plan(self.mode, self.steer.as_mut(), ifindex, facts),
         };
-        if before == (ifindex, nic.plan.clone()) && nic.generation != 0 {
+        if before == (ifindex, nic.queue_count(), nic.plan.clone()) && nic.generation != 0 {
             return false;
         }
         self.generation += 1;

@@ -2,9 +2,10 @@
 //!
 //! The rules are those of the kernel's GRO (`tcp_gro_receive`, `udp_gro_receive`, `inet_gro_receive`,
 //! `ipv6_gro_receive`) under a stricter one: what the kernel cuts from a super-packet is byte for byte
-//! what came in. It is why the ids of IPv4 must be consecutive, with "don't fragment", too: TSO and USO
-//! number so, and a virtio header cannot ask for anything else. A packet whose checksums are wrong is
-//! neither joined nor healed.
+//! what came in, but for one field that means nothing. The ids of IPv4 are consecutive, which is how TSO
+//! and USO number; or, with "don't fragment", all the same, which is how many hosts send: then those of
+//! all packets but the first change, and nobody may look at them (RFC 6864 §4.1). A packet whose
+//! checksums are wrong is neither joined nor healed.
 //!
 //! What cannot be joined passes as it came. Order within a flow never changes: a packet that is not
 //! joined ends the run of its flow; one of which only the addresses can be told (a fragment, say) all
@@ -128,20 +129,12 @@ enum Sight {
 /// A packet that may be of a run.
 struct Segment {
     shape: Shape,
-    numbers: Numbers,
-    /// Of the packet that the kernel would cut behind it.
-    next: Numbers,
-    /// TCP's.
-    flags: u8,
-}
-
-/// What the kernel counts on when it cuts.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-struct Numbers {
     /// The id of IPv4, 0 in IPv6.
     id: u16,
     /// The sequence number of TCP, 0 in UDP.
     sequence: u32,
+    /// TCP's.
+    flags: u8,
 }
 
 /// A run to which a packet may still be added.
@@ -149,8 +142,12 @@ struct Open {
     flow: Flow,
     /// Which of [`Plan::runs`].
     run: usize,
-    /// Of the packet that can be added.
-    next: Numbers,
+    /// The last packet's id.
+    id: u16,
+    /// By how much ids grow from packet to packet, if it has two.
+    id_step: Option<u16>,
+    /// The sequence number of the packet that can be added.
+    sequence: u32,
 }
 
 type OpenRuns = ArrayVec<Open, PACKETS_MAX>;
@@ -188,10 +185,13 @@ impl<'a> Plan<'a> {
         let slot = known.unwrap_or(open.len());
         if known.is_some_and(|slot| self.follows(at, segment, &open[slot])) {
             self.append(open[slot].run, at, segment);
-            open[slot].next = segment.next;
+            let open = &mut open[slot];
+            open.id_step = Some(segment.id.wrapping_sub(open.id));
+            (open.id, open.sequence) = (segment.id, segment.next_sequence());
         } else {
             let chain = Chain::alone(at as u8, self.packets[at].len());
-            let begun = Open { flow: *flow, run: self.runs.len(), next: segment.next };
+            let (id, sequence) = (segment.id, segment.next_sequence());
+            let begun = Open { flow: *flow, run: self.runs.len(), id, id_step: None, sequence };
             self.runs.push(Chain { shape: segment.shape, ..chain });
             match open.get_mut(slot) {
                 Some(ended) => *ended = begun,
@@ -213,7 +213,8 @@ impl<'a> Plan<'a> {
         Shape { payload_len: chain.shape.payload_len, ..shape } == chain.shape
             && payload_len <= chain.shape.payload_len
             && chain.len + usize::from(payload_len) <= PACKET_LEN_MAX
-            && segment.numbers == open.next
+            && segment.sequence == open.sequence
+            && has_next_id(first, segment.id, open)
             // The others lose CWR when they are cut.
             && segment.flags & CWR == 0
             && has_same_headers(first, packet, shape)
@@ -226,6 +227,16 @@ impl<'a> Plan<'a> {
         chain.count += 1;
         chain.len += usize::from(segment.shape.payload_len);
     }
+}
+
+/// Whether `id` may be that of the next packet of a run, which begins with `first`.
+fn has_next_id(first: &[u8], id: u16, open: &Open) -> bool {
+    let step = id.wrapping_sub(open.id);
+    let is_known = match step {
+        0 => open.flow.ends.is_v6 || first[6] & IPV4_DONT_FRAGMENT != 0,
+        step => step == 1,
+    };
+    is_known && open.id_step.is_none_or(|before| before == step)
 }
 
 /// Whether the headers of two packets of one flow and shape differ only in what the kernel counts on
@@ -336,7 +347,7 @@ impl Segment {
         let kind = if ip_len == IPV4_LEN { SegmentKind::TcpV4 } else { SegmentKind::TcpV6 };
         let sequence = u32::from_be_bytes([header[4], header[5], header[6], header[7]]);
         let shape = Shape::new(kind, ip_len, header_len, payload_len);
-        Some(Self::new(shape, Numbers { id, sequence }, flags))
+        Some(Self { shape, id, sequence, flags })
     }
 
     fn of_udp(upper: &[u8], ip_len: usize, id: u16) -> Option<Self> {
@@ -349,18 +360,17 @@ impl Segment {
             return None;
         }
         let shape = Shape::new(SegmentKind::Udp, ip_len, UDP_LEN, payload_len);
-        Some(Self::new(shape, Numbers { id, sequence: 0 }, 0))
+        Some(Self { shape, id, sequence: 0, flags: 0 })
     }
 
-    fn new(shape: Shape, numbers: Numbers, flags: u8) -> Self {
-        let id = numbers.id.wrapping_add((usize::from(shape.ip_len) == IPV4_LEN).into());
-        let sequence = match shape.kind {
+    /// The sequence number of the packet that the kernel would cut behind it.
+    fn next_sequence(&self) -> u32 {
+        match self.shape.kind {
             SegmentKind::TcpV4 | SegmentKind::TcpV6 => {
-                numbers.sequence.wrapping_add(shape.payload_len.into())
+                self.sequence.wrapping_add(self.shape.payload_len.into())
             }
             SegmentKind::Udp => 0,
-        };
-        Self { shape, numbers, next: Numbers { id, sequence }, flags }
+        }
     }
 }
 
@@ -615,7 +625,7 @@ mod tests {
             ("destination port", |p| p.ports.1 += 1, false),
             ("source", |p| p.src = "10.0.0.3".parse().unwrap(), false),
             ("destination", |p| p.dst = "10.0.0.3".parse().unwrap(), false),
-            ("same id", |p| p.id -= 1, false),
+            ("same id", |p| p.id -= 1, true),
             ("id after next", |p| p.id += 1, false),
             ("fragmentable", |p| p.fragment = 0, false),
             ("sequence", |p| *of_tcp(p).0 += 1, false),
@@ -643,6 +653,25 @@ mod tests {
             *ack += 1;
         }
         assert_eq!(runs(&[tcp(0), acks_more]), [[0], [1]]);
+    }
+
+    #[test]
+    fn ids_that_mean_nothing_may_be_the_same_in_all() {
+        let with_ids = |make: fn(usize) -> TestPacket, fragment: u16, ids: &[u16]| {
+            let packet = |(number, &id): (usize, &u16)| TestPacket { id, fragment, ..make(number) };
+            runs(&ids.iter().enumerate().map(packet).collect::<Vec<_>>()).len()
+        };
+        for make in [tcp, udp] {
+            for id in [0, 7, 0xffff] {
+                assert_eq!(with_ids(make, 0x4000, &[id; 5]), 1);
+                // Whoever may fragment it tells the pieces by the id.
+                assert_eq!(with_ids(make, 0, &[id; 5]), 5);
+            }
+            assert_eq!(with_ids(make, 0x4000, &[0, 0, 1, 2]), 2, "0, 0; 1, 2");
+            assert_eq!(with_ids(make, 0x4000, &[0xfffe, 0xffff, 0, 0]), 2, "0xfffe, 0xffff, 0; 0");
+        }
+        let packets = [0, 1].map(|number| TestPacket { id: 9, ..udp(number) });
+        assert_eq!(written(&packets)[VnetHeader::LEN + 4..][..2], [0, 9], "the first one's");
     }
 
     #[test]

@@ -245,6 +245,11 @@ impl Keypair {
 pub struct Receiving(Arc<Keypair>);
 
 impl Receiving {
+    /// Whether a counter is new, as [`ReplayWindow::would_accept`].
+    pub fn would_accept(&self, counter: Counter) -> bool {
+        self.0.received.0.window.would_accept(counter)
+    }
+
     /// Takes note of a counter and says whether it is new, as [`ReplayWindow::accept`].
     pub fn accept(&mut self, counter: Counter) -> bool {
         self.0.received.0.window.accept(counter)

@@ -310,6 +310,8 @@ fn mark_gone(error: io::Error) -> io::Error {
 
 #[cfg(test)]
 mod tests {
+    mod tcp;
+
     use std::net::UdpSocket;
     use std::process::Command;
     use std::time::Duration;

@@ -18,7 +18,7 @@ use wg_common::outcome::DropReason;
 use wg_common::time::{Now, Reading};
 use wg_userspace::counters::{Path, Totals};
 use wg_userspace::daemon::{Watchdog, carry_out};
-use wg_userspace::datapath::handoff::{Mesh, Parcel, Work};
+use wg_userspace::datapath::handoff::{Mesh, ParcelReceiver, Work};
 use wg_userspace::datapath::inbound::{Arrival, Inbound};
 use wg_userspace::datapath::outbound::Outbound;
 use wg_userspace::datapath::shared::PARCEL_RING_LEN;
@@ -135,7 +135,8 @@ pub struct Engine {
 struct Lane {
     inbound: Inbound,
     outbound: Outbound,
-    from: Vec<Option<rtrb::Consumer<Parcel>>>,
+    from: Vec<Option<ParcelReceiver>>,
+    first_ring: usize,
     flush: bool,
     flushed: Now,
     /// Whose sockets and TUN queue it reads.
@@ -170,6 +171,7 @@ impl Engine {
                     inbound: Inbound::new(id, Arc::clone(&shared), &AEAD, mesh.to),
                     outbound: Outbound::new(id, Arc::clone(&shared), &AEAD),
                     from: mesh.from,
+                    first_ring: 0,
                     flush: false,
                     flushed: Now::default(),
                     reads: vec![number],
@@ -499,10 +501,11 @@ impl Engine {
     fn receive_parcels(&mut self, lane: usize, now: Now, steps: &mut Vec<Step>) {
         let mut parcels = Vec::new();
         let own = &mut self.lanes[lane];
-        own.from.rotate_left(1);
-        for ring in own.from.iter_mut().flatten() {
+        own.first_ring = (own.first_ring + 1) % own.from.len();
+        let (before, from) = own.from.split_at_mut(own.first_ring);
+        for ring in from.iter_mut().chain(before).flatten() {
             while parcels.len() < BATCH_LEN
-                && let Ok(parcel) = ring.pop()
+                && let Some(parcel) = ring.pop()
             {
                 parcels.push(parcel);
             }
@@ -513,17 +516,18 @@ impl Engine {
         let mut arrivals: Vec<Arrival<'_>> = parcels
             .iter_mut()
             .map(|parcel| Arrival {
-                bytes: &mut parcel.buffer[..parcel.len],
                 from: parcel.from,
                 tos: parcel.tos,
                 path: parcel.path,
                 worker: parcel.origin,
+                bytes: parcel.datagram(),
             })
             .collect();
         let mut step = self.inbound(lane, &mut arrivals, now);
         drop(arrivals);
         for parcel in parcels {
-            self.shared.workers[usize::from(parcel.origin.0)].parcels.give_back(parcel.buffer);
+            let ring = self.lanes[lane].from[usize::from(parcel.origin.0)].as_mut();
+            ring.unwrap().give_back(parcel.buffer);
         }
         step.tun_full = self.tuns[lane].full.get();
         steps.push(step);
@@ -570,7 +574,7 @@ impl Engine {
 
     fn parcel_count(&self) -> usize {
         let rings = self.lanes.iter().flat_map(|lane| lane.from.iter().flatten());
-        rings.map(rtrb::Consumer::slots).sum()
+        rings.map(ParcelReceiver::len).sum()
     }
 
     /// Takes what workers left to the pool: how many messages, and how many wishes.

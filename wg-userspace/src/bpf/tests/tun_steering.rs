@@ -1,9 +1,10 @@
 //! The program that chooses TUN queues: as a table, against the workers' routing table, and on a device.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::process::Command;
 use std::sync::atomic::Ordering::Relaxed;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use proptest::prelude::*;
@@ -12,7 +13,8 @@ use proptest::test_runner::{Config, TestRunner};
 use wg_common::headers::destination_bytes;
 use wg_common::id::{PeerId, WorkerId};
 use wg_common::map::{
-    PEER_WORKERS_LEN, PEERS_PER_WORD, peer_word, peer_worker, tun_queue, with_peer_worker,
+    OWNERS_LEN, OWNERS_V4, PEER_WORKERS_LEN, PEERS_PER_WORD, peer_word, peer_worker, tun_queue,
+    with_peer_worker,
 };
 
 use crate::bpf::{BpfError, TunSteering};
@@ -260,6 +262,42 @@ fn the_kernel_side_finds_the_owners_that_workers_find() {
         Ok(())
     });
     outcome.unwrap();
+}
+
+/// Bytes that the kernel counts for a map.
+fn memory_len(map: BorrowedFd<'_>) -> usize {
+    let info = format!("/proc/self/fdinfo/{}", map.as_raw_fd());
+    let info = std::fs::read_to_string(info).unwrap();
+    let line = info.lines().find_map(|line| line.strip_prefix("memlock:")).unwrap();
+    line.trim().parse().unwrap()
+}
+
+#[test]
+fn a_million_prefixes_have_owners_and_one_more_is_refused_by_name() {
+    let test = "a_million_prefixes_have_owners_and_one_more_is_refused_by_name";
+    let Some(mut lab) = Lab::new(test) else { return };
+    let addr = |number: u32| Ipv4Addr::from_bits(0x0a00_0000 + number);
+    let begun = Instant::now();
+    for number in 0..OWNERS_LEN {
+        let owner = Some(PeerId(number % LAST.0));
+        lab.steering.set_owner(addr(number).into(), 32, owner).unwrap();
+    }
+    let took = begun.elapsed();
+    let memory_mib = memory_len(lab.steering.owners_v4_fd()) >> 20;
+    println!("{test}: {OWNERS_LEN} prefixes took {took:?} and {memory_mib} MiB");
+    let one_more = lab.steering.set_owner(addr(OWNERS_LEN).into(), 32, Some(A)).unwrap_err();
+    assert!(matches!(one_more, BpfError::Full(OWNERS_V4)), "{one_more}");
+    assert!(one_more.to_string().contains("OWNERS_V4 is full"), "{one_more}");
+    // It is nobody's; the others are whose they were, and there is room where one goes.
+    lab.at_home(A, Some(WorkerId(9)));
+    assert_eq!(lab.queue(&to(addr(A.0).into())), 9);
+    assert_eq!(lab.queue(&to(addr(OWNERS_LEN).into())), 0);
+    lab.steering.set_owner(addr(7).into(), 32, None).unwrap();
+    lab.steering.set_owner(addr(OWNERS_LEN).into(), 32, Some(A)).unwrap();
+    assert_eq!(lab.queue(&to(addr(OWNERS_LEN).into())), 9);
+    // Of the other version there is room.
+    lab.owns("fd00::/8", A);
+    assert_eq!(lab.queue(&packet_to("fd00::1")), 9);
 }
 
 /// A TUN device that is up and routes 10.0.0.0/8 and fd00::/8.

@@ -112,7 +112,11 @@ pub fn run(data: &[u8]) {
     let seeds: [u8; KEY_COUNT] = input.array();
     let key = |seed: u8| {
         AeadKey::new(&std::array::from_fn::<_, KEY_LEN, _>(|i| {
-            if seed % 7 == 0 { seed } else { seed.wrapping_mul(31).wrapping_add(i as u8 * 57) }
+            if seed.is_multiple_of(7) {
+                seed
+            } else {
+                seed.wrapping_mul(31).wrapping_add((i as u8).wrapping_mul(57))
+            }
         }))
     };
     let keys = seeds.map(key);

@@ -1,5 +1,6 @@
 //! Joining the packets of a batch, against a slow model of how the kernel cuts: what it gives is what
-//! came in, in the order of each flow, and nothing that it could have given is left apart.
+//! came in, but for ids that mean nothing, in the order of each flow, and nothing that it could have given
+//! is left apart.
 
 use wg_common::headers::inner_packet;
 use wg_userspace::segments::join::{Batch, PACKETS_MAX, Plan, Run};
@@ -23,6 +24,7 @@ struct Flow {
     protocol: u8,
     port: u8,
     id: u16,
+    id_step: u16,
     sequence: u32,
     options_len: usize,
     flags: u8,
@@ -38,6 +40,7 @@ impl Flow {
             port: number & 4,
             // They turn over soon.
             id: 0xfffa,
+            id_step: 1,
             sequence: 0xffff_fe00,
             options_len: if number & 4 != 0 { 12 } else { 0 },
             flags: ACK,
@@ -74,7 +77,7 @@ impl Flow {
         }
         packet.extend(upper);
         finish(&mut packet);
-        self.id = self.id.wrapping_add(1);
+        self.id = self.id.wrapping_add(self.id_step);
         self.sequence = self.sequence.wrapping_add(payload_len as u32);
         self.fill = self.fill.wrapping_add(7);
         packet
@@ -247,6 +250,29 @@ fn is_plain(packet: &[u8], uso: bool) -> bool {
     is_data && packet.len() > upper + header_len && finished == packet
 }
 
+/// Packets as they came from the kernel again: if ids mean nothing (RFC 6864 §4.1) and are all the same,
+/// each is one more than the one before.
+fn as_cut(packets: &[&[u8]]) -> Vec<Vec<u8>> {
+    let is_fixed = |packet: &&[u8]| {
+        packet.len() >= 20
+            && packet[0] == 0x45
+            && packet[6] & 0x40 != 0
+            && packet[4..6] == packets[0][4..6]
+    };
+    let renumbers = packets.len() > 1 && packets.iter().all(is_fixed);
+    let mut packets: Vec<Vec<u8>> = packets.iter().map(|packet| packet.to_vec()).collect();
+    for (number, packet) in
+        packets.iter_mut().enumerate().filter(|(number, _)| renumbers && *number > 0)
+    {
+        let id = word(packet, 4).wrapping_add(number as u16);
+        packet[4..6].copy_from_slice(&id.to_be_bytes());
+        packet[10..12].fill(0);
+        let sum = !sum(&packet[..20]);
+        packet[10..12].copy_from_slice(&sum.to_be_bytes());
+    }
+    packets
+}
+
 /// Whether `packet` can follow the packets of a run: joined in the obvious way and cut, they are as they
 /// came.
 fn can_follow(run: &[&[u8]], packet: &[u8], uso: bool) -> bool {
@@ -287,7 +313,7 @@ fn can_follow(run: &[&[u8]], packet: &[u8], uso: bool) -> bool {
     let words = [headers_len, first.len() - headers_len, upper, at - upper];
     let words = words.iter().flat_map(|&word| (word as u16).to_ne_bytes());
     let written: Vec<u8> = [1, kind | is_ecn].into_iter().chain(words).chain(whole).collect();
-    cut(&written).iter().map(Vec::as_slice).eq(all())
+    cut(&written) == as_cut(&all().collect::<Vec<_>>())
 }
 
 fn check(packets: &[Vec<u8>], uso: bool) {
@@ -302,7 +328,7 @@ fn check(packets: &[Vec<u8>], uso: bool) {
         assert_eq!(run.len(), packets.len());
         assert!(uso || run.kind() != Some(SegmentKind::Udp));
         let cut = cut(&written(&run));
-        assert!(cut.iter().map(Vec::as_slice).eq(packets.iter().copied()), "as they came in");
+        assert_eq!(cut, as_cut(packets), "as they came in");
         for (single, packet) in run.singles().zip(packets) {
             assert_eq!(written(&single), [&[0; VnetHeader::LEN], *packet].concat());
         }
@@ -353,7 +379,8 @@ pub fn run(data: &[u8]) {
             8 => packets.push(flow.packet(value as usize * 64)),
             // It loses some, or begins anew.
             9 => flow.sequence = flow.sequence.wrapping_add(value.into()),
-            10 => flow.id = flow.id.wrapping_add(value.into()),
+            10 if value & 1 != 0 => flow.id_step ^= 1,
+            10 => flow.id = flow.id.wrapping_add(u16::from(value) / 2),
             11 => flow.tos = value,
             12 => flow.flags ^= value,
             13 => flow.flags = ACK | value & (PSH | CWR),
@@ -404,6 +431,13 @@ pub fn seeds() -> Vec<Vec<u8>> {
     seeds.push([&[0], &[64, 255, 65, 255, 66, 255].repeat(8)[..]].concat());
     let step = [13 << 3, CWR, 32, 90, 13 << 3, 0, 32, 90, 32, 90, 13 << 3, PSH, 32, 90, 13 << 3, 0];
     seeds.push([&[0], &step.repeat(4)[..]].concat());
+    // The same ids, where they mean nothing and where they do.
+    for flow in 0..8 {
+        let (toggle, run) = ([10 << 3 | flow, 1], [flow, 9, 100]);
+        seeds.push([&[0], &toggle[..], &run, &toggle, &run, &toggle, &run].concat());
+        let fragmentable = [32 | flow, 90, 16 << 3, 0x40, 6].repeat(3);
+        seeds.push([&[0], &toggle[..], &fragmentable].concat());
+    }
     for at in 0..60 {
         let flow = at & 3;
         let changed = [32 | flow, 90, 32 | flow, 90, 16 << 3, 1, at, 32 | flow, 90];

@@ -22,7 +22,7 @@ use wg_common::protocol::{
 use wg_common::time::Now;
 use wg_userspace::aead::{BatchAead, Job, RingAead};
 use wg_userspace::counters::{Path, Totals};
-use wg_userspace::datapath::handoff::{Mesh, Parcel, Work};
+use wg_userspace::datapath::handoff::{Mesh, Parcel, ParcelReceiver, Work};
 use wg_userspace::datapath::inbound::{Arrival, Inbound, PacketSink};
 use wg_userspace::datapath::outbound::{DatagramSink, Outbound, Outgoing, PacketSource, Unsent};
 use wg_userspace::datapath::{Shared, SocketGroup, WorkQueue};
@@ -87,7 +87,7 @@ struct World {
     work: Arc<WorkQueue>,
     inbound: Vec<Inbound>,
     /// What worker 1 sends to worker 0, where the keypair is at home.
-    home: Option<rtrb::Consumer<Parcel>>,
+    home: Option<ParcelReceiver>,
     outbound: Outbound,
     tun: Tun,
     wire: Wire,
@@ -257,12 +257,12 @@ impl World {
         let id = WorkerId(worker as u16);
         let mut arrivals = [Arrival { bytes: &mut bytes, from, tos: 0, path, worker: id }];
         self.inbound[worker].process(&mut arrivals, &self.tun, self.now);
-        while let Some(mut parcel) = self.home.as_mut().and_then(|home| home.pop().ok()) {
-            let bytes = &mut parcel.buffer[..parcel.len];
+        while let Some(mut parcel) = self.home.as_mut().and_then(ParcelReceiver::pop) {
             let Parcel { from, tos, path, origin, .. } = parcel;
+            let bytes = parcel.datagram();
             let mut arrivals = [Arrival { bytes, from, tos, path, worker: origin }];
             self.inbound[0].process(&mut arrivals, &self.tun, self.now);
-            self.shared.workers[1].parcels.give_back(parcel.buffer);
+            self.home.as_mut().expect("it came from there").give_back(parcel.buffer);
         }
         self.tun.written.take()
     }
