@@ -287,10 +287,12 @@ fn report(said: &str, mode: &str) -> Result<ExitCode> {
         println!("{name}      receive {receive}, transmit {transmit}: {reason}");
     }
     println!(
-        "came by   {}\nsteer     {}\ndrops     {}",
-        path["paths"], path["steer"], path["drops"]
+        "came by   {}\nleft by   {}\nsteer     {}\ndrops     {}",
+        path["paths"], path["sent"], path["steer"], path["drops"]
     );
-    let by_xsk = path["paths"]["xsk"].as_u64().unwrap_or(0);
-    let is_as_asked = path["mode"] == mode && (mode == "udp" || by_xsk > 0);
+    let by_xsk = |way: &str| path[way]["xsk"].as_u64().unwrap_or(0) > 0;
+    let is_as_asked = path["mode"] == mode
+        && (mode == "udp" || by_xsk("paths"))
+        && (mode != "zerocopy" || by_xsk("sent"));
     Ok(if is_as_asked { ExitCode::SUCCESS } else { ExitCode::from(6) })
 }
