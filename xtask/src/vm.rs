@@ -49,6 +49,9 @@ pub struct Options {
 const KERNEL: &str = "linux-image-cloud-amd64";
 /// In the order in which they are loaded.
 const MODULES: [&str; 4] = ["failover", "net_failover", "virtio_net", "tun"];
+/// What they need, which some kernels have built in.
+const MAYBE_BUILT_IN: [&str; 5] =
+    ["virtio", "virtio_ring", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci"];
 const TOOLS: [&str; 8] =
     ["qemu-system-x86_64", "busybox", "ip", "apt-get", "dpkg-deb", "cpio", "xz", "timeout"];
 /// Before and after what the gateway says of itself.
@@ -209,9 +212,15 @@ fn disk(folder: &Path, kernel: &Kernel, daemon: &Path, mode: &str) -> Result<Pat
         copy_libraries(&from, &root)?;
     }
     let _ = Command::new("strip").arg(root.join("bin/tidegate")).status();
-    for module in MODULES {
-        let from = find(&kernel.modules, &|name| name.split(".ko").next() == Some(module));
-        let from = from.with_context(|| format!("the kernel has no module {module}"))?;
+    let mut modules = Vec::new();
+    for module in MAYBE_BUILT_IN.into_iter().chain(MODULES) {
+        let is_it =
+            |name: &str| name.strip_prefix(module).is_some_and(|end| end.starts_with(".ko"));
+        let Some(from) = find(&kernel.modules, &is_it) else {
+            ensure!(!MODULES.contains(&module), "the kernel has no module {module}");
+            continue;
+        };
+        modules.push(module);
         let to = fs::File::create(root.join(format!("modules/{module}.ko")))?;
         let how = if from.extension().is_some_and(|end| end == "xz") { "xz -dc" } else { "cat" };
         let line = format!("{how} \"$0\"");
@@ -222,7 +231,7 @@ fn disk(folder: &Path, kernel: &Kernel, daemon: &Path, mode: &str) -> Result<Pat
         fs::write(&path, conf)?;
         fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?;
     }
-    let init = INIT.replace("MODULES", &MODULES.join(" ")).replace("MODE", mode);
+    let init = INIT.replace("MODULES", &modules.join(" ")).replace("MODE", mode);
     let init = init.replace("BEGIN", SHOWN[0]).replace("END", SHOWN[1]);
     fs::write(root.join("init"), init)?;
     fs::set_permissions(root.join("init"), fs::Permissions::from_mode(0o755))?;
@@ -291,8 +300,8 @@ fn report(said: &str, mode: &str) -> Result<ExitCode> {
         path["paths"], path["sent"], path["steer"], path["drops"]
     );
     let by_xsk = |way: &str| path[way]["xsk"].as_u64().unwrap_or(0) > 0;
-    let is_as_asked = path["mode"] == mode
-        && (mode == "udp" || by_xsk("paths"))
+    let is_as_asked = (mode == "auto" || path["mode"] == mode)
+        && (path["mode"] == "udp" || by_xsk("paths"))
         && (mode != "zerocopy" || by_xsk("sent"));
     Ok(if is_as_asked { ExitCode::SUCCESS } else { ExitCode::from(6) })
 }
