@@ -13,6 +13,7 @@ pub mod index;
 pub mod map;
 pub mod message;
 pub mod mss;
+pub mod nat;
 pub mod outcome;
 pub mod protocol;
 pub mod time;
