@@ -16,10 +16,14 @@ pub const CE: u8 = 0b11;
 /// Carries the mark of an outer header with this TOS byte or traffic class over to the IP packet that came
 /// in it. What takes no part, or is no IP packet with a whole header, stays as it is; an IPv4 header
 /// checksum that was wrong stays wrong.
+#[inline]
 pub fn decapsulate(packet: &mut [u8], outer_tos: u8) {
-    if outer_tos & ECN_MASK != CE {
-        return;
+    if outer_tos & ECN_MASK == CE {
+        mark(packet);
     }
+}
+
+fn mark(packet: &mut [u8]) {
     match packet.first().map(|first| first >> 4) {
         Some(4) => mark_v4(packet),
         Some(6) => mark_v6(packet),

@@ -208,6 +208,7 @@ pub struct InnerPacket {
 /// # Errors
 /// [`DropReason::BadInnerVersion`] if it is neither IPv4 nor IPv6; [`DropReason::BadInnerLength`] if
 /// it is empty, if its header is not whole, or if the header's length does not fit into it.
+#[inline]
 pub fn inner_packet(packet: &[u8]) -> Result<InnerPacket, DropReason> {
     let (header_len, len) = match IpHeader::of(packet)? {
         IpHeader::V4(h) => ((h[0] & 0x0f) as usize * 4, u16::from_be_bytes([h[2], h[3]]) as usize),
@@ -225,6 +226,7 @@ pub fn inner_packet(packet: &[u8]) -> Result<InnerPacket, DropReason> {
 ///
 /// # Errors
 /// [`DropReason::BadInnerVersion`] and [`DropReason::BadInnerLength`], as [`inner_packet`].
+#[inline]
 pub fn inner_destination(packet: &[u8]) -> Result<IpAddr, DropReason> {
     Ok(IpHeader::of(packet)?.addresses().1)
 }
@@ -269,11 +271,10 @@ impl<'a> IpHeader<'a> {
     /// Source and destination.
     #[inline(always)]
     fn addresses(&self) -> (IpAddr, IpAddr) {
-        match self {
-            Self::V4(h) => (
-                Ipv4Addr::new(h[12], h[13], h[14], h[15]).into(),
-                Ipv4Addr::new(h[16], h[17], h[18], h[19]).into(),
-            ),
+        match *self {
+            Self::V4(&[.., a, b, c, d, e, f, g, h]) => {
+                (Ipv4Addr::from([a, b, c, d]).into(), Ipv4Addr::from([e, f, g, h]).into())
+            }
             Self::V6(h) => {
                 let mut both = [[0; 16]; 2];
                 both[0].copy_from_slice(&h[8..24]);
@@ -335,7 +336,24 @@ impl OuterHeaders {
     /// a checksum in both. `None`, with `frame` in an unspecified state, if the headers do not fit, if the message is longer than IP can say, or
     /// if `src` and `dst` are of different versions.
     pub fn write(&self, frame: &mut [u8]) -> Option<()> {
-        let mut at = Cursor { frame, offset: 0 };
+        let (headers, message) = frame.split_at_mut_checked(self.len())?;
+        self.write_before(headers, message.len(), Checksum::default().bytes(message))
+    }
+
+    /// As [`OuterHeaders::write`], with a `message` that is still elsewhere: copies it behind the headers in the
+    /// pass that its checksum needs. `None`, too, if `frame` is not just as long as both.
+    pub fn write_with(&self, message: &[u8], frame: &mut [u8]) -> Option<()> {
+        let (headers, room) = frame.split_at_mut_checked(self.len())?;
+        if room.len() != message.len() {
+            return None;
+        }
+        let sum = Checksum::default().copied(message, room);
+        self.write_before(headers, message.len(), sum)
+    }
+
+    /// Writes the headers before a message of which the length and the sum are known.
+    fn write_before(&self, headers: &mut [u8], message_len: usize, sum: Checksum) -> Option<()> {
+        let mut at = Cursor { frame: headers, offset: 0, message_len };
         at.put(self.dst_mac)?;
         at.put(self.src_mac)?;
         for tag in self.tags.iter().map_while(|tag| *tag) {
@@ -377,7 +395,7 @@ impl OuterHeaders {
         at.put(self.dst.port().to_be_bytes())?;
         at.put(udp_len.to_be_bytes())?;
         at.put([0, 0])?;
-        let sum = match pseudo.bytes(at.frame.get(udp..)?).finish() {
+        let sum = match pseudo.bytes(at.frame.get(udp..)?).and(sum).finish() {
             // Zero on the wire means "no checksum" (RFC 768), which IPv6 does not allow.
             0 => 0xffff,
             sum => sum,
@@ -387,15 +405,16 @@ impl OuterHeaders {
     }
 }
 
-/// Writes one field after the other.
+/// Writes one field after the other into what stands before a message.
 struct Cursor<'a> {
     frame: &'a mut [u8],
     offset: usize,
+    message_len: usize,
 }
 
 impl Cursor<'_> {
     fn rest_len(&self) -> usize {
-        self.frame.len() - self.offset
+        self.frame.len() - self.offset + self.message_len
     }
 
     fn put<const N: usize>(&mut self, bytes: [u8; N]) -> Option<()> {
@@ -406,6 +425,10 @@ impl Cursor<'_> {
 }
 
 /// The internet checksum (RFC 1071) of what was added to it so far.
+///
+/// It is a sum of words as the host reads them, of any size: in one's complement that comes to the same, but
+/// for the order of bytes, which [`Checksum::finish`] puts right (RFC 1071 §2). It has room for more bytes
+/// than any packet has.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Checksum(u64);
 
@@ -420,7 +443,21 @@ impl Checksum {
             (IpAddr::V6(s), IpAddr::V6(d)) => Self(0).bytes(&s.octets()).bytes(&d.octets()),
             _ => panic!("source and destination are of one version"),
         };
-        Self(addresses.0 + u64::from(protocol) + u64::from(len >> 16) + u64::from(len & 0xffff))
+        addresses.word(protocol.into()).word((len >> 16) as u16).word(len as u16)
+    }
+
+    /// Adds a word in host byte order, which stands in the packet in network byte order.
+    #[must_use]
+    #[inline]
+    pub const fn word(self, word: u16) -> Self {
+        Self(self.0 + word.to_be() as u64)
+    }
+
+    /// Adds what was added to another one, which may have ended with a part of odd length.
+    #[must_use]
+    #[inline]
+    pub const fn and(self, other: Self) -> Self {
+        Self(self.0 + other.0)
     }
 
     /// Adds bytes; only the last part added may be of odd length.
@@ -428,15 +465,26 @@ impl Checksum {
     #[inline]
     pub fn bytes(self, bytes: &[u8]) -> Self {
         let (blocks, rest) = bytes.as_chunks();
-        let (pairs, odd) = rest.as_chunks::<2>();
-        let sum: u64 = pairs.iter().map(|pair| u64::from(u16::from_be_bytes(*pair))).sum();
-        let sum = self.0 + sum + odd.first().map_or(0, |last| u64::from(*last) << 8);
-        Self(if blocks.is_empty() { sum } else { sum + u64::from(sum_of_blocks(blocks)) })
+        let sum = Self(self.0 + sum_of_rest(rest));
+        if blocks.is_empty() { sum } else { Self(sum.0 + sum_of_blocks(blocks)) }
+    }
+
+    /// Adds bytes, as [`Checksum::bytes`], and copies them to `to`.
+    ///
+    /// # Panics
+    /// If `to` is of another length.
+    #[must_use]
+    #[inline]
+    pub fn copied(self, bytes: &[u8], to: &mut [u8]) -> Self {
+        assert_eq!(bytes.len(), to.len(), "as many bytes as are copied");
+        let ((blocks, rest), (to_blocks, to_rest)) = (bytes.as_chunks(), to.as_chunks_mut());
+        to_rest.copy_from_slice(rest);
+        Self(self.0 + sum_of_rest(rest) + sum_of_copied_blocks(blocks, to_blocks))
     }
 
     /// The checksum for the header, host byte order.
     pub const fn finish(self) -> u16 {
-        !fold(self.0)
+        !u16::from_be(fold(self.0))
     }
 }
 
@@ -452,20 +500,97 @@ pub const fn checksum_update_u32(checksum: u16, old: u32, new: u32) -> u16 {
     checksum_update(high, old as u16, new as u16)
 }
 
-/// The sum of the 16-bit words in blocks, folded.
-///
-/// Sums of one's complement come out right whatever the size of the words and the order of their bytes
-/// (RFC 1071 §2): it reads words of 32 bits as the host does, in lanes that compilers make vectors of.
-/// They have room for 2^29 blocks.
-fn sum_of_blocks(blocks: &[[u8; 32]]) -> u16 {
-    let mut lanes = [0_u64; 8];
-    for block in blocks {
-        let (words, _) = block.as_chunks::<4>();
-        for (lane, word) in lanes.iter_mut().zip(words) {
-            *lane += u64::from(u32::from_ne_bytes(*word));
+/// Bytes that are summed at once.
+const BLOCK_LEN: usize = 32;
+/// Blocks whose sums [`Lanes`] have room for.
+const BLOCKS_MAX: usize = 1 << 16;
+
+/// The words of a block, as the host reads them.
+type Words = [u32; BLOCK_LEN / 4];
+
+/// Sums of the words in [`BLOCKS_MAX`] blocks at most, as lanes that compilers make vectors of.
+#[derive(Default)]
+struct Lanes {
+    /// The words. What goes beyond 32 bits is lost, and found again by `upper`.
+    all: Words,
+    /// The upper halves of the words.
+    upper: Words,
+}
+
+impl Lanes {
+    #[inline(always)]
+    fn add(&mut self, words: Words) {
+        for ((all, upper), word) in self.all.iter_mut().zip(&mut self.upper).zip(words) {
+            *all = all.wrapping_add(word);
+            // Of 2^16 halves, each below 2^16.
+            *upper = upper.wrapping_add(word >> 16);
         }
     }
-    u16::from_be(fold(lanes.iter().sum()))
+
+    /// The sum of their 16-bit halves. That of the lower ones is below 2^32 too, and so what is left of a lane
+    /// without the upper ones.
+    #[inline(always)]
+    fn sum(&self) -> u64 {
+        let lanes = self.all.iter().zip(&self.upper);
+        lanes.map(|(all, &upper)| u64::from(all.wrapping_sub(upper << 16)) + u64::from(upper)).sum()
+    }
+}
+
+#[inline(always)]
+fn words(block: &[u8; BLOCK_LEN]) -> Words {
+    let (words, _) = block.as_chunks();
+    core::array::from_fn(|at| u32::from_ne_bytes(words[at]))
+}
+
+fn sum_of_blocks(blocks: &[[u8; BLOCK_LEN]]) -> u64 {
+    let of_part = |part: &[[u8; BLOCK_LEN]]| {
+        let mut lanes = Lanes::default();
+        part.iter().for_each(|block| lanes.add(words(block)));
+        lanes.sum()
+    };
+    blocks.chunks(BLOCKS_MAX).map(of_part).sum()
+}
+
+/// As [`sum_of_blocks`]. Copies them as well, in the same pass: what was loaded for the one is not loaded again
+/// for the other.
+fn sum_of_copied_blocks(blocks: &[[u8; BLOCK_LEN]], to: &mut [[u8; BLOCK_LEN]]) -> u64 {
+    let mut sum = 0;
+    for (part, to) in blocks.chunks(BLOCKS_MAX).zip(to.chunks_mut(BLOCKS_MAX)) {
+        let mut lanes = Lanes::default();
+        for (block, to) in part.iter().zip(to) {
+            let words = words(block);
+            let (to, _) = to.as_chunks_mut();
+            to.iter_mut().zip(words).for_each(|(to, word)| *to = word.to_ne_bytes());
+            lanes.add(words);
+        }
+        sum += lanes.sum();
+    }
+    sum
+}
+
+/// The sum of fewer bytes than a block has, in steps that halve: a loop over so few costs more.
+#[inline(always)]
+fn sum_of_rest(mut rest: &[u8]) -> u64 {
+    let halves = |word: u64| (word & 0xffff_ffff) + (word >> 32);
+    let mut sum = 0;
+    if let Some((bytes, behind)) = rest.split_first_chunk::<16>() {
+        let (words, _) = bytes.as_chunks();
+        sum += words.iter().map(|word| halves(u64::from_ne_bytes(*word))).sum::<u64>();
+        rest = behind;
+    }
+    if let Some((bytes, behind)) = rest.split_first_chunk() {
+        sum += halves(u64::from_ne_bytes(*bytes));
+        rest = behind;
+    }
+    if let Some((bytes, behind)) = rest.split_first_chunk() {
+        sum += u64::from(u32::from_ne_bytes(*bytes));
+        rest = behind;
+    }
+    if let Some((bytes, behind)) = rest.split_first_chunk() {
+        sum += u64::from(u16::from_ne_bytes(*bytes));
+        rest = behind;
+    }
+    sum + rest.first().map_or(0, |&last| u64::from(u16::from_ne_bytes([last, 0])))
 }
 
 const fn fold(sum: u64) -> u16 {
@@ -651,12 +776,38 @@ mod tests {
 
         #[test]
         fn headers_need_their_room(headers in headers(), len in any::<prop::sample::Index>()) {
-            prop_assert_eq!(headers.write(&mut vec![0; len.index(headers.len())]), None);
+            let mut frame = vec![0; len.index(headers.len())];
+            prop_assert_eq!(headers.write(&mut frame), None);
+            prop_assert_eq!(headers.write_with(&[], &mut frame), None);
+        }
+
+        #[test]
+        fn a_message_is_copied_behind_its_headers(headers in headers(), message in message()) {
+            let mut copied = vec![0xa5; headers.len() + message.len()];
+            prop_assert_eq!(headers.write_with(&message, &mut copied), Some(()));
+            prop_assert_eq!(&copied, &frame(&headers, &message));
+            copied.push(0);
+            prop_assert_eq!(headers.write_with(&message, &mut copied), None);
         }
 
         #[test]
         fn checksum_is_the_plain_one(bytes in message()) {
             prop_assert_eq!(Checksum::default().bytes(&bytes).finish(), plain_checksum(&bytes));
+        }
+
+        #[test]
+        fn what_is_copied_is_summed_as_it_stands(bytes in message(), before: u16) {
+            let mut to = vec![0xa5; bytes.len()];
+            let sum = Checksum::default().word(before);
+            prop_assert_eq!(sum.copied(&bytes, &mut to).finish(), sum.bytes(&bytes).finish());
+            prop_assert_eq!(to, bytes);
+        }
+
+        #[test]
+        fn a_word_counts_as_its_bytes(words in prop::collection::vec(any::<u16>(), 0..40)) {
+            let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_be_bytes()).collect();
+            let sum = words.iter().fold(Checksum::default(), |sum, &word| sum.word(word));
+            prop_assert_eq!(sum.finish(), plain_checksum(&bytes));
         }
 
         #[test]
@@ -713,6 +864,24 @@ mod tests {
             let inner = InnerPacket { src: headers.src.ip(), dst: headers.dst.ip(), len };
             prop_assert_eq!(inner_packet(&frame[at.ip..]), Ok(inner));
         }
+    }
+
+    /// The greatest sums that there are, of bytes for which the lanes are used once, just so, and again.
+    #[test]
+    fn long_runs_of_ones_are_summed_right() {
+        const LANES_LEN: usize = BLOCKS_MAX * BLOCK_LEN;
+        for len in [LANES_LEN - 32, LANES_LEN, LANES_LEN + 33, 2 * LANES_LEN + 1] {
+            let (bytes, mut to) = (vec![0xff; len], vec![0; len]);
+            let sum = Checksum::default().copied(&bytes, &mut to);
+            assert_eq!(sum.finish(), plain_checksum(&bytes), "{len}");
+            assert_eq!(Checksum::default().bytes(&to), sum, "{len}");
+        }
+    }
+
+    #[test]
+    #[should_panic = "as many bytes as are copied"]
+    fn bytes_are_not_copied_to_fewer() {
+        let _ = Checksum::default().copied(&[1; 40], &mut [0; 39]);
     }
 
     fn plain_v4() -> Vec<u8> {

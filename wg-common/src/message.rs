@@ -62,6 +62,7 @@ pub fn classify_head(
 ///
 /// # Errors
 /// As [`classify_head`]; [`DropReason::BadLength`] for one shorter than any message.
+#[inline]
 pub fn classify(datagram: &[u8]) -> Result<Message, DropReason> {
     let Some(head) = datagram.first_chunk::<HEAD_LEN>() else {
         return Err(DropReason::BadLength);

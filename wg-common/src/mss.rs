@@ -19,6 +19,10 @@ const FLAGS: usize = 13;
 const CHECKSUM: usize = 16;
 const SYN: u8 = 0x02;
 
+/// Where IP headers name what they carry.
+const V4_PROTOCOL: usize = 9;
+const V6_NEXT_HEADER: usize = 6;
+
 /// Kinds of options (RFC 9293 §3.1), and the length of the one that is looked for.
 const END: u8 = 0;
 const NO_OPERATION: u8 = 1;
@@ -44,7 +48,30 @@ pub enum TcpChecksum {
 /// fragment without TCP's header, if an option does not fit into the header (no option may hide behind
 /// it), or if none names a size: then the sender takes 536 bytes, or 1220, which every tunnel carries. A
 /// wrong checksum stays wrong.
+#[inline]
 pub fn clamp(packet: &mut [u8], mtu: usize, checksum: TcpChecksum) -> bool {
+    may_be_syn(packet) && clamp_syn(packet, mtu, checksum)
+}
+
+/// A look at a few bytes, which is all that nearly every packet costs: whether it may be a SYN.
+#[inline]
+fn may_be_syn(packet: &[u8]) -> bool {
+    let flags = match packet {
+        [first, ..] if first >> 4 == 4 && packet.get(V4_PROTOCOL) == Some(&PROTOCOL_TCP) => {
+            usize::from(first & 0x0f) * 4 + FLAGS
+        }
+        [first, ..] if first >> 4 == 6 => match packet.get(V6_NEXT_HEADER) {
+            Some(&PROTOCOL_TCP) => IPV6_LEN + FLAGS,
+            Some(&PROTOCOL_UDP) | None => return false,
+            // Extension headers, perhaps.
+            Some(_) => return true,
+        },
+        _ => return false,
+    };
+    packet.get(flags).is_some_and(|flags| flags & SYN != 0)
+}
+
+fn clamp_syn(packet: &mut [u8], mtu: usize, checksum: TcpChecksum) -> bool {
     let Some((tcp, ip_len)) = syn_at(packet) else { return false };
     let Some(limit) = mtu.checked_sub(ip_len + TCP_LEN).filter(|&limit| limit > 0) else {
         return false;
@@ -54,15 +81,10 @@ pub fn clamp(packet: &mut [u8], mtu: usize, checksum: TcpChecksum) -> bool {
 }
 
 /// Where the TCP header of a SYN begins, and the length of an IP header without options of that version.
-/// A look at two bytes is all that most other packets cost.
-#[inline]
 fn syn_at(packet: &[u8]) -> Option<(usize, usize)> {
-    const V4_PROTOCOL: usize = 9;
-    const V6_NEXT_HEADER: usize = 6;
-
     let ip_len = match packet.first()? >> 4 {
-        4 if *packet.get(V4_PROTOCOL)? == PROTOCOL_TCP => IPV4_LEN,
-        6 if *packet.get(V6_NEXT_HEADER)? != PROTOCOL_UDP => IPV6_LEN,
+        4 => IPV4_LEN,
+        6 => IPV6_LEN,
         _ => return None,
     };
     let carried = upper(packet).filter(|carried| carried.has_header())?;

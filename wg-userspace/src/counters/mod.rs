@@ -91,6 +91,7 @@ impl Counters {
     }
 }
 
+#[inline]
 fn add(counter: &AtomicU64, n: u64) {
     counter.store(counter.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
 }

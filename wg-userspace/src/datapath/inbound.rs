@@ -95,6 +95,7 @@ struct Group {
 
 impl Group {
     /// Takes note of a message that is authentic and no replay.
+    #[inline]
     fn accept(&mut self, datagram: &Arrival<'_>) {
         self.accepted_bytes += datagram.bytes.len() as u64;
         self.last = Some((datagram.from, datagram.worker));
@@ -156,8 +157,10 @@ impl Inbound {
         let mut groups: ArrayVec<Group, BATCH_LEN> = ArrayVec::new();
         let mut candidates: ArrayVec<Candidate, BATCH_LEN> = ArrayVec::new();
         let (mut wake, mut dropped) = (0_u64, 0);
+        let is_quiesced = self.shared.is_quiesced(now);
         for (arrival, datagram) in arrivals.iter().enumerate() {
-            let outcome = self.triage(datagram, &mut groups, now).and_then(|triage| match triage {
+            let triage = self.triage(datagram, &mut groups, is_quiesced, now);
+            let outcome = triage.and_then(|triage| match triage {
                 Triage::Open { group, counter } => {
                     candidates.push(Candidate { arrival, group, counter });
                     Ok(())
@@ -175,37 +178,36 @@ impl Inbound {
         }
         self.wake(wake);
         let opened = self.open(arrivals, &candidates, &groups);
-        let mut accepted: ArrayVec<&Candidate, BATCH_LEN> = ArrayVec::new();
+        let counters = self.counters();
+        let mut admitted: ArrayVec<(usize, usize), BATCH_LEN> = ArrayVec::new();
         for (candidate, opened) in candidates.iter().zip(opened) {
-            let group = &mut groups[candidate.group];
+            let (group, datagram) =
+                (&mut groups[candidate.group], &mut arrivals[candidate.arrival]);
             if !opened {
-                self.counters().drop(DropReason::BadTag, 1);
-            } else if !group.keypair.accept(candidate.counter) {
-                self.counters().drop(DropReason::Replay, 1);
-            } else {
-                group.accept(&arrivals[candidate.arrival]);
-                self.counters().received(arrivals[candidate.arrival].path, 1);
-                accepted.push(candidate);
+                counters.drop(DropReason::BadTag, 1);
+                continue;
+            }
+            if !group.keypair.accept(candidate.counter) {
+                counters.drop(DropReason::Replay, 1);
+                continue;
+            }
+            group.accept(datagram);
+            counters.received(datagram.path, 1);
+            let tos = datagram.tos;
+            let packet = inner_mut(datagram);
+            if packet.is_empty() {
+                continue;
+            }
+            ecn::decapsulate(packet, tos);
+            match self.admit(packet, group, &routing, now) {
+                Ok(len) => admitted.push((candidate.arrival, len)),
+                Err(reason) => counters.drop(reason, 1),
             }
         }
         // Before any packet leaves for the TUN device: its answer needs the endpoint and the keypair
         // that it has proved, and another worker may be asked for them at once.
         for group in &groups {
             self.settle(group, now);
-        }
-        let mut admitted: ArrayVec<(usize, usize), BATCH_LEN> = ArrayVec::new();
-        for candidate in accepted {
-            let datagram = &mut arrivals[candidate.arrival];
-            let tos = datagram.tos;
-            ecn::decapsulate(inner_mut(datagram), tos);
-            let packet = inner_mut(datagram);
-            if packet.is_empty() {
-                continue;
-            }
-            match self.admit(packet, &groups[candidate.group], &routing, now) {
-                Ok(len) => admitted.push((candidate.arrival, len)),
-                Err(reason) => self.counters().drop(reason, 1),
-            }
         }
         let packets: Batch<'_> =
             admitted.into_iter().map(|(at, len)| &inner(&arrivals[at])[..len]).collect();
@@ -217,14 +219,16 @@ impl Inbound {
         &self.shared.workers[usize::from(self.id.0)].counters
     }
 
+    #[inline]
     fn triage(
         &self,
         datagram: &Arrival<'_>,
         groups: &mut ArrayVec<Group, BATCH_LEN>,
+        is_quiesced: bool,
         now: Now,
     ) -> Result<Triage, DropReason> {
         let message = classify(datagram.bytes)?;
-        if self.shared.is_quiesced(now) {
+        if is_quiesced {
             return Err(DropReason::Quiesced);
         }
         let index = match message {
@@ -237,31 +241,10 @@ impl Inbound {
         let known = groups.iter().rposition(|group| group.index == index);
         let group = match known {
             Some(group) => group,
-            None => {
-                let keypair = self.shared.keypair(index).ok_or(DropReason::UnknownIndex)?;
-                let home = self.shared.worker_of(keypair.home());
-                if home != self.id {
-                    return Ok(Triage::ElsewhereAtHome(home));
-                }
-                if !keypair.can_open(now) || !self.shared.may_use(&keypair) {
-                    return Err(DropReason::KeyExpired);
-                }
-                let peer = keypair.peer().ok_or(DropReason::UnknownIndex)?;
-                // Control retires what has been replaced a little later; it is dead at once.
-                if !peer.keypairs.load().contains(&keypair) {
-                    return Err(DropReason::UnknownIndex);
-                }
-                let keypair = keypair.receive().ok_or(DropReason::HandedOver)?;
-                groups.push(Group {
-                    index,
-                    keypair,
-                    peer,
-                    accepted_bytes: 0,
-                    data: false,
-                    last: None,
-                });
-                groups.len() - 1
-            }
+            None => match self.open_group(index, groups, now)? {
+                Ok(group) => group,
+                Err(home) => return Ok(Triage::ElsewhereAtHome(home)),
+            },
         };
         let counter = transport_counter(datagram.bytes).ok_or(DropReason::BadLength)?;
         if counter.0 >= REJECT_AFTER_MESSAGES {
@@ -272,6 +255,31 @@ impl Inbound {
             return Err(DropReason::Replay);
         }
         Ok(Triage::Open { group, counter })
+    }
+
+    /// Opens a group for the keypair with this index, or tells the other worker at which it is at home.
+    fn open_group(
+        &self,
+        index: ReceiverIndex,
+        groups: &mut ArrayVec<Group, BATCH_LEN>,
+        now: Now,
+    ) -> Result<Result<usize, WorkerId>, DropReason> {
+        let keypair = self.shared.keypair(index).ok_or(DropReason::UnknownIndex)?;
+        let home = self.shared.worker_of(keypair.home());
+        if home != self.id {
+            return Ok(Err(home));
+        }
+        if !keypair.can_open(now) || !self.shared.may_use(&keypair) {
+            return Err(DropReason::KeyExpired);
+        }
+        let peer = keypair.peer().ok_or(DropReason::UnknownIndex)?;
+        // Control retires what has been replaced a little later; it is dead at once.
+        if !peer.keypairs.load().contains(&keypair) {
+            return Err(DropReason::UnknownIndex);
+        }
+        let keypair = keypair.receive().ok_or(DropReason::HandedOver)?;
+        groups.push(Group { index, keypair, peer, accepted_bytes: 0, data: false, last: None });
+        Ok(Ok(groups.len() - 1))
     }
 
     fn hand_off_handshake(&self, datagram: &Arrival<'_>) -> Result<(), DropReason> {
@@ -337,6 +345,7 @@ impl Inbound {
 
     /// Looks whether the sender of an opened packet may send it, and lowers the segment size that it offers
     /// if it is a SYN. Gives the packet's length without padding.
+    #[inline]
     fn admit(
         &self,
         packet: &mut [u8],

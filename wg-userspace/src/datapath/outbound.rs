@@ -157,10 +157,12 @@ impl Arena {
         Self { bytes, begin }
     }
 
+    #[inline]
     fn bytes(&mut self) -> &mut [u8] {
         &mut self.bytes[self.begin..][..ARENA_LEN]
     }
 
+    #[inline]
     fn packet(&self, packet: &Placed) -> &[u8] {
         &self.bytes[self.begin + packet.start..][..packet.len]
     }
@@ -251,6 +253,7 @@ struct Group {
 
 impl Group {
     /// The next of the reserved counters.
+    #[inline]
     fn next_counter(&mut self) -> Option<u64> {
         self.counters_left = self.counters_left.checked_sub(1)?;
         self.next_counter += 1;
@@ -569,7 +572,9 @@ impl Outbound {
             };
             let keypair = group.keypair.as_ref().expect("it reserved the counter");
             let padded = padded_len(len, group.peer.inner_mtu.padding_bound(mtu));
-            arena[start + len..start + padded].fill(0);
+            if padded > len {
+                arena[start + len..start + padded].fill(0);
+            }
             arena[start - TRANSPORT_HEADER_LEN..start]
                 .copy_from_slice(&transport_header(keypair.remote_index(), counter));
             let len = padded + TRANSPORT_OVERHEAD;
@@ -591,7 +596,9 @@ impl Outbound {
         self.aead.seal(&mut jobs);
         drop(jobs);
         // Those of one peer next to each other, each peer's in their order.
-        messages.sort_unstable_by_key(|message| (message.group, message.start));
+        if !messages.is_sorted_by_key(|message| message.group) {
+            messages.sort_unstable_by_key(|message| (message.group, message.start));
+        }
         let datagrams: ArrayVec<Outgoing<'_>, BATCH_LEN> = messages
             .iter()
             .map(|message| {

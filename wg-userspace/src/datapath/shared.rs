@@ -35,8 +35,10 @@ const PEER_SLOT_COUNT: usize = 2 * PEER_COUNT_MAX;
 const _: () = assert!(PEER_SLOT_COUNT == PEER_WORKERS_LEN as usize * PEERS_PER_WORD as usize);
 /// Needs of our own peers that wait for the handshake pool.
 const NEED_QUEUE_LEN: usize = 1024;
-/// Parcels that one worker may have under way to another: four batches.
-pub const PARCEL_RING_LEN: usize = 4 * BATCH_LEN;
+/// Parcels that one worker may have under way to another: eight batches, more than a millisecond at 300,000 a
+/// second. Half of that loses several in a thousand where the host takes a core away now and then; twice as many
+/// lose hardly fewer, and wait longer (`benches/README.md`).
+pub const PARCEL_RING_LEN: usize = 8 * BATCH_LEN;
 /// Largest datagram: what UDP can carry.
 pub const DATAGRAM_LEN_MAX: usize = 65_535;
 

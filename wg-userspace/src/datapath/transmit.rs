@@ -103,19 +103,11 @@ enum Put {
 
 fn put(xsk: &mut Xsk, headers: &OuterHeaders, message: &[u8]) -> Put {
     let Some(mut frame) = xsk.allocate_to_send() else { return Put::NoRoom };
-    let header_len = headers.len();
-    let len = header_len + message.len();
+    let len = headers.len() + message.len();
     let fits = len <= frame.len();
     frame.truncate(len);
     let bytes = xsk.umem().bytes_mut(&mut frame);
-    let written = if let Some(room) = bytes.get_mut(header_len..)
-        && fits
-    {
-        room.copy_from_slice(message);
-        headers.write(bytes)
-    } else {
-        None
-    };
+    let written = fits.then(|| headers.write_with(message, bytes)).flatten();
     if written.is_none() {
         xsk.recycle(frame);
         return Put::TooLong;

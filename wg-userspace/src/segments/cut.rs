@@ -117,7 +117,7 @@ impl Cut {
             // (RFC 8200 §8.1). Whoever made the packet knew it, and began the checksum with it.
             checksum?;
             let len = u16::try_from(header.len()).ok()?;
-            Checksum::default().bytes(&partial).bytes(&(!len).to_be_bytes())
+            Checksum::default().bytes(&partial).word(!len)
         };
         Some(Self {
             kind: segments.kind,
@@ -162,21 +162,19 @@ impl Cut {
         let is_last = payload.end == self.len;
         let (headers, rest) = segment[..len].split_at_mut(self.headers_len);
         headers.copy_from_slice(&packet[..self.headers_len]);
-        rest.copy_from_slice(&packet[payload]);
         let (ip, header) = headers.split_at_mut(self.upper);
         self.write_ip(ip, index, len);
         // It fits: the whole did, by its IP header.
-        let upper_len = ((len - self.upper) as u16).to_be_bytes();
-        let sum = self.upper_sum.bytes(&upper_len);
+        let upper_len = (len - self.upper) as u16;
+        let sum = self.upper_sum.word(upper_len).copied(&packet[payload], rest);
         match self.kind {
             SegmentKind::Udp => {
-                header[udp::LEN..udp::CHECKSUM].copy_from_slice(&upper_len);
-                let sum = not_zero(sum.bytes(&upper_len).bytes(rest).finish());
-                put(header, udp::CHECKSUM, sum);
+                put(header, udp::LEN, upper_len);
+                put(header, udp::CHECKSUM, not_zero(sum.word(upper_len).finish()));
             }
             SegmentKind::TcpV4 | SegmentKind::TcpV6 => {
                 let sum = self.write_tcp(header, index, is_last, sum);
-                put(header, tcp::CHECKSUM, sum.bytes(rest).finish());
+                put(header, tcp::CHECKSUM, sum.finish());
             }
         }
         len
@@ -191,8 +189,7 @@ impl Cut {
         let (total_len, id) = (len as u16, first.wrapping_add(index as u16));
         put(ip, ipv4::TOTAL_LEN, total_len);
         put(ip, ipv4::ID, id);
-        let sum = self.ip_sum.bytes(&total_len.to_be_bytes()).bytes(&id.to_be_bytes());
-        put(ip, ipv4::CHECKSUM, sum.finish());
+        put(ip, ipv4::CHECKSUM, self.ip_sum.word(total_len).word(id).finish());
     }
 
     /// What differs in the TCP header of a segment, but for its checksum: adds it to `sum`.
@@ -200,8 +197,8 @@ impl Cut {
         let sequence = &mut header[tcp::SEQUENCE..tcp::SEQUENCE + 4];
         let first = sequence.first_chunk().copied().map(u32::from_be_bytes);
         let first = first.expect("the slice has four bytes");
-        let at = first.wrapping_add((index * self.payload_len) as u32).to_be_bytes();
-        sequence.copy_from_slice(&at);
+        let at = first.wrapping_add((index * self.payload_len) as u32);
+        sequence.copy_from_slice(&at.to_be_bytes());
         let flags = &mut header[tcp::FLAGS];
         if !is_last {
             *flags &= !(tcp::FIN | tcp::PSH);
@@ -210,7 +207,7 @@ impl Cut {
             // The sender halved its window once (RFC 3168 §6.1.2).
             *flags &= !tcp::CWR;
         }
-        sum.bytes(&at).bytes(&[0, *flags])
+        sum.word((at >> 16) as u16).word(at as u16).word((*flags).into())
     }
 }
 

@@ -59,6 +59,7 @@ impl InnerMtu {
     }
 
     /// Length to which packets may be padded on a device with this MTU.
+    #[inline]
     pub fn padding_bound(&self, device_mtu: usize) -> usize {
         match self.len.load(Relaxed) {
             0 => device_mtu,
@@ -67,6 +68,7 @@ impl InnerMtu {
     }
 
     /// MTU for packets of a version to the peer, on a device with this MTU.
+    #[inline]
     pub fn mtu(&self, is_v6: bool, device_mtu: usize) -> usize {
         device_mtu.min(self.bound(is_v6))
     }
@@ -85,6 +87,7 @@ impl InnerMtu {
         (len > bound && must_be_whole).then_some(bound.min(device_mtu))
     }
 
+    #[inline]
     fn bound(&self, is_v6: bool) -> usize {
         match self.len.load(Relaxed) {
             0 => Self::NO_BOUND,
@@ -94,6 +97,7 @@ impl InnerMtu {
 }
 
 /// Whether an IP packet is of version 6.
+#[inline]
 pub fn is_v6(packet: &[u8]) -> bool {
     packet.first().is_some_and(|first| first >> 4 == 6)
 }

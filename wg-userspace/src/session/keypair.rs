@@ -124,6 +124,7 @@ impl Keypair {
     }
 
     /// By which we address the peer.
+    #[inline]
     pub fn remote_index(&self) -> ReceiverIndex {
         self.remote_index
     }
@@ -154,11 +155,13 @@ impl Keypair {
     }
 
     /// Seals what we send, under counters from [`reserve`](Self::reserve) only.
+    #[inline]
     pub fn seal_key(&self) -> &AeadKey {
         &self.seal_key
     }
 
     /// Opens what we receive.
+    #[inline]
     pub fn open_key(&self) -> &AeadKey {
         &self.open_key
     }
@@ -246,11 +249,13 @@ pub struct Receiving(Arc<Keypair>);
 
 impl Receiving {
     /// Whether a counter is new, as [`ReplayWindow::would_accept`].
+    #[inline]
     pub fn would_accept(&self, counter: Counter) -> bool {
         self.0.received.0.window.would_accept(counter)
     }
 
     /// Takes note of a counter and says whether it is new, as [`ReplayWindow::accept`].
+    #[inline]
     pub fn accept(&mut self, counter: Counter) -> bool {
         self.0.received.0.window.accept(counter)
     }

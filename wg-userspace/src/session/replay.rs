@@ -37,6 +37,7 @@ impl ReplayWindow {
     }
 
     /// Whether [`accept`](Self::accept) would accept this counter now.
+    #[inline]
     pub fn would_accept(&self, Counter(counter): Counter) -> bool {
         let end = self.end.load(Relaxed);
         if counter >= end {
@@ -52,13 +53,15 @@ impl ReplayWindow {
     /// window, nor beyond [`REJECT_AFTER_MESSAGES`].
     ///
     /// To be called only after the packet's tag has proved right.
+    #[inline]
     pub fn accept(&self, Counter(counter): Counter) -> bool {
         if !self.would_accept(Counter(counter)) {
             return false;
         }
         let end = self.end.load(Relaxed);
         if counter >= end {
-            self.clear(end, counter + 1 - end);
+            // Its own bit is set below, whatever it is.
+            self.clear(end, counter - end);
             self.end.store(counter + 1, Relaxed);
         }
         let (word, mask) = place(counter);
@@ -99,6 +102,7 @@ impl ReplayWindow {
     }
 
     /// Clears the bits of `count` counters from `first` on.
+    #[inline]
     fn clear(&self, first: u64, count: u64) {
         if count >= REPLAY_WINDOW_LEN {
             self.seen.iter().for_each(|word| word.store(0, Relaxed));
@@ -123,6 +127,7 @@ impl Default for ReplayWindow {
 }
 
 /// The word of a counter's bit, and the bit in it.
+#[inline]
 fn place(counter: u64) -> (usize, u64) {
     ((counter / WORD_BITS) as usize % WORD_COUNT, 1 << (counter % WORD_BITS))
 }
