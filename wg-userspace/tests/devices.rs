@@ -351,7 +351,7 @@ fn somebody_elses_program_is_never_replaced() {
 fn somebody_elses_xsk_is_never_replaced() {
     let Some(lab) = lab("somebody_elses_xsk_is_never_replaced") else { return };
     let foreign = within(&lab.gateway, || {
-        Xsk::bind(link::index(OUTER).unwrap(), 0, XskOptions::default()).unwrap()
+        Xsk::bind(link::index(OUTER).unwrap(), 0, XskOptions::default()).unwrap().1
     });
     let (mut process, devices) = start(&lab, &lab.gateway, "gh", NATIVE);
     let (_far, clients) = start(&lab, &lab.client, "cd", UDP);

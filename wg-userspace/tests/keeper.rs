@@ -227,6 +227,61 @@ fn a_killed_data_process_is_replaced_in_native_mode() {
     a_killed_data_process_is_replaced("a_killed_data_process_is_replaced_in_native_mode", NATIVE);
 }
 
+/// The UMEMs that a process has mapped.
+fn umems(pid: u32) -> usize {
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
+    maps.lines().filter(|line| line.contains("/memfd:tidegate-umem")).count()
+}
+
+/// However many queues a thread has: their XSKs share one UMEM, also those of a process that follows.
+#[test]
+fn queues_of_a_thread_share_their_memory() {
+    let Some(lab) = lab("queues_of_a_thread_share_their_memory") else { return };
+    let plug = |queue_count: u32| {
+        lab.gateway.ip(&format!("link del {OUTER}")).unwrap();
+        let queues = format!("numrxqueues {queue_count} numtxqueues {queue_count}");
+        let peer = lab.client.name();
+        let link =
+            format!("link add {OUTER} {queues} type veth peer name {OUTER} {queues} netns {peer}");
+        lab.gateway.ip(&link).unwrap();
+        for (space, last) in [(&lab.gateway, 1), (&lab.client, 2)] {
+            space.ip(&format!("address add 198.51.100.{last}/24 dev {OUTER}")).unwrap();
+            space.ip(&format!("link set {OUTER} up")).unwrap();
+        }
+    };
+    let has_queues = |gateway: &Daemon, count: u64| {
+        let queues = || Ok((gateway.status().nics[0]["queues"] == count).then_some(()));
+        lab::wait_for(&format!("{count} queues"), LIMIT, queues).unwrap();
+    };
+    let answers = |gateway: &Daemon| {
+        until_answered(&lab.client, GATEWAY_INNER[0], gateway);
+        let before = gateway.status().paths["xsk"];
+        let answered = lab.client.ping(GATEWAY_INNER[0], 5, &["-i", "0.1"]).unwrap().answered;
+        assert!(answered >= 4 && gateway.status().paths["xsk"] > before, "{:?}", gateway.status());
+    };
+    plug(4);
+    for (workers, count) in [("1", 1), ("2", 2)] {
+        let options = [NATIVE, &["--workers", workers]].concat();
+        let [gateway, _client] = tunnel(&lab, &options, GATEWAY_CONF);
+        has_queues(&gateway, 4);
+        answers(&gateway);
+        assert_eq!(umems(data(&gateway)), count, "{workers} workers");
+        let (second, _) = replace(&gateway);
+        has_queues(&gateway, 4);
+        answers(&gateway);
+        assert_eq!(umems(second), count, "{workers} workers");
+        // Queues that go and come leave nothing behind.
+        plug(2);
+        has_queues(&gateway, 2);
+        answers(&gateway);
+        assert_eq!(umems(second), count, "{workers} workers");
+        plug(4);
+        has_queues(&gateway, 4);
+        answers(&gateway);
+        assert_eq!(umems(second), count, "{workers} workers");
+    }
+}
+
 /// The maps that the keeper holds: id, type and number of entries.
 fn maps(daemon: &Daemon) -> Vec<(String, u32, u32)> {
     let folder = format!("/proc/{}/fdinfo", daemon.process.pid());

@@ -3,9 +3,13 @@
 //!
 //! Sessions, sockets and TUN queues know nothing of it: what is not steered while XSKs change comes by the
 //! sockets.
+//!
+//! The XSKs of a thread that are alike share a UMEM, whatever their NICs and queues ([`SharedUmem`]). Where
+//! the kernel refuses that, an XSK has its own.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -17,10 +21,11 @@ use wg_common::map::QUEUES_LEN;
 use super::Error;
 use super::mode::{BackEnds, InUse, Mode};
 use super::status;
-use crate::datapath::{Crew, PortChange, PortId, XskPort};
+use crate::datapath::{Crew, PortChange, PortId, Ports, TX_CHUNKS, XskPort};
 use crate::keeper::choice::{self, Bound, By, Plan};
 use crate::keeper::protocol::{NamedNic, Setup};
-use crate::keeper::{Keeper, NoXsk};
+use crate::keeper::{Keeper, NoXsk, XskAt};
+use crate::xsk::{PLACES_MAX, Place, Pool, UmemId, Xsk};
 
 /// A thread that does not take or give an XSK for so long is stuck, and keeps what it has.
 const THREAD_TIMEOUT: Duration = Duration::from_secs(2);
@@ -44,6 +49,82 @@ pub struct Nics {
 struct Held {
     nics: Vec<HeldNic>,
     slots: BTreeSet<u32>,
+    umems: Vec<SharedUmem>,
+    /// All that were named, as the keeper has chosen last.
+    named: Vec<NamedNic>,
+}
+
+/// XSKs that can share a UMEM: those of one thread, so that nobody waits for anybody, and all zero-copy or
+/// none, as the kernel wants it.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+struct Kind {
+    worker: WorkerId,
+    chunk_size: u32,
+    zero_copy: bool,
+}
+
+/// A UMEM, as those see it who open and close the XSKs that share it. Its pool is the thread's.
+struct SharedUmem {
+    id: UmemId,
+    kind: Kind,
+    /// What its XSKs are, with a descriptor of each: the kernel knows the UMEM by any of them.
+    members: Vec<(PortId, OwnedFd)>,
+    /// Where there may be others.
+    places: Vec<Place>,
+}
+
+impl Held {
+    /// How many XSKs of this kind are to be made that share no UMEM yet; one at least.
+    fn expected(&self, kind: Kind, thread_count: usize) -> usize {
+        let named: usize = self.named.iter().map(|nic| kind.count_of(nic, thread_count)).sum();
+        let of_kind = self.umems.iter().filter(|umem| umem.kind == kind);
+        let there: usize = of_kind.map(|umem| umem.members.len()).sum();
+        named.saturating_sub(there).clamp(1, PLACES_MAX)
+    }
+
+    /// A place for an XSK of this kind, with another one on the same UMEM.
+    fn place(&mut self, kind: Kind, id: PortId) -> Option<(Place, OwnedFd)> {
+        for umem in self.umems.iter_mut().filter(|umem| umem.kind == kind) {
+            let suits = |place: &Place| place.suits(id.ifindex, id.queue);
+            let other = umem.members.first().and_then(|(_, socket)| socket.try_clone().ok());
+            if let (Some(at), Some(other)) = (umem.places.iter().position(suits), other) {
+                return Some((umem.places.swap_remove(at), other));
+            }
+        }
+        None
+    }
+
+    /// Lets go of the descriptors of these XSKs: the threads' are the last.
+    fn forget(&mut self, is_over: impl Fn(PortId) -> bool) {
+        self.umems.retain_mut(|umem| {
+            umem.members.retain(|(id, _)| !is_over(*id));
+            !umem.members.is_empty()
+        });
+    }
+
+    fn give_back(&mut self, place: Place) {
+        // If there is nobody else with that UMEM, it is over.
+        if let Some(umem) = self.umems.iter_mut().find(|umem| umem.id == place.umem()) {
+            umem.places.push(place);
+        }
+    }
+}
+
+impl Kind {
+    /// Of a queue's XSK, if there is to be one.
+    fn of(nic: &NamedNic, queue: u32, thread_count: usize) -> Option<Self> {
+        let Plan::Xsk(plan) = &nic.plan else { return None };
+        Some(Self {
+            worker: WorkerId((queue as usize % thread_count) as u16),
+            chunk_size: plan.chunk_size,
+            zero_copy: plan.zero_copy.contains(&queue),
+        })
+    }
+
+    fn count_of(self, nic: &NamedNic, thread_count: usize) -> usize {
+        let is_it = |&queue: &u32| Self::of(nic, queue, thread_count) == Some(self);
+        (0..nic.queue_count).filter(is_it).count()
+    }
 }
 
 /// A NIC whose XSKs threads have.
@@ -71,7 +152,13 @@ impl Nics {
         keeper: &Rc<Keeper>,
         setup: &Setup,
         crew: &Arc<Crew>,
-    ) -> Result<(Self, Vec<Vec<XskPort>>), Error> {
+    ) -> Result<(Self, Vec<Ports>), Error> {
+        let held = Held {
+            nics: Vec::new(),
+            slots: (0..QUEUES_LEN).collect(),
+            umems: Vec::new(),
+            named: setup.nics.clone(),
+        };
         let nics = Self {
             keeper: Rc::clone(keeper),
             crew: Arc::clone(crew),
@@ -79,14 +166,14 @@ impl Nics {
             chosen: Cell::default(),
             changed: Notify::new(),
             served_anew: Notify::new(),
-            held: RefCell::new(Held { nics: Vec::new(), slots: (0..QUEUES_LEN).collect() }),
+            held: RefCell::new(held),
             in_use: InUse::default(),
         };
-        let mut of_thread: Vec<Vec<XskPort>> =
-            (0..crew.thread_count()).map(|_| Vec::new()).collect();
+        let mut of_thread: Vec<Ports> =
+            (0..crew.thread_count()).map(|_| Ports::default()).collect();
         for named in &setup.nics {
-            for (worker, port) in nics.bind(named)? {
-                of_thread[usize::from(worker.0)].push(port);
+            for (worker, port, pool) in nics.bind(named)? {
+                of_thread[usize::from(worker.0)].open(port, pool);
             }
         }
         nics.publish();
@@ -126,6 +213,7 @@ impl Nics {
         let (kept, over): (Vec<HeldNic>, Vec<HeldNic>) =
             std::mem::take(&mut self.held.borrow_mut().nics).into_iter().partition(is_as_before);
         self.held.borrow_mut().nics = kept;
+        self.held.borrow_mut().named.clone_from(&named);
         let ports: Vec<HeldPort> = over.into_iter().flat_map(|nic| nic.ports).collect();
         self.close(ports).await;
         for named in &named {
@@ -135,8 +223,8 @@ impl Nics {
             }
             match self.bind(named) {
                 Ok(ports) => {
-                    for (worker, port) in ports {
-                        self.give(worker, port).await;
+                    for (worker, port, pool) in ports {
+                        self.give(worker, port, pool).await;
                     }
                 }
                 // It ran before: sockets do what was asked for to begin with.
@@ -146,26 +234,26 @@ impl Nics {
         self.publish();
     }
 
-    /// Has an XSK bound to each queue of a NIC.
-    fn bind(&self, named: &NamedNic) -> Result<Vec<(WorkerId, XskPort)>, Error> {
+    /// Has an XSK bound to each queue of a NIC. Some bring the pool of a UMEM that those after them share.
+    fn bind(&self, named: &NamedNic) -> Result<Vec<(WorkerId, XskPort, Option<Pool>)>, Error> {
         let (mut ports, mut held, mut bound) = (Vec::new(), Vec::new(), Vec::new());
-        let queue_count = if matches!(named.plan, Plan::Xsk(_)) { named.queue_count } else { 0 };
-        for queue in 0..queue_count {
+        for queue in 0..named.queue_count {
+            let Some(kind) = Kind::of(named, queue, self.crew.thread_count()) else { break };
             let Some(slot) = self.held.borrow_mut().slots.pop_first() else {
                 bound.push(Bound::Refused(format!("there are {QUEUES_LEN} XSKs already")));
                 break;
             };
-            let worker = WorkerId((queue as usize % self.crew.thread_count()) as u16);
-            match self.keeper.bind_xsk(named, queue, slot, worker.0) {
-                Ok((xsk, is_zero_copy)) => {
+            match self.bind_one(named, XskAt { queue, slot, worker: kind.worker.0 }, kind) {
+                Ok((xsk, is_zero_copy, pool)) => {
                     bound.push(if is_zero_copy { Bound::ZeroCopy } else { Bound::Copy });
                     let id = PortId { ifindex: named.ifindex, queue };
-                    held.push(HeldPort { id, worker, slot });
+                    held.push(HeldPort { id, worker: kind.worker, slot });
                     let transmits = is_zero_copy || transmits_in_tests();
                     if transmits {
                         self.crew.note_transmits();
                     }
-                    ports.push((worker, XskPort::new(xsk, named.ifindex, transmits)));
+                    let port = XskPort::new(xsk, named.ifindex, transmits);
+                    ports.push((kind.worker, port, pool));
                 }
                 Err(error) => {
                     self.held.borrow_mut().slots.insert(slot);
@@ -199,10 +287,57 @@ impl Nics {
             if refused { Err(Error::NoZeroCopy(format!("{name}: {reason}"))) } else { Ok(ports) };
         let is_held = outcome.is_ok();
         if !is_held {
-            self.held.borrow_mut().slots.extend(held.drain(..).map(|port| port.slot));
+            let mut all = self.held.borrow_mut();
+            all.forget(|id| held.iter().any(|port: &HeldPort| port.id == id));
+            all.slots.extend(held.drain(..).map(|port| port.slot));
         }
         self.held.borrow_mut().nics.push(HeldNic { named: named.clone(), ports: held, status });
         outcome
+    }
+
+    /// Has an XSK bound, with the UMEM of others that are alike, or else with one that others can share.
+    fn bind_one(
+        &self,
+        named: &NamedNic,
+        at: XskAt,
+        kind: Kind,
+    ) -> Result<(Xsk, bool, Option<Pool>), NoXsk> {
+        let id = PortId { ifindex: named.ifindex, queue: at.queue };
+        let place = self.held.borrow_mut().place(kind, id);
+        if let Some((place, other)) = place {
+            match self.keeper.bind_sharing_xsk(named, at, place, other.as_fd()) {
+                Ok((xsk, is_zero_copy)) => {
+                    self.note_member(&xsk, id, kind, Vec::new());
+                    return Ok((xsk, is_zero_copy, None));
+                }
+                Err((error, place)) => {
+                    place.into_iter().for_each(|place| self.held.borrow_mut().give_back(place));
+                    let NoXsk::CannotShare(reason) = error else { return Err(error) };
+                    let (nic, queue) = (&named.name, at.queue);
+                    tracing::debug!(nic, queue, reason, "a UMEM of its own");
+                }
+            }
+        }
+        let count = self.held.borrow().expected(kind, self.crew.thread_count());
+        let to_send = if kind.zero_copy || transmits_in_tests() { TX_CHUNKS } else { 0 };
+        let ((pool, xsk, places), is_zero_copy) =
+            self.keeper.bind_xsk(named, at, (count, to_send))?;
+        self.note_member(&xsk, id, Kind { zero_copy: is_zero_copy, ..kind }, places);
+        Ok((xsk, is_zero_copy, Some(pool)))
+    }
+
+    /// Takes note of who shares a UMEM.
+    fn note_member(&self, xsk: &Xsk, id: PortId, kind: Kind, places: Vec<Place>) {
+        // Without another descriptor it is alone.
+        let Ok(socket) = xsk.as_fd().try_clone_to_owned() else { return };
+        let umems = &mut self.held.borrow_mut().umems;
+        match umems.iter_mut().find(|umem| umem.id == xsk.umem()) {
+            Some(umem) => umem.members.push((id, socket)),
+            None => {
+                let members = vec![(id, socket)];
+                umems.push(SharedUmem { id: xsk.umem(), kind, members, places });
+            }
+        }
     }
 
     fn publish(&self) {
@@ -215,8 +350,8 @@ impl Nics {
     }
 
     /// Hands an XSK to the thread that is to serve it.
-    async fn give(&self, worker: WorkerId, port: XskPort) {
-        if !self.tell(worker, PortChange::Open(port)).await {
+    async fn give(&self, worker: WorkerId, port: XskPort, pool: Option<Pool>) {
+        if !self.tell(worker, PortChange::Open(port, pool)).await {
             tracing::error!(
                 worker = worker.0,
                 "a thread takes no XSK: its packets pass to sockets"
@@ -239,6 +374,8 @@ impl Nics {
 
     /// Takes XSKs back from threads and closes them.
     async fn close(&self, ports: Vec<HeldPort>) {
+        let is_over = |id: PortId| ports.iter().any(|port| port.id == id);
+        self.held.borrow_mut().forget(is_over);
         let mut waited_for = Vec::new();
         for port in ports {
             if self.tell(port.worker, PortChange::Close(port.id)).await {
@@ -247,9 +384,10 @@ impl Nics {
         }
         let until = Instant::now() + THREAD_TIMEOUT;
         while !waited_for.is_empty() && Instant::now() < until {
-            while let Some((id, port)) = self.crew.take_closed() {
+            while let Some((id, closed)) = self.crew.take_closed() {
                 // Here, not in the thread: it takes the kernel some milliseconds.
-                drop(port);
+                let place = closed.and_then(|(port, _pool)| port.xsk.close());
+                place.into_iter().for_each(|place| self.held.borrow_mut().give_back(place));
                 if let Some(at) = waited_for.iter().position(|port| port.id == id) {
                     self.held.borrow_mut().slots.insert(waited_for.swap_remove(at).slot);
                 }

@@ -20,7 +20,7 @@ use crate::aead::choice::{self, Chosen};
 use crate::aead::{AeadChoice, BatchAead};
 use crate::datapath::handoff::Mesh;
 use crate::datapath::shared::{DATAGRAM_LEN_MAX, PARCEL_RING_LEN};
-use crate::datapath::{Crew, Shared, SocketGroup, Worker, WorkerThread, XskPort};
+use crate::datapath::{Crew, Ports, Shared, SocketGroup, Worker, WorkerThread};
 use crate::handshake::{Handshakes, Os, Pool, source};
 use crate::keeper::Keeper;
 use crate::keeper::protocol::{DeviceSetup, Setup};
@@ -99,8 +99,8 @@ pub fn start(
             .with_context(|| format!("preparing {interface}"))?;
         devices.push(Prepared { interface: interface.clone(), ..device });
     }
-    let (nics, xsks) = Nics::begin(keeper, setup, &crew)?;
-    let threads = start_threads(&cpus, &crew, &devices, xsks, aead)?;
+    let (nics, ports) = Nics::begin(keeper, setup, &crew)?;
+    let threads = start_threads(&cpus, &crew, &devices, ports, aead)?;
 
     let devices = devices.into_iter().map(|device| {
         let Prepared {
@@ -190,7 +190,7 @@ fn start_threads(
     cpus: &[usize],
     crew: &Arc<Crew>,
     devices: &[Prepared],
-    xsks: Vec<Vec<XskPort>>,
+    ports: Vec<Ports>,
     aead: &'static dyn BatchAead,
 ) -> anyhow::Result<Threads> {
     let ids = || (0..crew.thread_count()).map(|number| WorkerId(number as u16));
@@ -199,7 +199,7 @@ fn start_threads(
     let between = |_| Mesh::between(crew.thread_count(), PARCEL_RING_LEN);
     let mut meshes: Vec<_> = devices.iter().map(between).collect();
     let mut threads = Vec::new();
-    for (id, ports) in ids().zip(xsks) {
+    for (id, ports) in ids().zip(ports) {
         let workers = devices.iter().zip(&mut meshes).map(|(device, meshes)| {
             let mesh = meshes.pop_front().expect("one for each worker");
             Worker::new(id, Arc::clone(&device.shared), mesh, aead)

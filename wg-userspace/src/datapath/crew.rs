@@ -14,6 +14,7 @@ use super::staging::Budget;
 use super::thread::XskPort;
 use crate::counters::Counters;
 use crate::sys::{EventFd, SharedWords};
+use crate::xsk::Pool;
 
 /// The threads of the data path. Each of them runs one worker of every device.
 pub struct Crew {
@@ -24,7 +25,7 @@ pub struct Crew {
     kernel_heartbeats: Option<Arc<SharedWords>>,
     staging: Arc<Budget>,
     /// XSKs that threads were told to close.
-    closed: ArrayQueue<(PortId, Option<XskPort>)>,
+    closed: ArrayQueue<(PortId, Option<Closed>)>,
     /// Whether some XSK sends.
     transmits: AtomicBool,
 }
@@ -38,14 +39,17 @@ pub struct PortId {
     pub queue: u32,
 }
 
+/// An XSK that a thread has given back, with the pool of its UMEM if no other shares that.
+pub type Closed = (XskPort, Option<Pool>);
+
 /// What is to become of a thread's XSKs.
 #[expect(
     clippy::large_enum_variant,
     reason = "a box would be given back by a thread that moves packets"
 )]
 pub enum PortChange {
-    /// It has one more.
-    Open(XskPort),
+    /// It has one more, and the pool of its UMEM if no other of its XSKs shares that.
+    Open(XskPort, Option<Pool>),
     /// It gives one back, for [`Crew::take_closed`].
     Close(PortId),
 }
@@ -161,13 +165,13 @@ impl Crew {
     }
 
     /// Gives back what a thread was told to close, if it had that.
-    pub(super) fn give_back(&self, id: PortId, port: Option<XskPort>) {
+    pub(super) fn give_back(&self, id: PortId, port: Option<Closed>) {
         // There is room for all there can be. What does not fit is closed here, which only takes time.
         drop(self.closed.push((id, port)));
     }
 
     /// An XSK that a thread has given back, if it had it.
-    pub fn take_closed(&self) -> Option<(PortId, Option<XskPort>)> {
+    pub fn take_closed(&self) -> Option<(PortId, Option<Closed>)> {
         self.closed.pop()
     }
 

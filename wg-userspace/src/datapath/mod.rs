@@ -32,7 +32,8 @@ pub mod worker;
 
 pub use crew::{Crew, PortChange, PortId};
 pub use shared::{Shared, SocketGroup};
-pub use thread::{WorkerThread, XskPort};
+pub use thread::{Ports, WorkerThread, XskPort};
+pub use transmit::TX_CHUNKS;
 pub use work_queue::WorkQueue;
 pub use worker::Worker;
 

@@ -14,7 +14,7 @@ use wg_common::map::QUEUES_LEN;
 use wg_common::outcome::DropReason;
 use wg_common::time::{Now, Reading};
 
-use super::crew::{Crew, PortChange};
+use super::crew::{Crew, PortChange, PortId};
 use super::inbound::Arrival;
 use super::spin::Spin;
 use super::transmit::{TX_CHUNKS, TxState};
@@ -24,7 +24,7 @@ use crate::counters::Path;
 use crate::sys::clock;
 use crate::sys::mmsg::ReceiveBatch;
 use crate::sys::wait::{PollFd, PollFlags, poll};
-use crate::xsk::{Frame, Xsk};
+use crate::xsk::{Frame, Pool, Xsk};
 
 /// Longest sleep: a thread that waits for packets still says that it lives well before its heartbeat
 /// counts as stale.
@@ -40,9 +40,69 @@ const POLLED_MAX: usize = 1024;
 /// XSKs among them.
 const POLLED_XSKS_MAX: usize = POLLED_MAX / 2;
 
+/// The XSKs of a thread, and the pools of the UMEMs that they share.
+#[derive(Default)]
+pub struct Ports {
+    /// The XSKs. The pool of each is among the others.
+    pub(super) ports: Vec<XskPort>,
+    pub(super) pools: Vec<Pool>,
+}
+
+impl Ports {
+    /// Takes an XSK that is bound, with its pool if that is not here yet.
+    pub fn open(&mut self, mut port: XskPort, pool: Option<Pool>) {
+        self.pools.extend(pool);
+        match self.pools.iter_mut().find(|pool| pool.id() == port.xsk.umem()) {
+            Some(pool) => pool.admit(&mut port.xsk),
+            // It was closed meanwhile; without a pool nothing can be done with it.
+            None => return,
+        }
+        self.ports.push(port);
+    }
+
+    /// Lets go of an XSK, and of its pool if no other shares that.
+    pub(super) fn close(&mut self, id: PortId) -> Option<(XskPort, Option<Pool>)> {
+        let is_it = |port: &XskPort| (port.ifindex, port.xsk.queue()) == (id.ifindex, id.queue);
+        let port = self.ports.swap_remove(self.ports.iter().position(is_it)?);
+        let umem = port.xsk.umem();
+        let pool = match self.ports.iter().any(|other| other.xsk.umem() == umem) {
+            true => None,
+            false => self.pools.iter().position(|pool| pool.id() == umem),
+        };
+        Some((port, pool.map(|at| self.pools.swap_remove(at))))
+    }
+
+    /// Does something with each XSK and its pool.
+    fn each(&mut self, mut f: impl FnMut(&mut XskPort, &mut Pool)) {
+        let Self { ports, pools } = self;
+        ports.iter_mut().for_each(|port| f(port, pool_of(pools, &port.xsk)));
+    }
+
+    /// An XSK that transmits, with its pool, of which something holds.
+    pub(super) fn find(
+        &mut self,
+        leads: impl Fn(&XskPort) -> bool,
+    ) -> Option<(&mut XskPort, &mut Pool)> {
+        let Self { ports, pools } = self;
+        let port = ports.iter_mut().find(|port| port.transmits && leads(port))?;
+        let pool = pool_of(pools, &port.xsk);
+        Some((port, pool))
+    }
+
+    /// Whether any of them transmits.
+    pub(super) fn transmit(&self) -> bool {
+        self.ports.iter().any(|port| port.transmits)
+    }
+}
+
+fn pool_of<'a>(pools: &'a mut [Pool], xsk: &Xsk) -> &'a mut Pool {
+    let its = |pool: &&mut Pool| pool.id() == xsk.umem();
+    pools.iter_mut().find(its).expect("a thread has the pools of its XSKs")
+}
+
 /// An XSK and the NIC on which it is bound.
 pub struct XskPort {
-    /// The socket with its rings and UMEM.
+    /// The socket with its rings.
     pub xsk: Xsk,
     /// The NIC.
     pub ifindex: u32,
@@ -58,9 +118,7 @@ pub struct XskPort {
 impl XskPort {
     /// An XSK that is bound on the NIC with this index.
     pub fn new(mut xsk: Xsk, ifindex: u32, transmits: bool) -> Self {
-        if transmits {
-            xsk.set_apart_to_send(TX_CHUNKS);
-        }
+        xsk.set_apart_to_send(if transmits { TX_CHUNKS } else { 0 });
         Self { xsk, ifindex, dropped: [0; 2], transmits, tx: TxState::default() }
     }
 }
@@ -69,7 +127,7 @@ impl XskPort {
 pub struct WorkerThread {
     id: WorkerId,
     crew: Arc<Crew>,
-    ports: Vec<XskPort>,
+    ports: Ports,
     /// One of each device that is not over.
     workers: Vec<Worker>,
     /// The worker that went first in the latest turn.
@@ -90,12 +148,13 @@ impl WorkerThread {
     pub fn new(
         id: WorkerId,
         crew: Arc<Crew>,
-        ports: Vec<XskPort>,
+        mut ports: Ports,
         workers: Vec<Worker>,
     ) -> std::io::Result<Self> {
-        let mut ports = ports;
         // Others may come while it runs, without memory being asked for then.
-        ports.reserve_exact((QUEUES_LEN as usize).saturating_sub(ports.len()));
+        let Ports { ports: xsks, pools } = &mut ports;
+        xsks.reserve_exact((QUEUES_LEN as usize).saturating_sub(xsks.len()));
+        pools.reserve_exact((QUEUES_LEN as usize).saturating_sub(pools.len()));
         Ok(Self {
             id,
             crew,
@@ -152,8 +211,8 @@ impl WorkerThread {
         self.crew.beat(self.id, now);
         self.change_ports();
         let mut more = false;
-        self.ports.iter_mut().for_each(|port| port.reap(now));
-        for port in 0..self.ports.len() {
+        self.ports.each(|port, pool| port.reap(pool, now));
+        for port in 0..self.ports.ports.len() {
             more |= self.receive_frames(port, now);
         }
         // Another device goes first each time, so that none starves.
@@ -163,7 +222,7 @@ impl WorkerThread {
         for worker in from.iter_mut().chain(before) {
             more |= worker.turn(&mut self.received, &mut self.ports, now);
         }
-        self.ports.iter_mut().for_each(XskPort::kick);
+        self.ports.ports.iter_mut().for_each(XskPort::kick);
         self.count_kernel_drops(now);
         more
     }
@@ -172,16 +231,9 @@ impl WorkerThread {
     fn change_ports(&mut self) {
         while let Some(change) = self.crew.next_port_change(self.id) {
             match change {
-                PortChange::Open(port) => {
-                    // There are no more of them than numbers in the map, for which there is room.
-                    self.ports.push(port);
-                }
-                PortChange::Close(id) => {
-                    let is_it =
-                        |port: &XskPort| (port.ifindex, port.xsk.queue()) == (id.ifindex, id.queue);
-                    let at = self.ports.iter().position(is_it);
-                    self.crew.give_back(id, at.map(|at| self.ports.swap_remove(at)));
-                }
+                // There are no more of them than numbers in the map, for which there is room.
+                PortChange::Open(port, pool) => self.ports.open(port, pool),
+                PortChange::Close(id) => self.crew.give_back(id, self.ports.close(id)),
             }
         }
     }
@@ -194,7 +246,7 @@ impl WorkerThread {
         self.asked = now;
         self.workers.iter_mut().for_each(Worker::count_kernel_drops);
         let counters = self.crew.counters(self.id);
-        for XskPort { xsk, dropped, .. } in &mut self.ports {
+        for XskPort { xsk, dropped, .. } in &mut self.ports.ports {
             let Ok(counts) = xsk.counts() else { continue };
             let kernel = counts.kernel;
             let newest = [kernel.rx_ring_full, kernel.rx_dropped];
@@ -214,7 +266,7 @@ impl WorkerThread {
                 return self.spin.found(clock::boot_now());
             }
         }
-        let waits = self.ports.iter_mut().any(XskPort::waits);
+        let waits = self.ports.ports.iter_mut().any(XskPort::waits);
         self.wait(if waits { KICK_AGAIN } else { SLEEP_MAX });
         self.spin.found(clock::boot_now());
     }
@@ -225,7 +277,7 @@ impl WorkerThread {
         let wake = self.crew.wake(self.id);
         let mut fds: ArrayVec<PollFd<'_>, POLLED_MAX> = ArrayVec::new();
         fds.push(readable_fd(wake.as_fd()));
-        let xsks = self.ports.iter().take(POLLED_XSKS_MAX);
+        let xsks = self.ports.ports.iter().take(POLLED_XSKS_MAX);
         fds.extend(xsks.map(|port| readable_fd(port.xsk.as_fd())));
         let ours = fds.len();
         let mut polled = fds.remaining_capacity();
@@ -271,14 +323,16 @@ impl WorkerThread {
 
     /// Takes a batch of frames from an XSK. Says whether it is full, and how many cost something.
     fn receive_batch(&mut self, port: usize, now: Now) -> (bool, usize) {
-        let XskPort { xsk, ifindex, .. } = &mut self.ports[port];
+        let Ports { ports, pools } = &mut self.ports;
+        let XskPort { xsk, ifindex, .. } = &mut ports[port];
+        let pool = pool_of(pools, xsk);
         let mut frames: ArrayVec<Frame, BATCH_LEN> = ArrayVec::new();
-        xsk.receive(&mut frames);
+        xsk.receive(pool, &mut frames);
         if frames.is_empty() {
             return (false, 0);
         }
         let counters = self.crew.counters(self.id);
-        let umem = xsk.umem();
+        let umem = pool.umem();
         // The worker for which the first of them is, and what is for it; then what is for others.
         let mut device = 0;
         let mut arrivals: ArrayVec<Arrival<'_>, BATCH_LEN> = ArrayVec::new();
@@ -340,7 +394,7 @@ impl WorkerThread {
         drop((arrivals, others));
         let full = frames.is_full();
         for frame in frames {
-            xsk.recycle(frame);
+            xsk.recycle(pool, frame);
         }
         (full, costly)
     }

@@ -20,10 +20,10 @@ use wg_common::time::Now;
 
 use super::BATCH_LEN;
 use super::outbound::{DatagramSink, Outgoing, Unsent};
-use super::thread::XskPort;
+use super::thread::{Ports, XskPort};
 use crate::session::{Hop, HotPeer};
 use crate::udp::UdpSockets;
-use crate::xsk::Xsk;
+use crate::xsk::{Pool, Xsk};
 
 /// A ring of which the NIC has taken nothing for so long counts as stuck.
 const STUCK_AFTER: Duration = Duration::from_millis(100);
@@ -44,11 +44,11 @@ pub struct TxState {
 
 impl XskPort {
     /// Takes back what was sent. To be called at the beginning of each turn.
-    pub(super) fn reap(&mut self, now: Now) {
+    pub(super) fn reap(&mut self, pool: &mut Pool, now: Now) {
         if !self.transmits && !self.tx.is_used {
             return;
         }
-        if self.xsk.complete() > 0 || self.xsk.tx_outstanding() == 0 {
+        if self.xsk.complete(pool) > 0 || self.xsk.tx_outstanding() == 0 {
             self.tx.moved = now;
         }
     }
@@ -75,8 +75,8 @@ impl XskPort {
     }
 
     /// Puts a message behind headers into the ring.
-    fn put(&mut self, headers: &OuterHeaders, message: &[u8]) -> Put {
-        match put(&mut self.xsk, headers, message) {
+    fn put(&mut self, pool: &mut Pool, headers: &OuterHeaders, message: &[u8]) -> Put {
+        match put((&mut self.xsk, pool), headers, message) {
             Put::NoRoom => {}
             put => {
                 self.tx.is_used = true;
@@ -85,8 +85,8 @@ impl XskPort {
         }
         // Perhaps the NIC has only not been told of what is there.
         let _ = self.xsk.kick();
-        self.xsk.complete();
-        put(&mut self.xsk, headers, message)
+        self.xsk.complete(pool);
+        put((&mut self.xsk, pool), headers, message)
     }
 }
 
@@ -101,21 +101,21 @@ enum Put {
     TooLong,
 }
 
-fn put(xsk: &mut Xsk, headers: &OuterHeaders, message: &[u8]) -> Put {
-    let Some(mut frame) = xsk.allocate_to_send() else { return Put::NoRoom };
+fn put((xsk, pool): (&mut Xsk, &mut Pool), headers: &OuterHeaders, message: &[u8]) -> Put {
+    let Some(mut frame) = xsk.allocate_to_send(pool) else { return Put::NoRoom };
     let len = headers.len() + message.len();
     let fits = len <= frame.len();
     frame.truncate(len);
-    let bytes = xsk.umem().bytes_mut(&mut frame);
+    let bytes = pool.umem().bytes_mut(&mut frame);
     let written = fits.then(|| headers.write_with(message, bytes)).flatten();
     if written.is_none() {
-        xsk.recycle(frame);
+        xsk.recycle(pool, frame);
         return Put::TooLong;
     }
-    match xsk.transmit(frame) {
+    match xsk.transmit(pool, frame) {
         Ok(()) => Put::InRing,
         Err(frame) => {
-            xsk.recycle(frame);
+            xsk.recycle(pool, frame);
             Put::NoRoom
         }
     }
@@ -124,12 +124,12 @@ fn put(xsk: &mut Xsk, headers: &OuterHeaders, message: &[u8]) -> Put {
 /// Where a worker's messages leave: its sockets, and the XSKs of its thread.
 pub struct Exit<'a> {
     sockets: &'a UdpSockets,
-    ports: RefCell<&'a mut [XskPort]>,
+    ports: RefCell<&'a mut Ports>,
 }
 
 impl<'a> Exit<'a> {
     /// By these.
-    pub fn new(sockets: &'a UdpSockets, ports: &'a mut [XskPort]) -> Self {
+    pub fn new(sockets: &'a UdpSockets, ports: &'a mut Ports) -> Self {
         Self { sockets, ports: RefCell::new(ports) }
     }
 
@@ -146,12 +146,10 @@ impl<'a> Exit<'a> {
         let way = peer.way.load();
         let found = way.as_deref().zip(datagrams.first()).and_then(|(way, first)| {
             let hop = way.hop().filter(|hop| hop.is_resolved && way.is_for(first.endpoint))?;
-            let leads = |port: &&mut XskPort| {
-                port.transmits && port.ifindex == hop.link && !port.is_stuck(now)
-            };
-            Some((way, hop, ports.iter_mut().find(leads)?))
+            let leads = |port: &XskPort| port.ifindex == hop.link && !port.is_stuck(now);
+            Some((way, hop, ports.find(leads)?))
         });
-        let Some((way, hop, port)) = found else {
+        let Some((way, hop, (port, pool))) = found else {
             datagrams.iter().enumerate().for_each(|(at, datagram)| by_socket(at, *datagram));
             return;
         };
@@ -160,7 +158,7 @@ impl<'a> Exit<'a> {
         let first_id = peer.datagram_id.fetch_add(count, Ordering::Relaxed) as u16;
         for (at, datagram) in datagrams.iter().enumerate() {
             let put = match self.headers(hop, datagram, first_id.wrapping_add(at as u16)) {
-                Some(headers) => port.put(&headers, datagram.bytes),
+                Some(headers) => port.put(pool, &headers, datagram.bytes),
                 None => Put::TooLong,
             };
             match put {
@@ -193,7 +191,7 @@ impl DatagramSink for Exit<'_> {
         peers: &[(&HotPeer, usize)],
         now: Now,
     ) -> Unsent {
-        if self.ports.borrow().iter().all(|port| !port.transmits) {
+        if !self.ports.borrow().transmit() {
             return self.sockets.send(datagrams);
         }
         let mut outcome = Unsent::default();
@@ -249,7 +247,7 @@ mod tests {
 
     /// An XSK with its other end, sockets, and a peer that both lead to.
     struct Setting {
-        port: XskPort,
+        ports: Ports,
         nic: KernelTwin,
         sockets: UdpSockets,
         receiver: Receiver,
@@ -259,16 +257,18 @@ mod tests {
 
     impl Setting {
         fn new() -> Self {
-            let (xsk, nic) = twin::pair(LINK, 0, SMALL).unwrap();
+            let (pool, xsk, nic) = twin::pair(LINK, 0, SMALL).unwrap();
             let mut port = XskPort::new(xsk, LINK, true);
             port.xsk.set_apart_to_send(ROOM as u32);
+            let mut ports = Ports::default();
+            ports.open(port, Some(pool));
             let receiver = Receiver::bind("127.0.0.1:0").unwrap();
             receiver.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
             let (_, mut sockets) = udp::bind_group(0, 1, 0).unwrap();
             let peer = HotPeer::new(PeerId(0), DeviceId(0), PublicKey::from_bytes([0; 32]));
             let sockets = sockets.remove(0);
             let now = Now::from_boot_ns(1_000_000_000);
-            let mut setting = Self { port, nic, sockets, receiver, peer, now };
+            let mut setting = Self { ports, nic, sockets, receiver, peer, now };
             setting.publish(|_| {});
             setting.turn();
             setting
@@ -301,15 +301,20 @@ mod tests {
             let endpoint = self.endpoint();
             let outgoing = |bytes| Outgoing { bytes, endpoint: &endpoint, tos };
             let datagrams: Vec<_> = messages.iter().map(|bytes| outgoing(&bytes[..])).collect();
-            let ports = std::slice::from_mut(&mut self.port);
-            let exit = Exit::new(&self.sockets, ports);
+            let exit = Exit::new(&self.sockets, &mut self.ports);
             exit.send_to_peers(&datagrams, &[(&self.peer, datagrams.len())], self.now)
         }
 
         fn turn(&mut self) {
-            self.port.kick();
+            self.port().0.kick();
             self.now = self.now + Duration::from_millis(1);
-            self.port.reap(self.now);
+            let now = self.now;
+            let (port, pool) = self.port();
+            port.reap(pool, now);
+        }
+
+        fn port(&mut self) -> (&mut XskPort, &mut Pool) {
+            (&mut self.ports.ports[0], &mut self.ports.pools[0])
         }
 
         /// What has come by the socket: the first byte of each.
@@ -377,7 +382,7 @@ mod tests {
         setting.peer.forget_way();
         by_socket(&mut setting, &[32], 0, &[0]);
         setting.publish(|_| {});
-        setting.port.transmits = false;
+        setting.port().0.transmits = false;
         by_socket(&mut setting, &[32], 0, &[0]);
     }
 
@@ -413,15 +418,17 @@ mod tests {
             while setting.nic.deliver(&[0; 60]) {
                 delivered += 1;
             }
-            setting.port.xsk.receive(&mut frames);
+            let (port, pool) = setting.port();
+            port.xsk.receive(pool, &mut frames);
             // Only half of them come back at once.
             if let Some(frame) = frames.pop() {
-                setting.port.xsk.recycle(frame);
+                port.xsk.recycle(pool, frame);
             }
         }
         assert!(delivered >= SMALL.fill_level);
         assert_eq!(setting.send(&[32; ROOM], 0).by_xsk, ROOM);
-        frames.into_iter().for_each(|frame| setting.port.xsk.recycle(frame));
+        let (port, pool) = setting.port();
+        frames.into_iter().for_each(|frame| port.xsk.recycle(pool, frame));
         assert!(setting.nic.deliver(&[0; 60]), "there is always something to receive into");
     }
 }

@@ -13,7 +13,7 @@ use super::handoff::{Mesh, Parcel, ParcelReceiver};
 use super::inbound::{Arrival, Inbound};
 use super::outbound::Outbound;
 use super::shared::{Shared, SocketGroup};
-use super::thread::{SLEEP_MAX, XskPort};
+use super::thread::{Ports, SLEEP_MAX};
 use super::transmit::Exit;
 use super::{BATCH_LEN, BATCHES_MAX};
 use crate::aead::BatchAead;
@@ -125,7 +125,7 @@ impl Worker {
     pub(super) fn turn(
         &mut self,
         received: &mut ReceiveBatch,
-        ports: &mut [XskPort],
+        ports: &mut Ports,
         now: Now,
     ) -> bool {
         let is_down = !self.shared.is_up();
@@ -147,7 +147,7 @@ impl Worker {
 
     /// Sends staged packets whose keypair has come. Looking for them costs time with each peer that
     /// has some, so it is done after a wake-up, which follows every new keypair, and now and then.
-    fn flush_staged(&mut self, ports: &mut [XskPort], now: Now) -> bool {
+    fn flush_staged(&mut self, ports: &mut Ports, now: Now) -> bool {
         if !self.flush && now.since(self.flushed) < SLEEP_MAX {
             return false;
         }
@@ -305,7 +305,7 @@ impl Worker {
         costly + self.receive(&mut arrivals, now)
     }
 
-    fn send_packets(&mut self, worker: usize, ports: &mut [XskPort], now: Now) -> bool {
+    fn send_packets(&mut self, worker: usize, ports: &mut Ports, now: Now) -> bool {
         let tun = &self.shared.tun_queues[worker];
         let own = &self.sockets.of_worker[usize::from(self.id.0)];
         match self.outbound.process(tun, &Exit::new(own, ports), now) {

@@ -19,7 +19,7 @@ use crate::host::Towards;
 use crate::sys::SharedWords;
 use crate::tun::TunQueue;
 use crate::udp::{UdpSocket, UdpSockets};
-use crate::xsk::{Unbound, Xsk, XskOptions};
+use crate::xsk::{Place, Pool, Unbound, Xsk, XskOptions};
 
 /// A keeper that does not answer for so long is not there any more.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
@@ -53,9 +53,23 @@ pub enum NoXsk {
     /// There is no such queue.
     #[error("there is no such queue")]
     NoQueue,
+    /// It cannot share that UMEM.
+    #[error("{0}")]
+    CannotShare(String),
     /// For another reason.
     #[error("{0}")]
     Refused(String),
+}
+
+/// Where an XSK belongs.
+#[derive(Clone, Copy, Debug)]
+pub struct XskAt {
+    /// The NIC's queue.
+    pub queue: u32,
+    /// The number in the steer program's map.
+    pub slot: u32,
+    /// The worker that will serve it.
+    pub worker: u16,
 }
 
 impl Keeper {
@@ -202,35 +216,75 @@ impl Keeper {
         done(self.ask(&Request::SetMark { device, fwmark }).0)
     }
 
-    /// An XSK on a queue of a NIC, in the steer program's map under the number `slot`, and whether it is
-    /// zero-copy.
+    /// An XSK on a queue of a NIC, in the steer program's map, and whether it is zero-copy; with a UMEM of
+    /// its own that so many can share, of which so many chunks are to be sent, beside its pool and the other
+    /// places.
     ///
     /// # Errors
     /// Why there is none.
     pub fn bind_xsk(
         &self,
         nic: &NamedNic,
-        queue: u32,
-        slot: u32,
-        worker: u16,
-    ) -> Result<(Xsk, bool), NoXsk> {
+        at: XskAt,
+        places: (usize, u32),
+    ) -> Result<((Pool, Xsk, Vec<Place>), bool), NoXsk> {
+        let unbound = self.open_xsk(nic, false)?;
+        // Before it is bound: later, older kernels map no rings.
+        let made = Xsk::from_unbound(unbound, places, nic.ifindex, at.queue)
+            .map_err(|error| NoXsk::Refused(error.to_string()))?;
+        Ok((made, self.bind(nic, at, None)?))
+    }
+
+    /// As [`Keeper::bind_xsk`], with the UMEM of `other`, where there is this place.
+    ///
+    /// # Errors
+    /// Why there is none. The place is free again, unless it was left by one that nobody can tell about.
+    pub fn bind_sharing_xsk(
+        &self,
+        nic: &NamedNic,
+        at: XskAt,
+        place: Place,
+        other: BorrowedFd<'_>,
+    ) -> Result<(Xsk, bool), (NoXsk, Option<Place>)> {
+        let unbound = match self.open_xsk(nic, true) {
+            Ok(unbound) => unbound,
+            Err(error) => return Err((error, Some(place))),
+        };
+        let xsk = Xsk::sharing(unbound, place, nic.ifindex, at.queue)
+            .map_err(|(error, place)| (NoXsk::Refused(error.to_string()), Some(place)))?;
+        match self.bind(nic, at, Some(other)) {
+            Ok(is_zero_copy) => Ok((xsk, is_zero_copy)),
+            Err(error) => Err((error, xsk.close())),
+        }
+    }
+
+    fn open_xsk(&self, nic: &NamedNic, shares: bool) -> Result<Unbound, NoXsk> {
         let NamedNic { ifindex, generation, .. } = *nic;
-        let (socket, umem, chunk_size) = match self.ask(&Request::OpenXsk { ifindex, generation }) {
-            (Answer::Xsk { chunk_size }, fds) => match <[OwnedFd; 2]>::try_from(fds) {
-                Ok([socket, umem]) => (socket, umem, chunk_size),
-                Err(_) => lost(&ChannelError::Unexpected),
-            },
-            (Answer::Refused(refusal), _) => return Err(NoXsk::Refused(refusal.text)),
+        let (answer, fds) = self.ask(&Request::OpenXsk { ifindex, generation, shares });
+        let chunk_size = match answer {
+            Answer::Xsk { chunk_size } => chunk_size,
+            Answer::Refused(refusal) => return Err(NoXsk::Refused(refusal.text)),
             _ => lost(&ChannelError::Unexpected),
         };
+        let mut fds = fds.into_iter();
+        let (Some(socket), umem) = (fds.next(), fds.next()) else {
+            lost(&ChannelError::Unexpected)
+        };
+        if umem.is_some() == shares {
+            lost(&ChannelError::Unexpected)
+        }
         let options = XskOptions { chunk_size, ..XskOptions::default() };
-        let unbound = Unbound { socket, umem, options };
-        // Before it is bound: later, older kernels map no rings.
-        let xsk = Xsk::from_unbound(unbound, ifindex, queue)
-            .map_err(|error| NoXsk::Refused(error.to_string()))?;
-        match self.ask(&Request::BindXsk { ifindex, queue, slot, worker, generation }).0 {
-            Answer::Bound { zero_copy } => Ok((xsk, zero_copy)),
+        Ok(Unbound { socket, umem, options })
+    }
+
+    fn bind(&self, nic: &NamedNic, at: XskAt, other: Option<BorrowedFd<'_>>) -> Result<bool, NoXsk> {
+        let NamedNic { ifindex, generation, .. } = *nic;
+        let XskAt { queue, slot, worker } = at;
+        let request = Request::BindXsk { ifindex, queue, slot, worker, generation };
+        match self.try_ask(&request, other).unwrap_or_else(|error| lost(&error)).0 {
+            Answer::Bound { zero_copy } => Ok(zero_copy),
             Answer::NoQueue => Err(NoXsk::NoQueue),
+            Answer::CannotShare(why) => Err(NoXsk::CannotShare(why)),
             Answer::Refused(refusal) => Err(NoXsk::Refused(refusal.text)),
             _ => lost(&ChannelError::Unexpected),
         }

@@ -249,15 +249,19 @@ impl Edges {
         }
         let answered = match request {
             Request::Setup => self.setup(),
-            Request::OpenXsk { ifindex, generation } => self.open_xsk(ifindex, generation),
+            Request::OpenXsk { ifindex, generation, shares } => {
+                self.open_xsk(ifindex, generation, shares)
+            }
             Request::BindXsk { ifindex, queue, slot, worker, generation } => {
                 if slot >= QUEUES_LEN || usize::from(worker) >= self.worker_count {
                     return Err(Nonsense);
                 }
                 let Some(socket) = self.unbound.take() else { return Err(Nonsense) };
                 let entry = |frame_len_max| QueueEntry::new(slot, WorkerId(worker), frame_len_max);
-                match self.nics.bind(&socket, QueueKey { ifindex, queue }, generation, entry) {
+                let (key, other) = (QueueKey { ifindex, queue }, fds.into_iter().next());
+                match self.nics.bind((&socket, other.as_ref()), key, generation, entry) {
                     Ok(zero_copy) => Ok((Answer::Bound { zero_copy }, Vec::new())),
+                    Err(NotBound::CannotShare(why)) => Ok((Answer::CannotShare(why), Vec::new())),
                     Err(NotBound::NoQueue) => Ok((Answer::NoQueue, Vec::new())),
                     Err(NotBound::Refused(why)) => Err(refusal(why, None)),
                 }
@@ -310,14 +314,16 @@ impl Edges {
     }
 
     /// Makes an XSK, which is bound when the data process has mapped it.
-    fn open_xsk(&mut self, ifindex: u32, generation: u64) -> Answered {
+    fn open_xsk(&mut self, ifindex: u32, generation: u64, shares: bool) -> Answered {
         let Some(options) = self.nics.xsk_options(ifindex, generation) else {
             return Err(refusal("there are to be no such sockets on this interface", None));
         };
+        let make = if shares { Unbound::without_umem } else { Unbound::new };
         let Unbound { socket, umem, options } =
-            Unbound::new(options).map_err(|error| refusal(error, None))?;
+            make(options).map_err(|error| refusal(error, None))?;
         self.unbound = Some(clone(socket.as_fd())?);
-        Ok((Answer::Xsk { chunk_size: options.chunk_size }, vec![socket, umem]))
+        let fds = std::iter::once(socket).chain(umem).collect();
+        Ok((Answer::Xsk { chunk_size: options.chunk_size }, fds))
     }
 
     fn counters(&self) -> Answered {

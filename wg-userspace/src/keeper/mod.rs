@@ -48,7 +48,7 @@ use crate::sys::{FileWatch, clock};
 use crate::tun::is_gone;
 
 pub use self::child::Launch;
-pub use self::client::{Begin, Events, Keeper, NoXsk};
+pub use self::client::{Begin, Events, Keeper, NoXsk, XskAt};
 
 /// Routes that change all the time are told this often.
 const BETWEEN_ROUTES: Duration = Duration::from_millis(100);

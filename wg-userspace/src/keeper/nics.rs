@@ -53,6 +53,8 @@ impl Nic {
 pub enum NotBound {
     /// There is no such queue.
     NoQueue,
+    /// It cannot share that UMEM.
+    CannotShare(String),
     /// For another reason.
     Refused(String),
 }
@@ -211,14 +213,14 @@ impl Nics {
         }
     }
 
-    /// Binds an XSK to a queue as was chosen, and has the steer program use it under the number of `entry`;
-    /// says whether it is zero-copy.
+    /// Binds an XSK to a queue as was chosen, with the UMEM of `other` if there is one, and has the steer
+    /// program use it under the number of `entry`; says whether it is zero-copy.
     ///
     /// # Errors
     /// [`NotBound`].
     pub fn bind(
         &mut self,
-        socket: &OwnedFd,
+        (socket, other): (&OwnedFd, Option<&OwnedFd>),
         QueueKey { ifindex, queue }: QueueKey,
         generation: u64,
         entry: impl FnOnce(u32) -> QueueEntry,
@@ -233,13 +235,25 @@ impl Nics {
             (true, true) => BindMode::ZeroCopy,
         };
         let entry = entry(options(plan).packet_len_max() as u32);
-        xsk::bind(socket, ifindex, queue, mode).map_err(|error| match error {
-            XskError::NoQueue { .. } => NotBound::NoQueue,
-            error => refused(&error),
-        })?;
+        match other {
+            None => xsk::bind(socket, ifindex, queue, mode).map_err(|error| match error {
+                XskError::NoQueue { .. } => NotBound::NoQueue,
+                error => refused(&error),
+            }),
+            // It gets what the other is; no queue is zero-copy that was not to be.
+            Some(other) if is_zero_copy(other) != Some(mode != BindMode::Copy) => {
+                Err(NotBound::CannotShare("one of them is zero-copy".to_owned()))
+            }
+            Some(other) => {
+                let bound = xsk::bind_sharing(socket, ifindex, queue, other);
+                bound.map_err(|error| match error {
+                    XskError::Busy { .. } => refused(&error),
+                    error => NotBound::CannotShare(error.to_string()),
+                })
+            }
+        }?;
         // What it is, not what it was asked to be.
-        let is_zero_copy =
-            crate::sys::xdp::is_zero_copy(socket).map_err(|error| refused(&error))?;
+        let is_zero_copy = crate::sys::xdp::is_zero_copy(socket).map_err(|error| refused(&error))?;
         let Some(steer) = &mut self.steer else {
             return Err(refused(&"there is no steer program"));
         };
@@ -250,6 +264,11 @@ impl Nics {
         self.named[at].bound.insert(queue);
         Ok(is_zero_copy)
     }
+}
+
+/// Whether an XSK is; nothing if it is none.
+fn is_zero_copy(socket: &OwnedFd) -> Option<bool> {
+    crate::sys::xdp::is_zero_copy(socket).ok()
 }
 
 fn options(plan: &XskPlan) -> XskOptions {

@@ -102,8 +102,11 @@ pub enum Request {
         ifindex: u32,
         /// Of the plan by which this is done.
         generation: u64,
+        /// Whether it is to share the UMEM of another.
+        shares: bool,
     },
-    /// Binds the XSK that was opened before, and has the steer program use it.
+    /// Binds the XSK that was opened before, and has the steer program use it. One that shares a UMEM has
+    /// beside it the descriptor of an XSK with that UMEM, which is bound.
     BindXsk {
         /// Index of the NIC.
         ifindex: u32,
@@ -209,7 +212,8 @@ pub enum Answer {
         /// Whether there are any for IPv6.
         has_v6: bool,
     },
-    /// The socket, then the memfd of its UMEM are beside it. It has the usual options but for its chunks.
+    /// The socket is beside it, then the memfd of its UMEM unless it is to share one. It has the usual options
+    /// but for its chunks.
     Xsk {
         /// Bytes of a chunk.
         chunk_size: u32,
@@ -221,6 +225,8 @@ pub enum Answer {
     },
     /// There is no such queue.
     NoQueue,
+    /// It cannot share that UMEM.
+    CannotShare(String),
     /// One for each, where the kernel knows it.
     Links(Vec<Option<LinkTowards>>),
     /// In the order of the steer program; empty if there is none.

@@ -1,12 +1,12 @@
 //! The calls behind AF_XDP sockets. What the shared memory means is `xsk`'s.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::net::xdp::{
-    SocketAddrXdp, SocketAddrXdpFlags, XDP_PGOFF_RX_RING, XDP_PGOFF_TX_RING,
-    XDP_UMEM_PGOFF_COMPLETION_RING, XDP_UMEM_PGOFF_FILL_RING, XdpOptionsFlags, XdpRingOffset,
-    XdpUmemReg, XdpUmemRegFlags,
+    SocketAddrXdp, SocketAddrXdpFlags, SocketAddrXdpWithSharedUmem, XDP_PGOFF_RX_RING,
+    XDP_PGOFF_TX_RING, XDP_UMEM_PGOFF_COMPLETION_RING, XDP_UMEM_PGOFF_FILL_RING, XdpOptionsFlags,
+    XdpRingOffset, XdpUmemReg, XdpUmemRegFlags,
 };
 use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socket_with, sockopt,
@@ -87,7 +87,7 @@ pub fn is_xsk(fd: impl AsFd) -> bool {
     sockopt::socket_domain(fd).is_ok_and(|domain| domain == AddressFamily::XDP)
 }
 
-/// Gives `memory` to the socket as its UMEM of chunks of `chunk_size` bytes, and makes its rings.
+/// Gives `memory` to the socket as its UMEM of chunks of `chunk_size` bytes.
 /// `headroom` bytes beyond [`PACKET_HEADROOM`] stay free before what is received.
 ///
 /// The kernel writes to chunks only once their addresses are put into a ring. It holds the pages
@@ -95,12 +95,11 @@ pub fn is_xsk(fd: impl AsFd) -> bool {
 ///
 /// # Errors
 /// `ENOBUFS` if the UMEM exceeds the limit of locked memory; `EINVAL` for impossible sizes.
-pub fn set_up(
+pub fn register_umem(
     socket: impl AsFd,
     memory: &Memory,
     chunk_size: u32,
     headroom: u32,
-    sizes: RingSizes,
 ) -> io::Result<()> {
     let umem = XdpUmemReg {
         addr: memory.base().as_ptr().expose_provenance() as u64,
@@ -110,14 +109,21 @@ pub fn set_up(
         flags: XdpUmemRegFlags::empty(),
         tx_metadata_len: 0,
     };
-    sockopt::set_xdp_umem_reg(&socket, umem)?;
+    Ok(sockopt::set_xdp_umem_reg(&socket, umem)?)
+}
+
+/// Makes the rings of a socket.
+///
+/// # Errors
+/// `EINVAL` for impossible sizes.
+pub fn make_rings(socket: impl AsFd, sizes: RingSizes) -> io::Result<()> {
     sockopt::set_xdp_umem_fill_ring_size(&socket, sizes.fill)?;
     sockopt::set_xdp_umem_completion_ring_size(&socket, sizes.completion)?;
     sockopt::set_xdp_rx_ring_size(&socket, sizes.rx)?;
     Ok(sockopt::set_xdp_tx_ring_size(&socket, sizes.tx)?)
 }
 
-/// Maps the rings of a socket that [`set_up`] was called for, with the same `sizes`.
+/// Maps the rings of a socket that [`make_rings`] was called for, with the same `sizes`.
 ///
 /// # Errors
 /// `EBUSY` if the socket is bound and the kernel is older than 6.4; `EINVAL` if the rings are
@@ -165,6 +171,23 @@ pub fn bind(socket: impl AsFd, ifindex: u32, queue: u32, mode: BindMode) -> io::
             BindMode::Auto => SocketAddrXdpFlags::empty(),
         };
     Ok(rustix::net::bind(socket, &SocketAddrXdp::new(flags, ifindex, queue))?)
+}
+
+/// Binds the socket to a queue with the UMEM of `other`, which is bound to another queue, of this interface
+/// or another one. It copies or not, and has need-wakeup flags, as that has.
+///
+/// # Errors
+/// As [`bind`]; `EINVAL` also on a kernel before 5.10, and `EBADF` if `other` is not bound.
+pub fn bind_sharing(
+    socket: impl AsFd,
+    ifindex: u32,
+    queue: u32,
+    other: BorrowedFd<'_>,
+) -> io::Result<()> {
+    let flags = SocketAddrXdpFlags::XDP_SHARED_UMEM;
+    let addr = SocketAddrXdp::new(flags, ifindex, queue);
+    let shared = SocketAddrXdpWithSharedUmem { addr, shared_umem_fd: other };
+    Ok(rustix::net::bind(socket, &shared)?)
 }
 
 /// Whether a bound socket is zero-copy.

@@ -165,6 +165,14 @@ impl<T: Entry> Producer<T> {
     }
 }
 
+impl<T: Entry> Consumer<T> {
+    /// Asks the producer to call, or not to.
+    pub(super) fn ask_for_wakeup(&self, asks: bool) {
+        let flags = if asks { RING_NEED_WAKEUP } else { 0 };
+        self.ring.word(self.ring.flags).store(flags, Ordering::Relaxed);
+    }
+}
+
 /// The end that reads.
 #[derive(Debug)]
 pub(super) struct Consumer<T> {

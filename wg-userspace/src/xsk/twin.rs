@@ -5,10 +5,11 @@
 use std::collections::HashSet;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::ring::{Consumer, Producer, Ring};
-use super::umem::{Ledger, Umem};
-use super::{Backing, Rings, Xsk, XskError, XskOptions, io_error};
+use super::umem::Umem;
+use super::{Backing, Place, Pool, Rings, Xsk, XskError, XskOptions, io_error};
 use crate::sys::wait::EventFd;
 use crate::sys::xdp::{Descriptor, PACKET_HEADROOM};
 
@@ -17,7 +18,7 @@ use crate::sys::xdp::{Descriptor, PACKET_HEADROOM};
 pub struct KernelTwin {
     umem: Arc<Umem>,
     options: XskOptions,
-    event: Arc<EventFd>,
+    signals: Arc<Signals>,
     fill: Consumer<u64>,
     rx: Producer<Descriptor>,
     tx: Consumer<Descriptor>,
@@ -29,23 +30,63 @@ pub struct KernelTwin {
     forged: HashSet<u64>,
 }
 
-/// An XSK that says it is `queue` of the interface, and its other end.
+/// What an XSK and its other end tell each other beside the rings.
+#[derive(Debug)]
+pub struct Signals {
+    /// There is something in the rx ring.
+    pub(super) delivered: EventFd,
+    /// Calls to look at the fill ring, and at the tx ring.
+    pub(super) rx_wakes: AtomicU32,
+    pub(super) tx_wakes: AtomicU32,
+}
+
+/// An XSK that says it is `queue` of the interface, with a UMEM of its own, and its other end.
 ///
 /// # Errors
 /// [`XskError::Options`]; [`XskError::Io`] when memory or descriptors are exhausted.
-pub fn pair(ifindex: u32, queue: u32, options: XskOptions) -> Result<(Xsk, KernelTwin), XskError> {
+pub fn pair(
+    ifindex: u32,
+    queue: u32,
+    options: XskOptions,
+) -> Result<(Pool, Xsk, KernelTwin), XskError> {
+    let (mut pool, mut places) = places(1, options)?;
+    let (mut xsk, kernel) = on(&pool, places.remove(0), ifindex, queue, options)?;
+    pool.admit(&mut xsk);
+    Ok((pool, xsk, kernel))
+}
+
+/// A pool, and places for so many XSKs to share its UMEM.
+///
+/// # Errors
+/// As [`pair`].
+pub fn places(count: usize, options: XskOptions) -> Result<(Pool, Vec<Place>), XskError> {
     options.check()?;
-    let umem = Umem::new(&options).map_err(io_error("making a UMEM"))?;
-    let ledger = Ledger::new(&umem);
+    let pool = Pool::new(Umem::new(&options).map_err(io_error("making a UMEM"))?);
+    let places = pool.places(count);
+    Ok((pool, places))
+}
+
+/// An XSK on one of these places, which is to be admitted, and its other end.
+///
+/// # Errors
+/// As [`pair`].
+pub fn on(
+    pool: &Pool,
+    place: Place,
+    ifindex: u32,
+    queue: u32,
+    options: XskOptions,
+) -> Result<(Xsk, KernelTwin), XskError> {
     let (rings, others) = make_rings(options.ring_size).map_err(io_error("making rings"))?;
-    let event = Arc::new(EventFd::new().map_err(io_error("making an eventfd"))?);
-    let backing = Backing::Twin(Arc::clone(&event));
-    let mut xsk = Xsk::assemble(backing, (ifindex, queue), options, umem, ledger, rings);
-    xsk.refill();
+    let delivered = EventFd::new().map_err(io_error("making an eventfd"))?;
+    let (rx_wakes, tx_wakes) = (AtomicU32::new(0), AtomicU32::new(0));
+    let signals = Arc::new(Signals { delivered, rx_wakes, tx_wakes });
+    let backing = Backing::Twin(Arc::clone(&signals));
+    let xsk = Xsk::assemble(backing, (ifindex, queue), options, place, rings);
     let kernel = KernelTwin {
-        umem: Arc::clone(&xsk.umem),
+        umem: Arc::clone(pool.umem()),
         options,
-        event,
+        signals,
         fill: Consumer::new(others.fill),
         rx: Producer::new(others.rx),
         tx: Consumer::new(others.tx),
@@ -93,7 +134,7 @@ impl KernelTwin {
         self.give_back(descriptor.addr);
         let written = self.rx.write(descriptor).is_ok();
         self.rx.submit();
-        self.event.signal();
+        self.signals.delivered.signal();
         written
     }
 
@@ -119,6 +160,23 @@ impl KernelTwin {
         let written = self.completion.write(addr).is_ok();
         self.completion.submit();
         written
+    }
+
+    /// Says that the XSK has not believed a forged entry, so that nothing has come of it.
+    #[cfg(test)]
+    pub(super) fn was_refused(&mut self, addr: u64) {
+        self.forged.remove(&self.chunk_of(addr));
+    }
+
+    /// Asks to be called when there is something in the fill ring, or in the tx ring.
+    pub fn sleeps(&mut self, fill: bool, tx: bool) {
+        self.fill.ask_for_wakeup(fill);
+        self.tx.ask_for_wakeup(tx);
+    }
+
+    /// How often it was called for the fill ring, and for the tx ring.
+    pub fn wakes(&self) -> [u32; 2] {
+        [&self.signals.rx_wakes, &self.signals.tx_wakes].map(|wakes| wakes.load(Ordering::Relaxed))
     }
 
     fn chunk_of(&self, addr: u64) -> u64 {

@@ -19,7 +19,10 @@ const _: () = assert!((PACKET_AT + 14 + 20 + 8 + 16).is_multiple_of(64));
 
 /// Tells UMEMs apart, so that a frame cannot be used with another's memory.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-struct UmemId(u32);
+pub struct UmemId(u32);
+
+/// The number of an XSK among those that share a UMEM.
+pub(super) type Seat = u8;
 
 /// Memory shared with the kernel, in chunks, each of which has one owner at a time: we, as a
 /// [`Frame`]; or a ring; or the kernel.
@@ -36,7 +39,7 @@ pub struct Umem {
 /// through [`Umem::bytes`].
 ///
 /// It is given back with [`super::Xsk::recycle`] or [`super::Xsk::transmit`]; one that is dropped
-/// is a chunk lost until the XSK is closed ([`super::Xsk::frames_held`] shows it).
+/// is a chunk lost until the pool is ([`super::Pool::frames_held`] shows it).
 #[derive(Debug)]
 #[must_use = "a frame that is dropped is lost to its UMEM: recycle or transmit it"]
 pub struct Frame {
@@ -76,6 +79,10 @@ impl Umem {
         let id = UmemId(NEXT.fetch_add(1, Ordering::Relaxed));
         let &XskOptions { chunk_size, chunk_count, .. } = options;
         Ok(Self { id, memory, fd, chunk_size, chunk_count })
+    }
+
+    pub(super) fn id(&self) -> UmemId {
+        self.id
     }
 
     pub(super) fn memory(&self) -> &Memory {
@@ -125,16 +132,16 @@ pub(super) enum Holder {
     Pool,
     /// We, as a [`Frame`].
     Frame,
-    /// The kernel, to receive into: in the fill or rx ring, or between.
-    Receiving,
-    /// The kernel, to send: in the tx or completion ring, or between.
-    Sending,
+    /// The kernel, to receive into: in the fill or rx ring of that XSK, or between.
+    Receiving(Seat),
+    /// The kernel, to send: in the tx or completion ring of that XSK, or between.
+    Sending(Seat),
     /// A predecessor, or the kernel: not known. It comes back if the kernel has it.
     Unknown,
 }
 
 /// The book of who has which chunk. It is what makes frames unique: whatever the rings say, a chunk
-/// becomes a frame only if the book has it with the other side.
+/// becomes a frame only if the book has it at the other side of just that XSK.
 #[derive(Debug)]
 pub(super) struct Ledger {
     umem: UmemId,
@@ -143,11 +150,6 @@ pub(super) struct Ledger {
     /// Chunks of the pool, the last one used on top: it is likely to be still in a cache.
     pool: Vec<u32>,
     frames: usize,
-    /// Chunks with each of the kernel's holders.
-    receiving: usize,
-    sending: usize,
-    /// Chunks that are set apart to be sent.
-    to_send: usize,
 }
 
 impl Ledger {
@@ -167,9 +169,6 @@ impl Ledger {
             holders: vec![Holder::Unknown; umem.chunk_count as usize],
             pool: Vec::with_capacity(umem.chunk_count as usize),
             frames: 0,
-            receiving: 0,
-            sending: 0,
-            to_send: 0,
         }
     }
 
@@ -181,29 +180,21 @@ impl Ledger {
         }
     }
 
-    /// Notes what a ring says about a chunk of which nothing was known.
-    pub(super) fn note(&mut self, addr: u64, now: Holder) {
-        if let Some(chunk) = self.chunk_of(addr)
-            && self.holders[chunk as usize] == Holder::Unknown
-        {
-            self.holders[chunk as usize] = now;
-            match now {
-                Holder::Receiving => self.receiving += 1,
-                Holder::Sending => self.sending += 1,
-                _ => {}
-            }
+    /// Notes what a ring says about a chunk of which nothing was known; says whether nothing was.
+    pub(super) fn note(&mut self, addr: u64, now: Holder) -> bool {
+        let Some(chunk) = self.chunk_of(addr) else { return false };
+        let holder = &mut self.holders[chunk as usize];
+        let is_news = *holder == Holder::Unknown;
+        if is_news {
+            *holder = now;
         }
+        is_news
     }
 
     /// Takes a chunk from the pool to be received into, and gives its address for the fill ring.
-    pub(super) fn take_for_fill(&mut self) -> Option<u64> {
-        let received = self.receiving + self.frames;
-        if self.to_send > 0 && received + self.to_send >= self.holders.len() {
-            return None;
-        }
+    pub(super) fn take_for_fill(&mut self, seat: Seat) -> Option<u64> {
         let chunk = self.pool.pop()?;
-        self.receiving += 1;
-        self.holders[chunk as usize] = Holder::Receiving;
+        self.holders[chunk as usize] = Holder::Receiving(seat);
         Some(u64::from(chunk) * u64::from(self.chunk_size))
     }
 
@@ -216,39 +207,35 @@ impl Ledger {
         Some(Frame { umem: self.umem, addr, len: self.chunk_size - PACKET_AT })
     }
 
-    /// Makes a frame of a descriptor from the rx ring, unless it is none that the kernel may give:
-    /// it must be a whole packet, within a chunk that we gave for receiving.
-    pub(super) fn frame(&mut self, descriptor: Descriptor) -> Option<Frame> {
+    /// Makes a frame of a descriptor from the rx ring of an XSK, unless it is none that the kernel may give
+    /// there: it must be a whole packet, within a chunk that we gave this XSK for receiving. Says who had
+    /// the chunk.
+    pub(super) fn frame(&mut self, descriptor: Descriptor, seat: Seat) -> Option<(Frame, Holder)> {
         let Descriptor { addr, len, options } = descriptor;
         let chunk = self.chunk_of(addr)?;
         let addr = u32::try_from(addr).ok()?;
         let fits = len <= self.chunk_size - addr % self.chunk_size;
         let holder = &mut self.holders[chunk as usize];
-        let ours = matches!(holder, Holder::Receiving | Holder::Unknown);
-        if !fits || !ours || options != 0 {
+        let is_its = [Holder::Receiving(seat), Holder::Unknown].contains(holder);
+        if !fits || !is_its || options != 0 {
             return None;
         }
-        if *holder == Holder::Receiving {
-            self.receiving -= 1;
-        }
-        *holder = Holder::Frame;
+        let had = std::mem::replace(holder, Holder::Frame);
         self.frames += 1;
-        Some(Frame { umem: self.umem, addr, len })
+        Some((Frame { umem: self.umem, addr, len }, had))
     }
 
-    /// Puts a chunk from the completion ring into the pool. False if we did not give it for sending.
-    pub(super) fn complete(&mut self, addr: u64) -> bool {
-        let Some(chunk) = self.chunk_of(addr) else { return false };
+    /// Puts a chunk from the completion ring of an XSK into the pool, and says who had it. Nothing if we did
+    /// not give it that XSK for sending.
+    pub(super) fn complete(&mut self, addr: u64, seat: Seat) -> Option<Holder> {
+        let chunk = self.chunk_of(addr)?;
         let holder = &mut self.holders[chunk as usize];
-        if !matches!(holder, Holder::Sending | Holder::Unknown) {
-            return false;
+        if ![Holder::Sending(seat), Holder::Unknown].contains(holder) {
+            return None;
         }
-        if *holder == Holder::Sending {
-            self.sending -= 1;
-        }
-        *holder = Holder::Pool;
+        let had = std::mem::replace(holder, Holder::Pool);
         self.pool.push(chunk);
-        true
+        Some(had)
     }
 
     /// Puts a frame's chunk into the pool.
@@ -257,10 +244,19 @@ impl Ledger {
         self.pool.push(chunk);
     }
 
-    /// Gives a frame's chunk to be sent.
-    pub(super) fn send(&mut self, frame: Frame) {
-        self.end(frame, Holder::Sending);
-        self.sending += 1;
+    /// Gives a frame's chunk to be sent by an XSK.
+    pub(super) fn send(&mut self, frame: Frame, seat: Seat) {
+        self.end(frame, Holder::Sending(seat));
+    }
+
+    /// Puts into the pool what an XSK had to which the kernel holds on no more.
+    pub(super) fn reclaim(&mut self, seat: Seat) {
+        for (chunk, holder) in (0..).zip(&mut self.holders) {
+            if [Holder::Receiving(seat), Holder::Sending(seat)].contains(holder) {
+                *holder = Holder::Pool;
+                self.pool.push(chunk);
+            }
+        }
     }
 
     /// # Panics
@@ -284,21 +280,6 @@ impl Ledger {
         Descriptor { addr: frame.addr.into(), len: frame.len, options: 0 }
     }
 
-    /// Sets so many chunks apart to be sent.
-    pub(super) fn set_apart_to_send(&mut self, chunks: u32) {
-        self.to_send = (chunks as usize).min(self.holders.len());
-    }
-
-    /// Whether another chunk may be sent.
-    pub(super) fn may_send(&self) -> bool {
-        self.to_send == 0 || self.sending < self.to_send
-    }
-
-    /// Chunks that were given to be sent.
-    pub(super) fn sending(&self) -> usize {
-        self.sending
-    }
-
     /// Frames that callers have, or have lost.
     pub(super) fn frames(&self) -> usize {
         self.frames
@@ -317,6 +298,12 @@ impl Ledger {
             .filter(|(_, holder)| ours(holder))
             .map(|(chunk, _)| chunk)
             .collect()
+    }
+
+    /// Who has a chunk.
+    #[cfg(test)]
+    pub(super) fn holder(&self, chunk: u64) -> Option<Holder> {
+        self.holders.get(chunk as usize).copied()
     }
 
     fn chunk_of(&self, addr: u64) -> Option<u32> {

@@ -18,7 +18,7 @@ use crate::aead::{AeadKey, BatchAead as _, Job};
 use crate::counters::Totals;
 use crate::datapath::encap::transport_header;
 use crate::datapath::handoff::{Mesh, Work};
-use crate::datapath::thread::{WorkerThread, XskPort};
+use crate::datapath::thread::{Ports, WorkerThread, XskPort};
 use crate::datapath::{BATCH_LEN, BATCHES_MAX, Crew, Shared, SocketGroup, WorkQueue, Worker};
 use crate::noise::Role;
 use crate::routing::AllowedIps;
@@ -62,8 +62,9 @@ impl Lab {
             let mesh = Mesh::between(2, 16).pop_front().unwrap();
             Worker::new(WorkerId(0), Arc::clone(&device.shared), mesh, &AEAD)
         });
-        let (xsk, nic) = twin::pair(7, 0, XskOptions::default()).unwrap();
-        let ports = vec![XskPort::new(xsk, 7, false)];
+        let (pool, xsk, nic) = twin::pair(7, 0, XskOptions::default()).unwrap();
+        let mut ports = Ports::default();
+        ports.open(XskPort::new(xsk, 7, false), Some(pool));
         let workers = workers.collect();
         let thread = WorkerThread::new(WorkerId(0), Arc::clone(&crew), ports, workers).unwrap();
         Self { crew, heartbeats, devices, thread, nic, far }
