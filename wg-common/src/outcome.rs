@@ -107,45 +107,99 @@ reasons! {
     SocketFull = "socket_full",
     /// The NIC did not keep up with what an XSK sends.
     XskSend = "xsk_send",
+    /// It came out of the tunnel, but no peer owns its source.
+    SourceUnowned = "source_unowned",
+    /// No `Allow` line names it, and it answers nothing that one does.
+    NotAllowed = "not_allowed",
+    /// It is to be translated, but is of a protocol or form (options, extension headers, an unknown ICMP message)
+    /// that cannot be.
+    Untranslatable = "untranslatable",
+    /// It is a fragment to be translated, and the first one has not come.
+    FragmentUnknown = "fragment_unknown",
+    /// It is to be translated, but the NIC has no address of its family at present.
+    NoExternal = "no_external",
+    /// All ports of its protocol at the external address are in use.
+    NoPort = "no_port",
+    /// The table of flows or of mappings is full.
+    FlowsFull = "flows_full",
+    /// It came to a port that stands for an inner one, from somebody to whom nothing was sent from there.
+    Unsolicited = "unsolicited",
+    /// An ICMP error about no flow that is known.
+    UnrelatedError = "unrelated_error",
+    /// It is to be translated, and no route leads to where it goes.
+    NoRoute = "no_route",
+    /// Its TTL or hop limit is used up.
+    HopLimit = "hop_limit",
+    /// The kernel did not let the packet be changed.
+    NotChanged = "not_changed",
 }
 
-macro_rules! steer_events {
-    ($($(#[$doc:meta])* $name:ident = $text:literal,)*) => {
-        /// What the steer program counts beside drops. A value is an index in its counter map,
-        /// after the drop reasons.
+macro_rules! events {
+    ($(#[$events:meta])* $enum:ident { $($(#[$doc:meta])* $name:ident = $text:literal,)* }) => {
+        $(#[$events])*
         #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
         #[repr(u8)]
-        pub enum SteerEvent { $($(#[$doc])* $name,)* }
+        pub enum $enum { $($(#[$doc])* $name,)* }
 
-        impl SteerEvent {
+        impl $enum {
             /// All events, in the order of their values.
-            pub const ALL: &[SteerEvent] = &[$(SteerEvent::$name,)*];
+            pub const ALL: &[$enum] = &[$($enum::$name,)*];
             /// Number of events.
             pub const COUNT: usize = Self::ALL.len();
 
             /// The event's name in `tidegate show`, reports and metrics.
             pub const fn name(self) -> &'static str {
-                match self { $(SteerEvent::$name => $text,)* }
+                match self { $($enum::$name => $text,)* }
             }
         }
     };
 }
 
-steer_events! {
-    /// Went to this queue's XSK.
-    Steered = "steered",
-    /// Not for us: another protocol, port or address, or a form we leave to the kernel.
-    PassedForeign = "passed_foreign",
-    /// For us, but this queue has no XSK.
-    PassedNoXsk = "passed_no_xsk",
-    /// For us, but this queue's worker has not moved for a while.
-    PassedStale = "passed_stale",
-    /// For us, but longer than what this queue's XSK takes.
-    PassedTooLong = "passed_too_long",
+events! {
+    /// What the steer program counts beside drops. A value is an index in its counter map,
+    /// after the drop reasons.
+    SteerEvent {
+        /// Went to this queue's XSK.
+        Steered = "steered",
+        /// Not for us: another protocol, port or address, or a form we leave to the kernel.
+        PassedForeign = "passed_foreign",
+        /// For us, but this queue has no XSK.
+        PassedNoXsk = "passed_no_xsk",
+        /// For us, but this queue's worker has not moved for a while.
+        PassedStale = "passed_stale",
+        /// For us, but longer than what this queue's XSK takes.
+        PassedTooLong = "passed_too_long",
+    }
+}
+
+events! {
+    /// What the programs of NAT count beside drops. A value is an index in their counter map, after the drop
+    /// reasons.
+    NatEvent {
+        /// Translated, and sent out of a NIC.
+        TranslatedOut = "translated_out",
+        /// Translated, and sent into the tunnel.
+        TranslatedIn = "translated_in",
+        /// Allowed, and left to the kernel to forward.
+        PassedAllowed = "passed_allowed",
+        /// No line is about it: left to the kernel.
+        PassedForeign = "passed_foreign",
+        /// Left to the kernel, which does not forward it but tells its sender why: it is too large, or its TTL or
+        /// hop limit is used up.
+        PassedToRefuse = "passed_to_refuse",
+        /// Answered with an ICMP error that the program wrote: too large, or TTL or hop limit used up.
+        Answered = "answered",
+        /// The next hop's link address was not known, or not fresh: the kernel asked for it.
+        Resolved = "resolved",
+        /// A port could not be used: a socket of this host listens on it.
+        PortInUse = "port_in_use",
+    }
 }
 
 /// Entries of the steer program's counter map: drop reasons, then steer events.
 pub const STEER_COUNTER_COUNT: usize = DropReason::COUNT + SteerEvent::COUNT;
+/// Entries of NAT's counter map: drop reasons, then its events.
+pub const NAT_COUNTER_COUNT: usize = DropReason::COUNT + NatEvent::COUNT;
 
 #[cfg(test)]
 mod tests {

@@ -2,9 +2,10 @@
 //!
 //! They are thin: what a packet is, [`wg_common`] knows, so that the host tests the very code that
 //! the kernel runs. The maps are described there too.
-#![cfg_attr(target_arch = "bpf", no_std, no_main)]
+#![cfg_attr(target_arch = "bpf", no_std, no_main, feature(asm_experimental_arch))]
 
 mod maps;
+mod nat;
 mod packet;
 mod steer;
 

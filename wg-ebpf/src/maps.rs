@@ -121,6 +121,21 @@ pub fn owner(address: &AddressBytes) -> Option<PeerId> {
     owner.copied().map(PeerId)
 }
 
+/// Whether somebody owns an address.
+#[inline(always)]
+pub fn owns(address: &AddressKey) -> bool {
+    let [a, b, c, d] = address.0;
+    if address.is_v4() {
+        return OWNERS_V4.get(Key::new(u32::BITS, d.to_ne_bytes())).is_some();
+    }
+    let mut octets = [0; 16];
+    octets[..4].copy_from_slice(&a.to_ne_bytes());
+    octets[4..8].copy_from_slice(&b.to_ne_bytes());
+    octets[8..12].copy_from_slice(&c.to_ne_bytes());
+    octets[12..].copy_from_slice(&d.to_ne_bytes());
+    OWNERS_V6.get(Key::new(u128::BITS, octets)).is_some()
+}
+
 /// The worker at which a peer is at home.
 #[inline(always)]
 pub fn home(peer: PeerId) -> Option<WorkerId> {

@@ -14,6 +14,7 @@ pub mod host;
 pub mod keeper;
 pub mod key;
 pub mod lookup;
+pub mod nat;
 pub mod noise;
 pub mod rate;
 pub mod routing;

@@ -147,7 +147,7 @@ fn every_error_of_a_config_is_shown_with_its_position() {
 
 #[test]
 fn what_comes_later_is_refused_with_its_position() {
-    for line in ["#! Allow = ::/0 -> ::/0 tcp", "#! Nat = masquerade out=eth0"] {
+    for line in ["#! Metrics = [::1]:9586", "#! Xdp = eth0 queues=2"] {
         let output = up(&format!("{INTERFACE}{line}\n"));
         let errors = stderr(&output);
         assert_eq!(code(&output), 3, "{line}: {errors}");

@@ -513,3 +513,225 @@ fn what_nft_and_iptables_both_show_is_read_from_who_shows_it_whole() {
         }
     }
 }
+
+/// What `up` would say of NAT from the gateway's tunnel to its link.
+fn nat_refusal(sandbox: &Sandbox, rules: &str) -> Option<String> {
+    let output = sandbox.sh(&format!("{UP} --dry-run"));
+    let told = errors(&output);
+    if output.status.success() {
+        return None;
+    }
+    assert_eq!(output.status.code(), Some(1), "{rules}: {told}");
+    assert!(told.contains("tg0.conf:5:1") && told.contains("bypass-firewall"), "{rules}: {told}");
+    // As it stands in a terminal, without what it is wrapped by.
+    let words: Vec<_> = told.split_whitespace().filter(|word| *word != "│").collect();
+    Some(words.join(" "))
+}
+
+/// A gateway's file with a line.
+fn nat_conf(sandbox: &Sandbox, line: &str) {
+    sandbox.conf(&format!("Address = 10.9.0.1/24\nListenPort = 51820\n{line}"), "10.9.0.2/32");
+}
+
+#[test]
+fn rules_of_nft_for_what_is_forwarded_keep_nat_away() {
+    let test = "rules_of_nft_for_what_is_forwarded_keep_nat_away";
+    let Some(sandbox) = Sandbox::new(test, Tool::Nft) else { return };
+    let nat = "#! Nat = masquerade out=outer";
+    nat_conf(&sandbox, nat);
+    assert_eq!(nat_refusal(&sandbox, ""), None);
+    let with = |hook: &str, rules: &str| {
+        let text = format!(
+            "flush ruleset\ntable inet filter {{\nchain {hook} {{\n\
+             type filter hook {hook} priority 0; {rules}\n}}\nchain input {{\n\
+             type filter hook input priority 0; policy drop;\n}}\n}}\n"
+        );
+        let text = text.replace("type filter hook postrouting", "type nat hook postrouting");
+        sandbox.site.write("rules", &text).unwrap();
+        sandbox.ok("nft -f $F/rules");
+        nat_refusal(&sandbox, rules)
+    };
+    for (hook, rules, expected) in [
+        ("forward", "policy drop;", "policy drop of chain forward"),
+        ("forward", "iifname \"tg0\" ip daddr 192.0.2.0/24 drop", "ip daddr 192.0.2.0/24 drop"),
+        ("forward", "tcp dport 25 reject", "tcp dport 25 reject"),
+        ("forward", "ct state new limit rate over 10/second drop", "limit rate over"),
+        ("forward", "policy drop; oifname \"outer\" accept", "policy drop"),
+        ("forward", "meta mark set 7", "meta mark set"),
+        ("forward", "tcp option maxseg size set 1200", "maxseg size set 1200"),
+        ("postrouting", "oifname \"outer\" masquerade", "masquerade"),
+        ("postrouting", "ip saddr 10.0.0.0/8 snat ip to 198.51.100.1", "snat"),
+    ] {
+        let told = with(hook, rules).unwrap_or_else(|| panic!("NAT goes round `{rules}`"));
+        assert!(told.contains("nft: `") && told.contains(expected), "{rules}: {told}");
+        assert!(told.contains("#! Nat"), "{rules}: {told}");
+        sandbox.ok(&format!("{UP} --dry-run --bypass-firewall"));
+    }
+    for (hook, rules) in [
+        ("forward", "iifname \"lan\" drop"),
+        ("forward", "oifname \"lan\" drop"),
+        ("forward", "ip saddr 10.8.0.0/16 drop"),
+        ("forward", "ct state invalid drop"),
+        ("forward", "tcp flags syn tcp option maxseg size set rt mtu"),
+        ("forward", "policy drop; iifname \"tg0\" accept\n ct state established,related accept"),
+        ("forward", "policy drop; iifname { \"tg0\", \"outer\" } accept"),
+        ("postrouting", "ip saddr 172.17.0.0/16 masquerade"),
+        ("postrouting", "oifname \"lan\" masquerade"),
+    ] {
+        assert_eq!(with(hook, rules), None, "{rules}");
+    }
+
+    // Not only a dry run, and the line may say that it need not hold.
+    with("forward", "policy drop;");
+    let before = sandbox.state();
+    let output = sandbox.sh(UP);
+    assert_eq!(output.status.code(), Some(1), "{}", errors(&output));
+    assert_eq!(sandbox.state(), before);
+    let checked = sandbox.sh("\"$TIDEGATE\" check $F/tg0.conf");
+    assert_eq!(checked.status.code(), Some(3));
+    assert!(String::from_utf8_lossy(&checked.stdout).contains("round a rule of the firewall"));
+    nat_conf(&sandbox, &format!("{nat} bypass-firewall"));
+    assert_eq!(nat_refusal(&sandbox, ""), None);
+}
+
+/// As Docker leaves them on a host.
+#[test]
+fn rules_of_docker_keep_nat_away_until_they_let_it_pass() {
+    let test = "rules_of_docker_keep_nat_away_until_they_let_it_pass";
+    for tool in [Tool::Iptables("nft"), Tool::Iptables("legacy")] {
+        let Some(sandbox) = Sandbox::new(test, tool) else { continue };
+        sandbox.ok("iptables -P FORWARD DROP
+                    for chain in DOCKER DOCKER-USER DOCKER-FORWARD; do iptables -N $chain; done
+                    iptables -A FORWARD -j DOCKER-USER
+                    iptables -A FORWARD -j DOCKER-FORWARD
+                    iptables -A DOCKER-USER -j RETURN
+                    iptables -A DOCKER-FORWARD -o docker0 -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
+                    iptables -A DOCKER-FORWARD -o docker0 -j DOCKER
+                    iptables -A DOCKER-FORWARD -i docker0 -j ACCEPT
+                    iptables -A DOCKER ! -i docker0 -o docker0 -j DROP
+                    iptables -t nat -N DOCKER
+                    iptables -t nat -A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER
+                    iptables -t nat -A POSTROUTING -s 172.17.0.0/16 ! -o docker0 -j MASQUERADE");
+        nat_conf(&sandbox, "#! Nat = masquerade out=outer");
+        let told = nat_refusal(&sandbox, "").expect("the policy would be gone round");
+        assert!(told.contains("policy drop of chain FORWARD"), "{tool:?}: {told}");
+        sandbox.ok("iptables -I DOCKER-USER -i tg0 -o outer -j ACCEPT");
+        assert!(nat_refusal(&sandbox, "one way").is_some());
+        sandbox.ok("iptables -I DOCKER-USER -i outer -o tg0 -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT");
+        assert_eq!(nat_refusal(&sandbox, "both ways"), None, "{tool:?}");
+        sandbox.ok("iptables -I DOCKER-USER -s 10.9.0.2 -p tcp --dport 25 -j DROP");
+        let told = nat_refusal(&sandbox, "a rule of the administrator's").unwrap();
+        assert!(told.contains("DOCKER-USER") && told.contains("--dport 25"), "{told}");
+
+        // What comes to a port from outside is asked about by itself.
+        nat_conf(&sandbox, "#! Forward = tcp outer:8443 -> 10.9.0.2:443");
+        let told = nat_refusal(&sandbox, "from outside").unwrap();
+        assert!(told.contains("#! Forward") && told.contains("from outer to tg0"), "{told}");
+        sandbox.ok("iptables -I DOCKER-USER -i outer -o tg0 -p tcp --dport 443 -j ACCEPT");
+        assert_eq!(nat_refusal(&sandbox, "the port is open"), None, "{tool:?}");
+    }
+}
+
+#[test]
+fn a_hook_that_translates_as_well_is_refused_with_both_places() {
+    let test = "a_hook_that_translates_as_well_is_refused_with_both_places";
+    let Some(sandbox) = Sandbox::new(test, Tool::Nft) else { return };
+    let nat = "#! Nat = masquerade out=outer bypass-firewall";
+    let hook =
+        |nic: &str| format!("PostUp = iptables -t nat -A POSTROUTING -o {nic} -j MASQUERADE");
+    nat_conf(&sandbox, &format!("{nat}\n{}", hook("outer")));
+    let before = sandbox.state();
+    for way in ["", " --dry-run", " --bypass-firewall"] {
+        let output = sandbox.sh(&format!("{UP}{way}"));
+        let told = errors(&output);
+        assert_eq!(output.status.code(), Some(3), "{told}");
+        for part in [
+            "tg0.conf:6:10",
+            "translate the same packets",
+            "by netfilter",
+            "by us",
+            "help: remove one",
+        ] {
+            assert!(told.contains(part), "{part}: {told}");
+        }
+    }
+    assert_eq!(sandbox.state(), before);
+    nat_conf(&sandbox, &format!("{nat}\n{}", hook("lan")));
+    sandbox.ok(&format!("{UP} --dry-run"));
+}
+
+/// The host's switches for forwarding.
+const SWITCHES: &str = "cat /proc/sys/net/ipv4/ip_forward /proc/sys/net/ipv6/conf/all/forwarding";
+
+#[test]
+fn forwarding_is_let_on_by_up_and_set_back_by_down_even_after_a_kill() {
+    let test = "forwarding_is_let_on_by_up_and_set_back_by_down_even_after_a_kill";
+    let Some(sandbox) = Sandbox::new(test, Tool::Nft) else { return };
+    let switches = || sandbox.ok(SWITCHES).split_whitespace().collect::<String>();
+    let set = |v4: u8, v6: u8| {
+        sandbox.ok(&format!(
+            "echo {v4} > /proc/sys/net/ipv4/ip_forward; echo {v6} > /proc/sys/net/ipv6/conf/all/forwarding"
+        ));
+    };
+    set(0, 0);
+    nat_conf(&sandbox, "#! Allow = 10.9.0.0/24 -> 192.0.2.0/24");
+    let shown = sandbox.ok(&format!("{UP} --dry-run"));
+    assert!(shown.contains("sysctl -q net.ipv4.ip_forward=1"), "{shown}");
+    assert_eq!(switches(), "00");
+    let told = errors(&sandbox.sh(UP));
+    let word = "net.ipv4.ip_forward is 1, and was 0";
+    assert!(told.contains(word) && told.contains("`down` sets it back"), "{told}");
+    assert_eq!(switches(), "10");
+    sandbox.ok(DOWN);
+    assert_eq!(switches(), "00");
+
+    nat_conf(&sandbox, "#! Allow = 10.9.0.0/24 -> 192.0.2.0/24\n#! Allow = fd09::/64 -> fd20::/64");
+    sandbox.ok(UP);
+    assert_eq!(switches(), "11");
+    // Who has changed it meanwhile has the last word.
+    set(1, 0);
+    sandbox.ok(DOWN);
+    assert_eq!(switches(), "00");
+    // What was so before stays, and nothing is said of it.
+    set(1, 1);
+    let told = errors(&sandbox.sh(UP));
+    assert!(!told.contains("forward"), "{told}");
+    sandbox.ok(DOWN);
+    assert_eq!(switches(), "11");
+
+    set(0, 0);
+    let (mut killed, mut while_on) = (0, 0);
+    for at in 1.. {
+        let output = sandbox.sh(&format!("export TIDEGATE_TEST_STOP_AT={at}; exec {UP}"));
+        if output.status.success() {
+            break;
+        }
+        killed = at;
+        while_on += u32::from(switches() != "00");
+        sandbox.ok(DOWN);
+        assert_eq!(switches(), "00", "at {at}: {}", errors(&output));
+    }
+    assert!(killed > 12 && while_on > 2, "{killed} {while_on}");
+    sandbox.kill_daemon();
+    sandbox.ok(DOWN);
+    assert_eq!(switches(), "00");
+}
+
+#[test]
+fn a_reload_lets_forwarding_on_and_off() {
+    let Some(sandbox) = Sandbox::new("a_reload_lets_forwarding_on_and_off", Tool::Nft) else {
+        return;
+    };
+    let switches = || sandbox.ok(SWITCHES).split_whitespace().collect::<String>();
+    sandbox.ok("echo 0 > /proc/sys/net/ipv4/ip_forward");
+    nat_conf(&sandbox, "");
+    sandbox.ok(UP);
+    assert_eq!(switches(), "00");
+    nat_conf(&sandbox, "#! Allow = 10.9.0.0/24 -> 192.0.2.0/24");
+    sandbox.ok("\"$TIDEGATE\" reload $F/tg0.conf");
+    assert_eq!(switches(), "10");
+    nat_conf(&sandbox, "");
+    sandbox.ok("\"$TIDEGATE\" reload $F/tg0.conf");
+    assert_eq!(switches(), "00");
+    sandbox.ok(DOWN);
+}

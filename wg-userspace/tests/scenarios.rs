@@ -18,7 +18,7 @@ use common::{assert_answered, tidegate};
 use xtask::{
     demonstration::{Mode, Options, Programs, Tools},
     lab::{self, Site, find_program},
-    scenarios::{By, Scenario, Tunnel, show, state},
+    scenarios::{Amount, By, Nat, Scenario, Tunnel, show, state},
 };
 
 /// Whether a test must be skipped; says so and why.
@@ -46,15 +46,15 @@ fn programs() -> Programs {
 }
 
 /// The whole of it: what must be reached, by which source, what must not, and that nothing is left.
-fn as_run(test: &str, scenario: Scenario, by: By, mode: Mode) {
+fn as_run(test: &str, scenario: Scenario, by: By, mode: Mode, nat: Nat) {
     if skips(test, &[by]) {
         return;
     }
     let ends = vec![by; scenario.files().len()];
-    as_run_by(scenario, &ends, mode);
+    as_run_by(scenario, &ends, mode, nat);
 }
 
-fn as_run_by(scenario: Scenario, ends: &[By], mode: Mode) {
+fn as_run_by(scenario: Scenario, ends: &[By], mode: Mode, nat: Nat) {
     let programs = programs();
     let options = Options {
         programs: tidegate().parent().unwrap().to_owned(),
@@ -64,7 +64,8 @@ fn as_run_by(scenario: Scenario, ends: &[By], mode: Mode) {
         rootless: false,
         lifeline: false,
     };
-    let report = show(scenario, &programs, ends, &options, 1 << 20).unwrap();
+    let amount = Amount { file_len: 1 << 20, load: None };
+    let report = show(scenario, &programs, ends, &options, nat, amount).unwrap();
     println!("{}", report.table());
     assert_eq!(report.exit_code, 0, "{report:#?}");
     for seen in &report.ways {
@@ -81,14 +82,17 @@ fn as_run_by(scenario: Scenario, ends: &[By], mode: Mode) {
 /// The tests of a scenario: by `tidegate up` with XDP and without, and by wg-quick.
 macro_rules! tests {
     ($scenario:ident: $native:ident, $udp:ident, $wg_quick:ident) => {
-        tests!($native, $scenario, By::Tidegate, Mode::Native);
-        tests!($udp, $scenario, By::Tidegate, Mode::Udp);
-        tests!($wg_quick, $scenario, By::WgQuick, Mode::Auto);
+        tests!($scenario by Iptables: $native, $udp, $wg_quick);
     };
-    ($name:ident, $scenario:ident, $by:expr, $mode:expr) => {
+    ($scenario:ident by $nat:ident: $native:ident, $udp:ident, $wg_quick:ident) => {
+        tests!($native, $scenario, By::Tidegate, Mode::Native, Nat::$nat);
+        tests!($udp, $scenario, By::Tidegate, Mode::Udp, Nat::$nat);
+        tests!($wg_quick, $scenario, By::WgQuick, Mode::Auto, Nat::$nat);
+    };
+    ($name:ident, $scenario:ident, $by:expr, $mode:expr, $nat:expr) => {
         #[test]
         fn $name() {
-            as_run(stringify!($name), Scenario::$scenario, $by, $mode);
+            as_run(stringify!($name), Scenario::$scenario, $by, $mode, $nat);
         }
     };
 }
@@ -96,6 +100,8 @@ macro_rules! tests {
 tests!(Bridge: bridge_by_tidegate_up, bridge_by_tidegate_up_with_sockets, bridge_by_wg_quick);
 tests!(Gateway: gateway_by_tidegate_up, gateway_by_tidegate_up_with_sockets, gateway_by_wg_quick);
 tests!(Jumpbox: jumpbox_by_tidegate_up, jumpbox_by_tidegate_up_with_sockets, jumpbox_by_wg_quick);
+tests!(Gateway by Bpf: gateway_that_translates_by_bpf, gateway_that_translates_by_bpf_with_sockets, gateway_that_translates_by_bpf_by_wg_quick);
+tests!(Jumpbox by Bpf: jumpbox_that_translates_by_bpf, jumpbox_that_translates_by_bpf_with_sockets, jumpbox_that_translates_by_bpf_by_wg_quick);
 tests!(Mesh: mesh_by_tidegate_up, mesh_by_tidegate_up_with_sockets, mesh_by_wg_quick);
 
 #[test]
@@ -103,7 +109,7 @@ fn bridge_to_a_laptop_with_wireguard_go() {
     if skips("bridge_to_a_laptop_with_wireguard_go", &[By::WireguardGo]) {
         return;
     }
-    as_run_by(Scenario::Bridge, &[By::Tidegate, By::WireguardGo], Mode::Native);
+    as_run_by(Scenario::Bridge, &[By::Tidegate, By::WireguardGo], Mode::Native, Nat::Iptables);
 }
 
 /// The ends of a scenario, with a change to their files.

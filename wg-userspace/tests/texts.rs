@@ -117,7 +117,7 @@ fn files(folder: &Path) {
         ("tgt0.conf", config(usual, PEER)),
         ("tg9.conf", config(usual, PEER)),
         ("typo.conf", config("Adress = 10.9.0.1/24\n", "")),
-        ("later.conf", config("#! Nat = masquerade out=eth0\n", "")),
+        ("later.conf", config("#! Metrics = 127.0.0.1:9586\n", "")),
         ("table.conf", config("Address = 10.9.0.1/24\nTable = no-such-table\n", PEER)),
         ("full.conf", config("Address = 10.9.0.1/30\nListenPort = 51820\n", PEER)),
         ("alone.conf", config("Address = 10.9.0.1/32\nListenPort = 51820\n", "")),

@@ -476,7 +476,7 @@ fn bad_input_starts_nothing() {
         ("key", GATEWAY_CONF.replace("PublicKey = ", "PublicKey = x")),
         ("prefix", GATEWAY_CONF.replace("10.9.0.2/32", "10.9.0.2/33")),
         ("unknown key", GATEWAY_CONF.replace("ListenPort", "ListenPorts")),
-        ("later", GATEWAY_CONF.replace("[Interface]", "[Interface]\n#! Nat = masquerade out=eth0")),
+        ("later", GATEWAY_CONF.replace("[Interface]", "[Interface]\n#! Metrics = 127.0.0.1:9586")),
     ] {
         let file = lab.write(&format!("{interface}.conf"), &conf).unwrap();
         let mut up = lab.gateway.command(tidegate());

@@ -604,19 +604,27 @@ impl<'a> Tools<'a> {
     /// # Errors
     /// If the stream breaks off.
     pub fn load(&self, direction: &str, duration: Duration) -> Result<(f64, f64)> {
-        step(&format!("{} s load {direction}", duration.as_secs_f64()));
-        let mut command = self.client.command(self.tool);
-        command.arg("load").arg(server(HOST_V4)?).arg(direction);
-        command.arg(duration.as_millis().to_string());
         let (before, started) = (self.client.packets(OUTER)?, Instant::now());
-        let received = self.received(&mut command, duration + STEP_LIMIT)?;
+        let mbit_s = self.load_to(HOST_V4, direction, duration)?;
         let (after, taken) = (self.client.packets(OUTER)?, started.elapsed());
         let packets = match direction {
             "up" => after.1 - before.1,
             _ => after.0 - before.0,
         };
-        let mbit_s = received["mbit_s"].as_f64().context("the receiver's Mbit/s")?;
         Ok((mbit_s, packets as f64 / taken.as_secs_f64()))
+    }
+
+    /// A stream one way, to an address of the server's or from it; gives Mbit/s of payload.
+    ///
+    /// # Errors
+    /// If the stream breaks off.
+    pub fn load_to(&self, host: &str, direction: &str, duration: Duration) -> Result<f64> {
+        step(&format!("{} s load {direction}", duration.as_secs_f64()));
+        let mut command = self.client.command(self.tool);
+        command.arg("load").arg(server(host)?).arg(direction);
+        command.arg(duration.as_millis().to_string());
+        let received = self.received(&mut command, duration + STEP_LIMIT)?;
+        received["mbit_s"].as_f64().context("the receiver's Mbit/s")
     }
 
     fn received(&self, command: &mut std::process::Command, limit: Duration) -> Result<Value> {

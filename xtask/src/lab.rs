@@ -599,6 +599,18 @@ impl Space {
         others.filter_map(name).map(|name| name.trim_end().to_owned()).collect()
     }
 
+    /// How long the processes inside have run on CPUs, in all of their threads.
+    pub fn cpu_time(&self) -> Duration {
+        /// Ticks of proc(5) per second: what every Linux of today tells programs.
+        const TICKS_PER_S: u64 = 100;
+        let ticks = |pid: Pid| {
+            let stat = fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).ok()?;
+            cpu_ticks(&stat)
+        };
+        let ticks: u64 = self.pids().into_iter().filter_map(ticks).sum();
+        Duration::from_millis(ticks * 1000 / TICKS_PER_S)
+    }
+
     fn remove(&self) {
         for pid in self.pids() {
             let _ = kill_process(pid, Signal::TERM);
@@ -613,6 +625,14 @@ impl Space {
         // It is not there if the lab was not finished.
         let _ = ip(&["netns", "delete", &self.name]);
     }
+}
+
+/// In user mode and in the kernel, by what `/proc/PID/stat` shows.
+fn cpu_ticks(stat: &str) -> Option<u64> {
+    // The name of the program may hold anything.
+    let (_, rest) = stat.rsplit_once(')')?;
+    let mut fields = rest.split_ascii_whitespace().skip(11);
+    Some(fields.next()?.parse::<u64>().ok()? + fields.next()?.parse::<u64>().ok()?)
 }
 
 /// The values of a key in a `wg0.conf`, of all sections, split at commas.

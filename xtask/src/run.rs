@@ -22,7 +22,7 @@ use crate::{
     demonstration::{self, Mode},
     lab::{self, find_program},
     preflight,
-    scenarios::{self, By, Scenario},
+    scenarios::{self, By, Nat, Scenario},
     workspace::{cargo, succeed, target_dir},
 };
 
@@ -41,6 +41,9 @@ pub struct Options {
     /// How the last end of a scenario is brought up
     #[arg(long, value_enum, default_value_t = By::Tidegate, requires = "scenario")]
     peer: By,
+    /// Who translates in a scenario with a gateway
+    #[arg(long, value_enum, default_value_t = Nat::Iptables, requires = "scenario")]
+    nat: Nat,
     /// Write what was seen into this file, as JSON
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
@@ -78,6 +81,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         },
         scenario: options.scenario,
         peer: options.peer,
+        nat: options.nat,
     };
     if rustix::process::geteuid().is_root() {
         println!("run, as root");
@@ -124,11 +128,12 @@ fn sudo_works() -> bool {
 /// that it never outlives us, whatever ends us.
 fn elsewhere(command: &mut Command, options: &scenarios::Options) -> Result<ExitCode> {
     lab::catch_signals()?;
-    let scenarios::Options { common: options, scenario, peer } = options;
+    let scenarios::Options { common: options, scenario, peer, nat } = options;
     command.arg(env::current_exe()?).arg("demonstrate");
     command.arg("--programs").arg(&options.programs).args(["--mode", options.mode.word()]);
     if let Some(scenario) = scenario {
         command.args(["--scenario", scenario.word(), "--peer", peer.word()]);
+        command.args(["--nat", nat.word()]);
     }
     if let Some(report) = &options.report {
         command.arg("--report").arg(std::path::absolute(report)?);

@@ -18,6 +18,8 @@
 //! has a `/run` and an `/etc/wireguard` of its own. All ends come up by `tidegate up`, or by the real
 //! wg-quick(8) with a daemon in user space.
 
+mod nat;
+
 use std::{
     collections::BTreeMap,
     env,
@@ -31,7 +33,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 
@@ -42,6 +44,9 @@ use crate::{
     },
     lab::{self, End, Layout, Site, Space, conf_values, find_program, wait_for},
 };
+
+use self::nat::Translator;
+pub use self::nat::{Nat, Translated};
 
 /// The public interface of every host, as the files call it.
 const NIC: &str = "eth0";
@@ -144,6 +149,9 @@ pub struct Options {
     /// How the last end is brought up
     #[arg(long, value_enum, default_value_t = By::Tidegate)]
     pub peer: By,
+    /// Who translates in a scenario with a gateway
+    #[arg(long, value_enum, default_value_t = Nat::Iptables)]
+    pub nat: Nat,
 }
 
 struct Description {
@@ -152,6 +160,8 @@ struct Description {
     ways: &'static [Way],
     /// A host, and what it must not reach.
     silent: &'static [(&'static str, &'static str)],
+    /// Who translates, if anybody does.
+    translator: Option<Translator>,
 }
 
 /// A way through the tunnel, in the order in which they are tried.
@@ -198,6 +208,7 @@ const BRIDGE: Description = Description {
         way("server1", "laptop", "fd09::2", "fd09::1"),
     ],
     silent: &[],
+    translator: None,
 };
 
 const GATEWAY: Description = Description {
@@ -239,6 +250,17 @@ const GATEWAY: Description = Description {
         way("laptop", "web", "2001:db8:113::10", "2001:db8:51::1"),
     ],
     silent: &[],
+    translator: Some(Translator {
+        host: "gateway",
+        lines: &[
+            "#! Nat = masquerade out=eth0 from=10.9.0.0/24",
+            "#! Nat = masquerade out=eth0 from=fd09::/64",
+            "#! Allow = 10.9.0.0/24 -> 0.0.0.0/0",
+            "#! Allow = fd09::/64 -> ::/0",
+        ],
+        far: ("web", &["203.0.113.10", "2001:db8:113::10"]),
+        near: "laptop",
+    }),
 };
 
 const JUMPBOX: Description = Description {
@@ -268,6 +290,15 @@ const JUMPBOX: Description = Description {
         way("laptop", "vlan", "192.168.20.2", "192.168.20.1"),
     ],
     silent: &[("laptop", "fd20::2")],
+    translator: Some(Translator {
+        host: "jumpbox",
+        lines: &[
+            "#! Nat = masquerade out=eth1 from=10.9.0.0/24",
+            "#! Allow = 10.9.0.0/24 -> 192.168.20.0/24",
+        ],
+        far: ("vlan", &["192.168.20.2"]),
+        near: "laptop",
+    }),
 };
 
 const MESH: Description = Description {
@@ -302,6 +333,7 @@ const MESH: Description = Description {
         way("server3", "server2", "fd09::2", "fd09::3"),
     ],
     silent: &[],
+    translator: None,
 };
 
 /// What came of one way.
@@ -354,6 +386,9 @@ pub struct Report {
     pub out_of_reach: BTreeMap<String, u32>,
     /// Tunnel packets received by those ends, by the path that they came.
     pub paths: BTreeMap<String, u64>,
+    /// Who translated, and what it cost, if anybody did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nat: Option<Translated>,
     /// What was there after the ends had gone down, and was not before, or the reverse.
     pub left: Vec<String>,
     /// What a reader should know.
@@ -367,6 +402,7 @@ impl Report {
     fn verdict(&self, rootless: bool) -> u8 {
         let all_good = self.ways.iter().all(Seen::is_good)
             && self.out_of_reach.values().all(|&answered| answered == 0)
+            && self.nat.as_ref().is_none_or(Translated::is_good)
             && self.left.is_empty();
         if !all_good {
             return 1;
@@ -419,6 +455,7 @@ impl Report {
             };
             rows.push(("out of reach".to_owned(), text));
         }
+        rows.extend(self.nat.iter().flat_map(Translated::rows));
         rows.push(("came by".to_owned(), list(paths.collect())));
         rows.push(("left behind".to_owned(), list(self.left.clone())));
         rows.extend(self.notes.iter().map(|note| ("note".to_owned(), note.clone())));
@@ -442,13 +479,22 @@ pub fn demonstrate(options: &Options) -> Result<ExitCode> {
     demonstration::present(common, |programs| {
         let mut ends = vec![By::Tidegate; scenario.files().len()];
         *ends.last_mut().expect("every scenario has ends") = options.peer;
-        let report = show(scenario, programs, &ends, common, 4 << 20)?;
+        let amount = Amount { file_len: 4 << 20, load: Some(Duration::from_secs(4)) };
+        let report = show(scenario, programs, &ends, common, options.nat, amount)?;
         Ok((serde_json::to_value(&report)?, report.table(), report.exit_code))
     })
 }
 
-/// The whole of a scenario, at a site of its own: up, every way with a file of `file_len` bytes
-/// there and back, and down. `ends` says how those of [`Scenario::files`] are brought up.
+/// How much traffic to send.
+#[derive(Clone, Copy, Debug)]
+pub struct Amount {
+    /// Bytes of the file that goes each way between two ends.
+    pub file_len: u64,
+    /// How long a load goes each way through who translates, if it does.
+    pub load: Option<Duration>,
+}
+
+/// The whole of a scenario, at a site of its own: up, every way with a file there and back, and down. `ends` says how those of [`Scenario::files`] are brought up.
 ///
 /// # Errors
 /// If something did not work at all; what is not as it should be is a result.
@@ -457,9 +503,16 @@ pub fn show(
     programs: &Programs,
     ends: &[By],
     options: &demonstration::Options,
-    file_len: u64,
+    nat: Nat,
+    amount: Amount,
 ) -> Result<Report> {
     let description = scenario.description();
+    let translator = description.translator.as_ref();
+    ensure!(
+        nat == Nat::Iptables || translator.is_some(),
+        "nobody translates in the scenario {}: `--nat` is for gateway and jumpbox",
+        scenario.word()
+    );
     let mut site = Site::new(&description.layout)?;
     if options.keep {
         site.keep();
@@ -473,8 +526,14 @@ pub fn show(
         .files
         .iter()
         .zip(ends)
-        .map(|(&(host, conf), &by)| Tunnel::new(&site, programs, host, conf, by))
+        .map(|(&(host, conf), &by)| {
+            let conf = translator.map_or_else(|| conf.to_owned(), |at| at.conf(host, conf, nat));
+            Tunnel::new(&site, programs, host, &conf, by)
+        })
         .collect::<Result<_>>()?;
+    if let Some(translator) = translator {
+        translator.track(&site)?;
+    }
     let before = ends.iter().map(|end| state(end.space)).collect::<Result<Vec<_>>>()?;
 
     for end in &ends {
@@ -483,7 +542,7 @@ pub fn show(
     }
     let mut ways = Vec::new();
     for way in description.ways {
-        ways.push(go(&site, programs, way, file_len)?);
+        ways.push(go(&site, programs, way, amount.file_len)?);
     }
     let mut out_of_reach = BTreeMap::new();
     for (from, to) in description.silent {
@@ -492,6 +551,9 @@ pub fn show(
         let answered = site.space(from).ping(to, 2, &[]).map_or(0, |ping| ping.answered);
         out_of_reach.insert(format!("{to} from {from}"), answered);
     }
+    let translated = translator
+        .map(|translator| translator.look(&site, &programs.tool, nat, amount.load))
+        .transpose()?;
     let (mut modes, mut paths) = (BTreeMap::new(), BTreeMap::<String, u64>::new());
     for end in ends.iter().filter(|end| end.by != By::WireguardGo) {
         let status = DataPath::of(end.space, &programs.tidegate, end.host)?;
@@ -522,6 +584,7 @@ pub fn show(
         ways,
         out_of_reach,
         paths,
+        nat: translated,
         left,
         notes,
         exit_code: 0,
@@ -801,6 +864,7 @@ mod tests {
             hashes_equal: true,
             out_of_reach: [("fd20::2 from laptop".to_owned(), 0)].into(),
             paths: [("xsk".to_owned(), 990), ("socket".to_owned(), 10)].into(),
+            nat: None,
             left: Vec::new(),
             notes: Vec::new(),
             exit_code: 0,

@@ -17,12 +17,13 @@ pub const FLOWS_LEN: u32 = 1 << 18;
 pub const MAPPINGS: &str = "NAT_MAPPINGS";
 /// Most entries of [`MAPPINGS`], unless the loader chooses another number.
 pub const MAPPINGS_LEN: u32 = 1 << 18;
-/// Array: [`Slot`] of each external port, indexed by [`slot_index`]. The loader chooses how many.
+/// Array, mapped: [`Slot`] of each external port, indexed by [`slot_index`]. The loader chooses how many.
 pub const SLOTS: &str = "NAT_SLOTS";
-/// Array, mapped: rings of free slots, [`PORTS_LEN`] words each, indexed by `ring * PORTS_LEN + position %
-/// PORTS_LEN`. A word is the port, in host byte order. Control writes at the tail, programs take at the head.
+/// Array of `u64`, mapped: rings of free slots, [`PORTS_LEN`] words each, indexed by [`slot_index`] of the ring and
+/// `position % PORTS_LEN`. A word is the port, counted from [`RuleSet::port_first`]. Control writes at the tail,
+/// programs take at the head.
 pub const FREE_PORTS: &str = "NAT_FREE_PORTS";
-/// Array, mapped: [`RING_WORDS`] words of each ring: its head at the first, its tail at word [`RING_TAIL`].
+/// Array of `u64`, mapped: [`RING_WORDS`] words of each ring: its head at the first, its tail at word [`RING_TAIL`].
 /// Both only grow; the ring is empty where they are equal.
 pub const PORT_RINGS: &str = "NAT_PORT_RINGS";
 /// Words of a ring in [`PORT_RINGS`]: head and tail do not share a cache line.
@@ -33,7 +34,7 @@ pub const RING_TAIL: u32 = 8;
 pub const FRAGMENTS: &str = "NAT_FRAGMENTS";
 /// Most entries of [`FRAGMENTS`].
 pub const FRAGMENTS_LEN: u32 = 4096;
-/// Per-CPU array of `u64`: drop reasons, then [`NatEvent`](crate::outcome) counters.
+/// Per-CPU array of `u64`: drop reasons, then [`NatEvent`](crate::outcome::NatEvent)s.
 pub const NAT_COUNTERS: &str = "NAT_COUNTERS";
 /// Per-CPU array of `u64`: packets that each of the [`RuleSet::allow`] rules let begin a flow, by its
 /// [`AllowRule::counter`].
@@ -41,8 +42,18 @@ pub const ALLOW_COUNTERS: &str = "NAT_ALLOWED";
 /// Array, mapped, of one word: boot time in nanoseconds at which the owner last said that it lives. Where that
 /// is older than [`OWNER_STALE_NS`], programs that the owner left behind let everything pass.
 pub const OWNER: &str = "NAT_OWNER";
+/// Where programs die with their owner, their links are his: [`OWNER_BY_LINK`] stands there.
+pub const OWNER_BY_LINK: u64 = u64::MAX;
 /// Age from which an owner counts as dead.
 pub const OWNER_STALE_NS: u64 = 5_000_000_000;
+
+/// Name of the program at a TUN device's ingress, where packets come out of the tunnel.
+pub const TUN_PROGRAM: &str = "tidegate_nat_tun";
+/// Name of the global that says how many bytes stand before the IP header at a TUN device's ingress (`u32`): none,
+/// but in runs of the program without a device.
+pub const LINK_LEN_GLOBAL: &str = "LINK_LEN";
+/// Name of the program at a NIC's ingress.
+pub const NIC_PROGRAM: &str = "tidegate_nat_nic";
 
 /// Most [`RuleSet::nat`] rules.
 pub const NAT_RULES_LEN: usize = 64;
@@ -91,14 +102,41 @@ pub const NO_SLOT: u32 = u32::MAX;
 /// No entry of a table of rules.
 pub const NO_RULE: u32 = u32::MAX;
 
-/// A prefix: the first bits of an address, the others 0.
+/// A prefix of addresses.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 #[repr(C)]
 pub struct Prefix {
-    /// The address.
+    /// The address; bits behind the prefix are 0.
     pub address: AddressKey,
-    /// Its length in bits: 96 more than written, for IPv4.
-    pub len: u32,
+    /// Which bits of an address count: a program need not compute that.
+    pub mask: AddressKey,
+}
+
+impl Prefix {
+    /// The prefix of this many bits, 96 more than written for IPv4. Other bits of the address are cleared; a length
+    /// beyond 128 is 128.
+    pub const fn new(address: AddressKey, len: u32) -> Self {
+        let mut prefix = Self { address, mask: AddressKey([0; 4]) };
+        let mut word = 0;
+        while word < 4 {
+            let bits = len.saturating_sub(word as u32 * 32);
+            let bits = if bits > 32 { 32 } else { bits };
+            let mask = ((u32::MAX as u64) << (32 - bits)) as u32;
+            prefix.mask.0[word] = mask.to_be();
+            prefix.address.0[word] &= mask.to_be();
+            word += 1;
+        }
+        prefix
+    }
+
+    /// 0 if an address is in the prefix. A number, so that several such questions cost one branch.
+    #[inline(always)]
+    pub const fn distance(&self, of: &AddressKey) -> u32 {
+        (self.address.0[0] ^ of.0[0] & self.mask.0[0])
+            | (self.address.0[1] ^ of.0[1] & self.mask.0[1])
+            | (self.address.0[2] ^ of.0[2] & self.mask.0[2])
+            | (self.address.0[3] ^ of.0[3] & self.mask.0[3])
+    }
 }
 
 /// Packets that come out of the tunnel and go out of a NIC get an external address.
@@ -263,12 +301,14 @@ pub const SEEN_IN: u8 = 2;
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 #[repr(u8)]
 pub enum FlowKind {
-    /// It passes untranslated.
+    /// It passes untranslated, and began inside.
     Plain = 0,
     /// Its inner address has an external one ([`NatRule`]).
     Source = 1,
     /// It came to a port that is forwarded ([`ForwardRule`]).
     Forward = 2,
+    /// It passes untranslated, and began outside.
+    PlainInbound = 3,
 }
 
 /// What one side of a TCP flow has sent and may send; sequence numbers in host byte order.
@@ -283,6 +323,8 @@ pub struct TcpWindow {
     pub window_max: u32,
     /// The scale of the windows that it tells, and [`TcpWindow::HAS_SCALE`] if it has sent one.
     pub scale: u32,
+    /// Behind the last of its bytes that the other side has acknowledged.
+    pub acked: u32,
 }
 
 impl TcpWindow {
@@ -359,20 +401,30 @@ pub struct FragmentEntry {
     pub source: AddressKey,
     /// Their destination from now on.
     pub destination: AddressKey,
-    /// What is done with them: `nat` says which.
+    /// What is done with them: one of [`fragment_verdict`].
     pub verdict: u32,
     /// Zero.
     pub padding: u32,
 }
 
+/// What is done with a packet's later fragments.
+pub mod fragment_verdict {
+    /// They go out of a NIC.
+    pub const OUT: u32 = 1;
+    /// They go into the tunnel.
+    pub const IN: u32 = 2;
+    /// They are left to the kernel.
+    pub const PASS: u32 = 3;
+}
+
 const _: () = {
-    assert!(size_of::<Prefix>() == 20);
-    assert!(size_of::<NatRule>() == 32);
+    assert!(size_of::<Prefix>() == 32);
+    assert!(size_of::<NatRule>() == 44);
     assert!(size_of::<ForwardRule>() == 44);
-    assert!(size_of::<AllowRule>() == 52);
+    assert!(size_of::<AllowRule>() == 76);
     assert!(size_of::<External>() == 24);
     assert!(size_of::<FlowKey>() == 40);
-    assert!(size_of::<Flow>() == 120);
+    assert!(size_of::<Flow>() == 128);
     assert!(size_of::<MappingKey>() == 24);
     assert!(size_of::<Slot>() == 32);
     assert!(size_of::<FragmentKey>() == 44);
@@ -392,4 +444,40 @@ mod pod {
         };
     }
     pod!(RuleSet FlowKey Flow MappingKey Mapping Slot FragmentKey FragmentEntry);
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::IpAddr;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn a_prefix_holds_the_addresses_with_its_first_bits(
+            address in any::<u128>(), other in any::<u128>(), common in 0u32..=128, len in 0u32..=130,
+        ) {
+            // The other one has `common` bits in common, or more by chance.
+            let keep = u128::MAX.checked_shl(128 - common).unwrap_or(0);
+            let other = address & keep | other & !keep;
+            let key = |bits: u128| AddressKey::v6(bits.to_be_bytes());
+            let is_inside = (address ^ other).leading_zeros() >= len.min(128);
+            prop_assert_eq!(Prefix::new(key(address), len).distance(&key(other)) == 0, is_inside);
+        }
+    }
+
+    #[test]
+    fn a_prefix_of_ipv4_is_96_bits_longer() {
+        let key = |text: &str| AddressKey::from(text.parse::<IpAddr>().unwrap());
+        let prefix = Prefix::new(key("10.9.77.1"), 96 + 16);
+        assert_eq!(prefix.address, key("10.9.0.0"));
+        assert_eq!(prefix.distance(&key("10.9.1.2")), 0);
+        assert_ne!(prefix.distance(&key("10.8.1.2")), 0);
+        assert_ne!(prefix.distance(&key("::10.9.1.2")), 0);
+        assert_eq!(Prefix::new(key("0.0.0.0"), 96).distance(&key("192.0.2.1")), 0);
+        assert_ne!(Prefix::new(key("0.0.0.0"), 96).distance(&key("2001:db8::1")), 0);
+        assert_eq!(Prefix::new(key("::"), 0).distance(&key("192.0.2.1")), 0);
+    }
 }

@@ -7,4 +7,13 @@
 //! inner ones, whoever it speaks with (endpoint-independent mapping, RFC 4787 §4.1). Its slot in
 //! [`map::SLOTS`] is the way back; the generation in both says whether they still belong together.
 
+pub mod engine;
+pub mod error;
 pub mod map;
+#[cfg(test)]
+mod model;
+pub mod packet;
+pub mod rewrite;
+pub mod tcp;
+pub mod timeout;
+pub mod tuple;

@@ -147,6 +147,44 @@ impl AttachError {
     }
 }
 
+/// Why a program of NAT is not attached to an interface.
+#[derive(Debug, thiserror::Error)]
+pub enum NatAttachError {
+    /// There is no such interface in this network namespace.
+    #[error("there is no network interface {0}; `ip link` lists them")]
+    UnknownInterface(String),
+    /// The process lacks the capabilities.
+    #[error("attaching a TC program: CAP_NET_ADMIN and CAP_BPF are needed; run it as root")]
+    NotPermitted,
+    /// The kernel refuses for another reason.
+    #[error("the kernel does not attach the TC program to {interface}: {cause}")]
+    Refused {
+        /// Name of the interface.
+        interface: String,
+        /// What it said.
+        cause: String,
+    },
+    /// The program is not there.
+    #[error(transparent)]
+    Bpf(#[from] BpfError),
+}
+
+impl NatAttachError {
+    pub(super) fn new(interface: &str, error: ProgramError) -> Self {
+        match system_error(&error) {
+            Some(cause) if not_permitted(cause) => Self::NotPermitted,
+            _ => Self::Refused { interface: interface.to_owned(), cause: chain(&error) },
+        }
+    }
+
+    /// Whether the kernel does not know links of TC programs.
+    pub(super) fn is_unknown_link(error: &ProgramError) -> bool {
+        system_error(error).is_some_and(|error| {
+            matches!(error.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported)
+        })
+    }
+}
+
 /// An XDP program of someone else's.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct ForeignProgram {

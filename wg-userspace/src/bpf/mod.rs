@@ -4,12 +4,13 @@
 //! steer program must know (ports, addresses, live indexes, queues and their sockets), workers
 //! store their heartbeats straight into the mapped array. Of each TUN device, [`TunSteering`] is told who
 //! owns which prefix, and workers store where peers are at home; of each listen port, [`SocketSteering`] is told
-//! the sockets, and control stores where keypairs are. What the maps mean stands in
-//! [`wg_common::map`].
+//! the sockets, and control stores where keypairs are. [`Nat`] has the rules, ports and flows of a device that
+//! translates or filters. What the maps mean stands in [`wg_common::map`] and [`wg_common::nat::map`].
 
 mod attached;
 mod error;
 mod log;
+mod nat;
 mod socket_steering;
 #[cfg(test)]
 mod tests;
@@ -35,14 +36,22 @@ use wg_common::map::{
 };
 use wg_common::outcome::{DropReason, STEER_COUNTER_COUNT, SteerEvent};
 
-pub use self::error::{AttachError, BpfError};
+pub use self::error::{AttachError, BpfError, NatAttachError};
 pub use self::log::LogReader;
+pub use self::nat::{
+    Attachment, FlowPages, MappingPages, Nat, NatCounters, NatHook, NatIds, NatOptions, NatRun,
+    NatVerdict, NatView,
+};
 pub use self::socket_steering::SocketSteering;
 pub use self::tun_steering::TunSteering;
 use crate::sys::{SharedWords, link};
 
 /// The programs, as `cargo xtask build-ebpf` made them.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("TIDEGATE_BPF_OBJECT_PATH"));
+
+/// Maps that the programs of NAT do not use: the least number of entries for them.
+const NOT_OF_NAT: [&str; 7] =
+    [LISTEN_PORTS, LOCAL_ADDRESSES, LIVE_INDEXES, INDEX_WORKERS, QUEUES, HEARTBEATS, PEER_WORKERS];
 
 /// What can be chosen when the steer program is loaded.
 #[derive(Clone, Copy, Debug)]

@@ -99,6 +99,8 @@ pub enum Rule {
     HookOtherInterface,
     /// Address translation by iptables, which `#! Nat` would replace.
     NatByIptables,
+    /// Addresses that netfilter translates, and `#! Nat` as well.
+    NatTwice,
 
     /// Other people can read or change the file.
     FileAccess,
@@ -110,7 +112,7 @@ pub enum Rule {
     NameNotFound,
     /// A port that another program has.
     PortInUse,
-    /// XDP would go round a rule of the firewall, so that `up` refuses it.
+    /// XDP or NAT would go round a rule of the firewall, so that `up` refuses it.
     FirewallBypassed,
     /// A routing table that this host does not have.
     TableUnknown,

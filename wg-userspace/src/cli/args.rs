@@ -198,7 +198,8 @@ pub struct Up {
     /// Stay until the interface is taken down, and take it down at the end (for service managers)
     #[arg(short, long, conflicts_with = "dry_run")]
     pub foreground: bool,
-    /// Use XDP although rules of the firewall concern the port: they have no effect on it then
+    /// Use XDP and NAT although rules of the firewall concern what they take past it: these have no effect on
+    /// that then
     #[arg(long)]
     pub bypass_firewall: bool,
     #[command(flatten)]
@@ -240,7 +241,8 @@ pub struct Check {
 /// Arguments of `show`.
 #[derive(Args, Debug)]
 pub struct Show {
-    /// Names of interfaces; `all` (the default) for all of them, `interfaces` for their names only
+    /// Names of interfaces; `all` (the default) for all of them, `interfaces` for their names only; behind one
+    /// name, `nat` for its flows, ports and rules
     #[arg(value_name = "IF")]
     pub interfaces: Vec<String>,
     /// Print JSON

@@ -9,6 +9,7 @@ use std::{
 use ipnet::IpNet;
 
 use super::{
+    forwarding,
     ledger::Noted,
     running::{Running, RunningPeer},
     steps::{RuleKind, Step},
@@ -426,7 +427,9 @@ pub fn described(step: &Step) -> String {
             let words: Vec<&str> = servers.iter().chain(search).map(String::as_str).collect();
             format!("DNS {}", words.join(", "))
         }
-        Step::Sysctl { key, value, .. } => format!("sysctl {} = {value}", key.replace('/', ".")),
+        Step::Sysctl { key, value, .. } => {
+            format!("sysctl {} = {value}", forwarding::sysctl_name(key))
+        }
         Step::Rule { family: of, kind: RuleKind::NotMarked { mark, table }, .. } => {
             format!("{} rule: without mark {mark:#x} by table {table}", family(*of))
         }

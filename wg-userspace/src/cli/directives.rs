@@ -17,6 +17,7 @@ use crate::{
     config::{self, Directives, Problem},
     daemon,
     device::PacketRules,
+    nat,
 };
 
 /// Who may write the file, besides its group and others, who must not.
@@ -37,6 +38,11 @@ pub fn of(interface: &InterfaceName) -> Directives {
 /// What `/etc/wireguard/<interface>.conf` says is to be done to packets. [`of`] prints what is wrong with it.
 pub fn rules_of(interface: &InterfaceName) -> PacketRules {
     read(&ConfigFile::of(interface).path, ROOT).0.rules()
+}
+
+/// What `/etc/wireguard/<interface>.conf` says is to be translated, forwarded and allowed.
+pub fn nat_of(interface: &InterfaceName) -> nat::Lines {
+    nat::Lines::of_directives(&read(&ConfigFile::of(interface).path, ROOT).0)
 }
 
 impl Directives {
@@ -179,7 +185,7 @@ mod tests {
         let folder = Folder::new();
         let path = folder.write(
             "[Interface]\n#! Workers = lots\n#! Xdp = eth0\n#! Wrokers = 1\n\
-             #! Nat = masquerade out=eth0\n[Peer]\n#! Workers = 3\n",
+             #! Metrics = [::1]:1\n[Peer]\n#! Workers = 3\n",
             0o644,
         );
         let (directives, warnings) = read_own(&path);

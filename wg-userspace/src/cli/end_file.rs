@@ -6,7 +6,7 @@ use ipnet::IpNet;
 use zeroize::Zeroizing;
 
 use crate::{
-    config::{Endpoint, Hook, OwnEndpoint},
+    config::{Allow, Endpoint, Nat, OwnEndpoint},
     key::{PresharedKey, PrivateKey, PublicKey},
 };
 
@@ -27,10 +27,12 @@ pub struct EndConfig {
     pub dns: Vec<String>,
     /// `MTU`, in bytes; without it, found by the host.
     pub mtu: Option<u16>,
-    /// Comment above the hooks, line by line, without `#`.
-    pub about_hooks: Vec<String>,
-    /// `PostUp` and the like, in this order.
-    pub hooks: Vec<Hook>,
+    /// Comment above what follows, line by line, without `#`.
+    pub about_forwarding: Vec<String>,
+    /// `#! Nat`
+    pub nat: Vec<Nat>,
+    /// `#! Allow`
+    pub allow: Vec<Allow>,
     /// Its peers, in this order.
     pub peers: Vec<EndPeer>,
 }
@@ -131,9 +133,12 @@ fn text(end: &EndConfig, has_comments: bool) -> Zeroizing<String> {
         text.explain("Bytes of the largest packet inside the tunnel. There: the same.");
         text.entry("MTU", &mtu.to_string());
     }
-    text.comment(&end.about_hooks);
-    for hook in &end.hooks {
-        text.entry(hook.event.name(), &hook.command);
+    text.comment(&end.about_forwarding);
+    for nat in &end.nat {
+        text.instruction("Nat", &nat.to_string());
+    }
+    for allow in &end.allow {
+        text.instruction("Allow", &allow.to_string());
     }
     for peer in &end.peers {
         text.peer(peer);
@@ -251,7 +256,7 @@ mod tests {
     use rand::{SeedableRng, rngs::StdRng};
 
     use super::*;
-    use crate::config::{self, HookEvent};
+    use crate::config::{self, NatSource, Spanned, Traffic};
 
     fn peer(rng: &mut StdRng, name: &str, place: Place) -> EndPeer {
         EndPeer {
@@ -274,8 +279,18 @@ mod tests {
             key: OwnKey::Private(PrivateKey::generate(rng)),
             dns: vec!["9.9.9.9".to_owned(), "example.org".to_owned()],
             mtu: None,
-            about_hooks: vec!["What the host is told.".to_owned()],
-            hooks: vec![Hook { event: HookEvent::PostUp, command: "echo %i".to_owned() }],
+            about_forwarding: vec!["What is forwarded.".to_owned()],
+            nat: vec![Nat {
+                source: NatSource::Masquerade,
+                out: Spanned::nowhere("eth0".to_owned()),
+                from: Some(Spanned::nowhere("10.9.0.0/24".parse().unwrap())),
+                bypass_firewall: true,
+            }],
+            allow: vec![Allow {
+                from: Spanned::nowhere("fd09::/64".parse().unwrap()),
+                to: Spanned::nowhere("::/0".parse().unwrap()),
+                traffic: Traffic::All,
+            }],
             peers,
         }
     }
@@ -307,7 +322,11 @@ mod tests {
             assert!(interface.addresses.iter().map(|net| &net.value).eq(&end.addresses));
             assert!(interface.dns.iter().map(|word| &word.value).eq(&end.dns));
             assert_eq!(interface.mtu.as_deref(), end.mtu.as_ref());
-            assert!(interface.hooks.iter().map(|hook| &hook.value).eq(&end.hooks));
+            let shown = |lines: Vec<String>| if has_comments { lines } else { Vec::new() };
+            let nat: Vec<_> = interface.nat.iter().map(|nat| nat.to_string()).collect();
+            assert_eq!(nat, shown(end.nat.iter().map(ToString::to_string).collect()));
+            let allow: Vec<_> = interface.allow.iter().map(|allow| allow.to_string()).collect();
+            assert_eq!(allow, shown(end.allow.iter().map(ToString::to_string).collect()));
             assert_eq!(read.peers.len(), end.peers.len());
             for (read, written) in read.peers.iter().zip(&end.peers) {
                 let name = written.name.as_ref().filter(|_| has_comments);

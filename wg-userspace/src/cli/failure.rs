@@ -58,6 +58,11 @@ impl Failure {
         Self { code: Code::Config as u8, shown: Shown::Report(Report::new(errors), String::new()) }
     }
 
+    /// This host keeps a config file from being followed.
+    pub fn of_host(errors: impl Diagnostic + Send + Sync + 'static) -> Self {
+        Self { code: Code::Runtime as u8, ..Self::config(errors) }
+    }
+
     /// A child process ended with this code, and printed why.
     pub fn of_child(code: u8) -> Self {
         Self { code, shown: Shown::Nothing(String::new()) }

@@ -9,7 +9,9 @@ use super::{
     Failure,
     args::DataPathArgs,
     difference::Label,
-    dns, hooks,
+    dns,
+    forwarding::{self, Setting},
+    hooks,
     ledger::Hook,
     name::InterfaceName,
     steps::{RuleKind, Step},
@@ -20,6 +22,7 @@ use crate::{
     daemon,
     device::SetRequest,
     host::{Family, MAIN_TABLE},
+    nat,
 };
 
 /// Bytes that a tunnel adds to an inner packet at most: IPv6 and UDP headers, and the overhead
@@ -34,7 +37,7 @@ const _: () = assert!((PATH_MTU_DEFAULT - OUTER_OVERHEAD) as usize == DEFAULT_MT
 pub const POLICY_TABLE: u32 = 51820;
 
 /// What reverse path filters need when answers are looked up by their mark.
-const SRC_VALID_MARK: &str = "net/ipv4/conf/all/src_valid_mark";
+pub const SRC_VALID_MARK: &str = "net/ipv4/conf/all/src_valid_mark";
 
 /// Everything that `up` does.
 pub struct Plan {
@@ -58,6 +61,8 @@ pub struct Plan {
     pub mark: Option<u32>,
     /// What the peers own: the longest first, each once.
     pub allowed_ips: Vec<IpNet>,
+    /// What the host needs so that it forwards what the file's lines are about.
+    pub settings: Vec<Setting>,
     /// Number of peers.
     pub peer_count: usize,
     /// `PreUp`
@@ -159,11 +164,18 @@ impl Plan {
             routes_to,
             mark: config.interface.fwmark.as_ref().map(|mark| mark.value).filter(|&mark| mark != 0),
             allowed_ips,
+            settings: forwarding::settings(&config.interface, &[]),
             peer_count: config.peers.len(),
             pre_up: hooks(HookEvent::PreUp),
             post_up: hooks(HookEvent::PostUp),
             down_hooks: [hooks(HookEvent::PreDown), hooks(HookEvent::PostDown)].concat(),
         })
+    }
+
+    /// The plan for a host on which routers have told of routes by these interfaces.
+    pub fn with_routers(mut self, config: &Config, routers: &[String]) -> Self {
+        self.settings = forwarding::settings(&config.interface, routers);
+        self
     }
 
     /// Whether a table has to be found for default routes. A mark of the file names it as well.
@@ -182,7 +194,12 @@ impl Plan {
         let mut steps = hooks(&self.pre_up);
         steps.extend([Step::Daemon, Step::Configure]);
         steps.extend(self.addresses.iter().copied().map(Step::Address));
-        steps.extend([Step::Mtu(self.mtu), Step::LinkUp]);
+        steps.push(Step::Mtu(self.mtu));
+        steps.extend(self.settings.iter().map(|(key, value)| {
+            let value = (*value).to_owned();
+            Step::Sysctl { key: key.clone(), value, before: None }
+        }));
+        steps.push(Step::LinkUp);
         // Search domains alone change nothing, as for wg-quick.
         if !self.dns_servers.is_empty() {
             let (servers, search) = (self.dns_servers.clone(), self.dns_search.clone());
@@ -254,6 +271,7 @@ fn daemon_options(
         interfaces: vec![interface.as_str().to_owned()],
         // Configured right afterwards.
         rules: Vec::new(),
+        nat: vec![nat::Lines::of(&config.interface)],
         xdp: arguments.xdp().map_or_else(file_nics, <[String]>::to_vec),
         mode: arguments.mode.or(file_mode).unwrap_or(daemon::Mode::Auto),
         aead: arguments.aead,

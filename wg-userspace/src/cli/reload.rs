@@ -24,8 +24,10 @@ use super::{
     args::{self, DataPathArgs},
     difference::{self, DeviceDifference, HostDifference, Label, Present, described, is_same},
     down::runtime,
+    forwarding,
     ledger::{Ledger, Noted, Record},
     name::{ConfigFile, InterfaceName},
+    nat,
     plan::{Plan, RoutesTo},
     print, resolve,
     running::Running,
@@ -62,6 +64,8 @@ pub fn follow(file: &ConfigFile, text: &str, is_dry: bool, say: Say) -> Result<C
         return Err(Failure::config(errors));
     }
     let plan = Plan::new(interface, &config, &DataPathArgs::default())?;
+    let plan = plan.with_routers(&config, &forwarding::with_routers());
+    forwarding::check(interface, &config, false)?;
     let ledger = Ledger::open(interface).map_err(|failure| failure.within(interface))?;
     let ledger = ledger.filter(|ledger| !ledger.record().is_left_over());
     let socket = Socket::find(interface)?.ok_or_else(|| show::not_found(interface))?;
@@ -170,6 +174,8 @@ struct Difference {
     /// Filters that are to be made anew, for they name the interface's addresses.
     filters: Vec<Noted>,
     applied: Applied,
+    /// Lines about NAT, if the running ones are others.
+    nat: Option<String>,
     lines: Vec<String>,
     /// What this file wants and a reload cannot do.
     left: Vec<String>,
@@ -185,13 +191,17 @@ impl Reload<'_> {
     ) -> Result<Code, Failure> {
         let mark = self.config.interface.fwmark.as_deref().copied();
         let found = difference::of_device(running, self.config, mark, endpoints);
+        let (nat, nat_lines) = self.nat()?;
+        if !is_dry && let Some(nat) = &nat {
+            nat::follow(self.interface, nat)?;
+        }
         if !is_dry && !found.is_none() {
             up::configure(self.interface, &found.at_once())?;
         }
         if !is_dry {
             up::tell_names(self.interface, self.config);
         }
-        self.tell(&found.lines, &[])?;
+        self.tell(&[found.lines.clone(), nat_lines].concat(), &[])?;
         eprintln!(
             "tidegate: warning: {}: it was not brought up by `tidegate up`, so that its addresses, \
              routes and name servers are left as they are",
@@ -288,6 +298,8 @@ impl Reload<'_> {
         let filters = filters_to_renew(&noted, &wanted, &present.addresses, &host);
 
         let mut lines = device.lines.clone();
+        let (nat, nat_lines) = self.nat()?;
+        lines.extend(nat_lines);
         let is_told = |step: &&Step| !matches!(step, Step::Mark(_));
         lines.extend(host.add.iter().filter(is_told).map(|step| format!("+ {}", described(step))));
         let removed = host.remove.iter().map(|noted| &noted.step);
@@ -325,7 +337,24 @@ impl Reload<'_> {
             ));
         }
         let applied = self.applied(state)?;
-        Ok(Difference { device, host, mtu, filters, applied, lines, left })
+        Ok(Difference { device, host, mtu, filters, applied, nat, lines, left })
+    }
+
+    /// The lines about NAT to follow, if others are followed at present, and what that changes.
+    fn nat(&self) -> Result<(Option<String>, Vec<String>), Failure> {
+        let before = nat::state(self.interface)?.unwrap_or_default().lines;
+        let after = nat::lines_of(self.config);
+        if before == after {
+            return Ok((None, Vec::new()));
+        }
+        let gone = before.lines().filter(|line| !after.lines().any(|after| after == *line));
+        let new = after.lines().filter(|line| !before.lines().any(|before| before == *line));
+        let mut lines: Vec<String> = gone.map(|line| format!("- {line}")).collect();
+        lines.extend(new.map(|line| format!("+ {line}")));
+        if lines.is_empty() {
+            lines.push("~ `#!` lines about NAT: in another order".to_owned());
+        }
+        Ok((Some(after), lines))
     }
 
     /// The steps without those that this host has no need of, or no program for.

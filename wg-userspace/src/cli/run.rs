@@ -123,6 +123,7 @@ fn options(arguments: &args::Run) -> Result<daemon::Options, Failure> {
         interfaces: names.iter().map(|name| name.as_str().to_owned()).collect(),
         // Also in the background, where the file's warnings were printed before.
         rules: names.iter().map(directives::rules_of).collect(),
+        nat: names.iter().map(directives::nat_of).collect(),
         xdp: data_path.xdp().unwrap_or_default().to_vec(),
         mode: data_path.mode.unwrap_or(daemon::Mode::Auto),
         aead: data_path.aead,

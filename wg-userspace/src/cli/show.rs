@@ -9,7 +9,7 @@ use super::{
     Code, Failure,
     args::Show,
     name::InterfaceName,
-    peer_names, print,
+    nat, peer_names, print,
     report::{DataPath, Interface, Report},
     socket::{self, Socket},
     text::{self, Paint},
@@ -22,6 +22,11 @@ pub fn show(arguments: &Show) -> Result<Code, Failure> {
         [word] if word == "interfaces" => print_names(arguments.json),
         [] => show_each(&live_sockets()?, arguments.json),
         [word] if word == "all" => show_each(&live_sockets()?, arguments.json),
+        [name, word] if word == "nat" => {
+            let name: InterfaceName =
+                name.parse().map_err(|error| Failure::new(Code::Usage, error))?;
+            nat::show(&name, arguments.json)
+        }
         names => {
             let mut sockets = Vec::new();
             for name in names {

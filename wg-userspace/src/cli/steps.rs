@@ -18,10 +18,10 @@ use super::{
     Code, Failure,
     dns::{self, DnsTool},
     firewall::{self, FirewallTool},
-    hooks,
+    forwarding, hooks,
     ledger::{self, Ledger},
     name::InterfaceName,
-    plan::tunnel_mtu,
+    plan::{SRC_VALID_MARK, tunnel_mtu},
     programs::Program,
     socket::Socket,
     up,
@@ -208,7 +208,13 @@ pub async fn carry_out(step: &Step, context: &Context<'_>) -> Result<(), Failure
         }
         // Where it is set already it may be read-only, as in containers.
         Step::Sysctl { key, value, .. } if read_sysctl(key)? == *value => {}
-        Step::Sysctl { key, value, .. } => write_sysctl(key, value)?,
+        Step::Sysctl { key, value, before } => {
+            write_sysctl(key, value)?;
+            let before = before.as_deref().unwrap_or_default();
+            if let Some(word) = forwarding::word(key, value, before) {
+                eprintln!("tidegate: {interface}: {word}");
+            }
+        }
         Step::Rule { family, kind, priority } => {
             let priority = priority.context("the priority is settled")?;
             match host.add_rule(rule(*family, *kind, priority)).await {
@@ -257,11 +263,14 @@ pub async fn undo(step: &Step, context: &Context<'_>) -> Result<(), Failure> {
             }
         }
         Step::Sysctl { key, value, before: Some(before) } => {
-            let is_needed = before_of_others(interface, key).is_some()
-                // A tunnel of wg-quick needs it as well, and never takes it back.
-                || host.rules(Family::V4).await?.iter().any(|rule| rule.unless_marked.is_some());
-            // Somebody who has set it to something else meanwhile has the last word.
-            if !is_needed && read_sysctl(key)? == *value {
+            // A tunnel of wg-quick needs it as well, and never takes it back.
+            let is_of_wg_quick = key == SRC_VALID_MARK
+                && host.rules(Family::V4).await?.iter().any(|rule| rule.unless_marked.is_some());
+            let is_needed = is_of_wg_quick || before_of_others(interface, key).is_some();
+            // Somebody who has set it to something else meanwhile has the last word; of an interface that is
+            // gone there is nothing to be set.
+            let is_there = sysctl_path(key).exists();
+            if !is_needed && before != value && is_there && read_sysctl(key)? == *value {
                 write_sysctl(key, before)?;
             }
         }
@@ -320,7 +329,7 @@ impl Step {
                 one(format!("ip {option} route add {prefix} dev {interface}{table}"))
             }
             Step::Sysctl { key, value, .. } => {
-                one(format!("sysctl -q {}={value}", key.replace('/', ".")))
+                one(format!("sysctl -q {}={value}", forwarding::sysctl_name(key)))
             }
             Step::Rule { family, kind: RuleKind::NotMarked { mark, table }, .. } => {
                 let option = option(*family);

@@ -269,7 +269,7 @@ pub fn duration(mut seconds: u64, paint: Paint) -> String {
 }
 
 /// `5.00 GiB`.
-fn bytes(count: u64, paint: Paint) -> String {
+pub fn bytes(count: u64, paint: Paint) -> String {
     const UNITS: [&str; 4] = ["KiB", "MiB", "GiB", "TiB"];
     if count < 1024 {
         return format!("{count} {}", paint.on(CYAN, "B"));

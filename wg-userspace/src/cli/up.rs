@@ -20,10 +20,11 @@ use super::{
     args,
     down::{TakeDown, runtime, undo_left_overs},
     files::unreadable,
-    foreground,
+    foreground, forwarding,
     launch::Background,
     ledger::{Header, Ledger, Process},
     name::{ConfigFile, InterfaceName},
+    nat,
     plan::{Configuration, POLICY_TABLE, Plan, RoutesTo},
     points::Points,
     print, resolve, shortcut, show,
@@ -51,6 +52,7 @@ pub fn up(arguments: args::Up) -> Result<Code, Failure> {
         return Err(Failure::config(errors));
     }
     let plan = Plan::new(interface, &config, &arguments.data_path)?;
+    let plan = plan.with_routers(&config, &forwarding::with_routers());
     let runtime = runtime()?;
     let outcome = bring_up(&arguments, &file, config, &plan, &runtime);
     // A name that is still being looked up is not waited for.
@@ -73,6 +75,7 @@ fn bring_up(
         let steps = lines.iter().map(|line| format!("[#] {line}\n"));
         print(&std::iter::once(instructions(&config)).chain(steps).collect::<String>())?;
         check_shortcut(interface, plan, arguments.bypass_firewall)?;
+        forwarding::check(interface, &config, arguments.bypass_firewall)?;
         return Ok(Code::Ok);
     }
 
@@ -80,6 +83,7 @@ fn bring_up(
         return Err(exists(interface).within(interface));
     }
     check_shortcut(interface, plan, arguments.bypass_firewall)?;
+    forwarding::check(interface, &config, arguments.bypass_firewall)?;
     runtime.block_on(undo_left_overs(&host, interface));
     runtime.block_on(make_room(interface, &host)).map_err(|failure| failure.within(interface))?;
 
@@ -316,6 +320,8 @@ impl Work<'_> {
                 Step::Daemon => self.start_daemon()?,
                 Step::Configure => {
                     let configuration = configuration.as_ref().expect("it comes before");
+                    // Before there is anybody whose packets could pass.
+                    nat::follow(self.interface, &nat::lines_of(&config))?;
                     configure(self.interface, &configuration.request)?;
                     tell_names(self.interface, &config);
                     let path = self.ledger.record().header.config.clone();

@@ -124,6 +124,9 @@ impl Directive {
                 | Self::Workers
                 | Self::MssClamp
                 | Self::CopyDscp
+                | Self::Nat
+                | Self::Forward
+                | Self::Allow
                 | Self::Name
         )
     }

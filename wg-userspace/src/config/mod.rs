@@ -314,6 +314,11 @@ impl<T> Spanned<T> {
     pub const fn new(value: T, span: Span) -> Self {
         Self { value, span }
     }
+
+    /// A value of no file.
+    pub fn nowhere(value: T) -> Self {
+        Self { value, span: Span::new(0.into(), 0) }
+    }
 }
 
 impl<T> Deref for Spanned<T> {
@@ -367,6 +372,12 @@ pub struct Directives {
     pub mss_clamp: Option<Spanned<bool>>,
     /// `#! CopyDscp`
     pub copy_dscp: Option<Spanned<bool>>,
+    /// `#! Nat`, in the order of the file.
+    pub nat: Vec<Spanned<Nat>>,
+    /// `#! Forward`, in the order of the file.
+    pub forward: Vec<Spanned<Forward>>,
+    /// `#! Allow`, in the order of the file.
+    pub allow: Vec<Spanned<Allow>>,
 }
 
 /// Reads only what the `#!` lines of a file say of the device, for who leaves all else to wg-quick(8):
@@ -397,8 +408,8 @@ pub fn directives(name: &str, text: &str) -> (Directives, Vec<Problem>) {
     mistakes.sort_by_key(Mistake::offset);
     let source = Arc::new(NamedSource::new(name, shown));
     let problems = mistakes.into_iter().map(|mistake| mistake.into_problem(&source)).collect();
-    let InterfaceDraft { xdp, workers, mss_clamp, copy_dscp, .. } = interface;
-    (Directives { xdp, workers, mss_clamp, copy_dscp }, problems)
+    let InterfaceDraft { xdp, workers, mss_clamp, copy_dscp, nat, forward, allow, .. } = interface;
+    (Directives { xdp, workers, mss_clamp, copy_dscp, nat, forward, allow }, problems)
 }
 
 impl Config {
@@ -413,6 +424,20 @@ impl Config {
         let before = &text[..span.offset().min(text.len())];
         let line = 1 + before.iter().filter(|&&byte| byte == b'\n').count();
         format!("{}:{line}", self.source.name())
+    }
+
+    /// Something that keeps the file from being followed: the places that show it, with what is to be said of
+    /// each, and what to do about it.
+    pub fn problem(
+        &self,
+        message: impl Into<String>,
+        places: impl IntoIterator<Item = (Span, String)>,
+        help: String,
+    ) -> Problem {
+        let mistake = Mistake::new(message).help(help);
+        let mistake =
+            places.into_iter().fold(mistake, |mistake, (span, text)| mistake.at(span, text));
+        mistake.into_problem(&self.source)
     }
 
     /// What the file asks for and this version cannot do, in the order of the file.

@@ -69,9 +69,12 @@ pub struct InterfaceDraft {
     pub mss_clamp: Option<Spanned<bool>>,
     /// `#! CopyDscp`
     pub copy_dscp: Option<Spanned<bool>>,
-    nat: Vec<Spanned<Nat>>,
-    forward: Vec<Spanned<Forward>>,
-    allow: Vec<Spanned<Allow>>,
+    /// `#! Nat`
+    pub nat: Vec<Spanned<Nat>>,
+    /// `#! Forward`
+    pub forward: Vec<Spanned<Forward>>,
+    /// `#! Allow`
+    pub allow: Vec<Spanned<Allow>>,
     metrics: Option<Spanned<SocketAddr>>,
     /// What this version does not follow.
     pub later: Vec<Spanned<Directive>>,

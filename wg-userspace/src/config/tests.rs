@@ -408,16 +408,10 @@ fn what_comes_later_is_found_in_the_order_of_the_file() {
     let found: Vec<_> = config.unsupported().iter().map(ToString::to_string).collect();
     assert_eq!(
         found,
-        [
-            "`#! Nat` is not supported yet",
-            "`#! Allow` is not supported yet",
-            "`#! Allow` is not supported yet",
-            "`queues=` of `Xdp` is not supported yet",
-            "`#! Limit` is not supported yet",
-        ]
+        ["`queues=` of `Xdp` is not supported yet", "`#! Limit` is not supported yet",]
     );
     let errors = ConfigErrors::new(config.unsupported()).unwrap();
-    assert!(render(&errors).contains("wg0.conf:9:4"), "{}", render(&errors));
+    assert!(render(&errors).contains("wg0.conf:12:29"), "{}", render(&errors));
     assert_eq!(config.place(config.interface.hooks[0].span), "wg0.conf:3");
 }
 

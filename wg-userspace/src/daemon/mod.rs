@@ -46,6 +46,7 @@ use self::start::Device;
 use crate::handshake::Pool;
 use crate::keeper::protocol::Event;
 use crate::keeper::{Begin, Events, Keeper};
+use crate::nat;
 use crate::sandbox;
 use crate::uapi;
 
@@ -68,6 +69,9 @@ pub struct Options {
     pub interfaces: Vec<String>,
     /// What is done to packets of each of them, until somebody says otherwise; of those beyond, what is usual.
     pub rules: Vec<PacketRules>,
+    /// What is translated, forwarded and allowed for each of them, until somebody says otherwise; for those
+    /// beyond, nothing.
+    pub nat: Vec<nat::Lines>,
     /// NICs to attach the steer program to.
     pub xdp: Vec<String>,
     /// Which back end to use.
@@ -84,6 +88,11 @@ impl Options {
     /// What is done to packets of the device with this number.
     pub fn rules_of(&self, number: usize) -> PacketRules {
         self.rules.get(number).copied().unwrap_or_default()
+    }
+
+    /// What is translated, forwarded and allowed for the device with this number.
+    pub fn nat_of(&self, number: usize) -> nat::Lines {
+        self.nat.get(number).cloned().unwrap_or_default()
     }
 }
 
@@ -197,6 +206,11 @@ async fn serve(
                 Ok(Event::Gone { device }) => {
                     if let Some(device) = devices.get(&device) {
                         device.control.gone();
+                    }
+                }
+                Ok(Event::TellOwners { device }) => {
+                    if let Some(device) = devices.get(&device) {
+                        device.control.tell_owners();
                     }
                 }
                 Ok(Event::Resolved { device, host, port, addresses }) => {

@@ -103,6 +103,14 @@ impl Control {
         }
     }
 
+    /// Tells the keeper who owns what, from the beginning, and from now on what changes.
+    pub(super) fn tell_owners(&self) {
+        self.device.borrow_mut().note_all_owners();
+        while self.device.borrow().allowed_ips().has_changes() {
+            self.owners_tick();
+        }
+    }
+
     /// When [`owners_tick`](Self::owners_tick) has something to do, if the last tick was at `ticked`.
     pub(super) fn owners_due(&self, ticked: Now) -> Option<Now> {
         let has_changes = self.device.borrow().allowed_ips().has_changes();

@@ -324,6 +324,11 @@ impl Device {
         self.allowed_ips.note_changes();
     }
 
+    /// As [`AllowedIps::note_all`].
+    pub fn note_all_owners(&mut self) {
+        self.allowed_ips.note_all();
+    }
+
     /// As [`AllowedIps::take_changes`].
     pub fn take_owner_changes(&mut self, max: usize) -> Vec<(IpNet, Option<PeerId>)> {
         self.allowed_ips.take_changes(max)

@@ -11,6 +11,7 @@
 
 mod address_watch;
 mod clone_watch;
+mod forwarding;
 mod link_watch;
 mod neighbour_watch;
 mod netdev;
@@ -39,6 +40,7 @@ use wg_common::headers::PROTOCOL_UDP;
 
 pub use address_watch::{AddressChange, AddressWatch};
 pub use clone_watch::CloneWatch;
+pub use forwarding::ForwardingLink;
 pub use link_watch::{AnyLinkWatch, LinkChange, LinkWatch};
 pub use neighbour_watch::{Neighbour, NeighbourChange, NeighbourOf, NeighbourWatch};
 pub use netdev::{XdpFeatures, xdp_features};

@@ -11,12 +11,14 @@ use anyhow::Context as _;
 use ipnet::IpNet;
 use rand_core::Rng as _;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use tokio::sync::Notify;
 use wg_common::id::{DeviceId, PeerId, WorkerId};
 use wg_common::index::{IndexLayout, IndexPermutation};
 use wg_common::map::{
     HEARTBEATS_LEN, PEER_WORKERS_LEN, QUEUES_LEN, QueueEntry, QueueKey, peer_word,
 };
 
+use super::nat::NatThread;
 use super::nics::{Nics, NotBound};
 use super::protocol::{
     Answer, DeviceSetup, LINKS_MAX, NamedNic, OWNERS_MAX, Refusal, Request, Setup,
@@ -25,6 +27,7 @@ use super::ways::{Look, Neighbours};
 use crate::bpf::{BpfError, LogReader, SocketSteering, Steer, TunSteering};
 use crate::daemon::{AeadChoice, Error, Mode, Options, PacketRules};
 use crate::host::{AddressChange, Host, Towards};
+use crate::nat;
 use crate::sys::errno::ENODEV;
 use crate::sys::{SharedWords, affinity, memory, random};
 use crate::tun::{Tun, TunError, TunQueue};
@@ -54,6 +57,8 @@ pub struct Edges {
     unbound: Option<OwnedFd>,
     /// Those of the host, if NICs were named for XDP.
     pub neighbours: Neighbours,
+    /// Told when a device has programs of NAT that know of no owners.
+    nat_begins: Arc<Notify>,
 }
 
 /// What is open for one device.
@@ -78,6 +83,8 @@ struct Device {
     quiesced_until: u64,
     /// What it was started with.
     rules: PacketRules,
+    /// NAT and forwarding: after the TUN device, so that nothing passes when both go.
+    nat: NatThread,
 }
 
 /// The sockets on one port.
@@ -112,8 +119,10 @@ impl Edges {
         let heartbeats = Heartbeats::open(nics.steer.as_ref())
             .context("making the memory of the workers' heartbeats")?;
         let mut devices = Vec::new();
+        let nat_begins = Arc::new(Notify::new());
         for (number, interface) in options.interfaces.iter().enumerate() {
-            let (id, rules) = (DeviceId(number as u16), options.rules_of(number));
+            let id = DeviceId(number as u16);
+            let rules = (options.rules_of(number), options.nat_of(number), Arc::clone(&nat_begins));
             let slots = indexes.layout().share(number as u32, options.interfaces.len() as u32);
             let device = Device::open(id, interface, worker_count, (indexes, slots), rules)?;
             devices.push(Some(device));
@@ -131,6 +140,7 @@ impl Edges {
             heartbeats,
             unbound: None,
             neighbours: Neighbours::default(),
+            nat_begins,
         };
         for device in edges.devices.iter().flatten() {
             steer_port(edges.nics.steer.as_ref(), device.id, None, device.sockets.port);
@@ -152,6 +162,16 @@ impl Edges {
     /// One of a device's TUN queues, which tells where its interface is. Nothing if that was deleted.
     pub fn tun_queue(&self, device: DeviceId) -> Option<&TunQueue> {
         self.device(device.0).ok()?.as_ref().map(|device| &device.tun[0])
+    }
+
+    /// Told when a device has programs of NAT that know of no owners.
+    pub fn nat_begins(&self) -> Arc<Notify> {
+        Arc::clone(&self.nat_begins)
+    }
+
+    /// The devices with programs of NAT.
+    pub fn with_nat(&self) -> impl Iterator<Item = DeviceId> {
+        self.devices.iter().flatten().filter(|device| device.nat.is_on()).map(|device| device.id)
     }
 
     /// Closes everything of a device whose interface was deleted; says its name, and whether there is any
@@ -357,7 +377,7 @@ impl Device {
         interface: &str,
         worker_count: usize,
         (indexes, slots): (IndexPermutation, Range<u32>),
-        rules: PacketRules,
+        (rules, lines, nat_begins): (PacketRules, nat::Lines, Arc<Notify>),
     ) -> anyhow::Result<Self> {
         let tun = open_tun(interface, worker_count)?;
         let tun_index = tun.ifindex();
@@ -365,6 +385,8 @@ impl Device {
             udp::bind_group(0, worker_count, 0).context("opening the UDP sockets")?;
         let listener = uapi::Listener::bind(interface)
             .with_context(|| format!("opening the socket of {interface} for wg(8)"))?;
+        let nat = NatThread::start(interface, tun_index, lines, nat_begins)
+            .with_context(|| format!("starting NAT for {interface}"))?;
         Ok(Self {
             id,
             interface: interface.to_owned(),
@@ -381,6 +403,7 @@ impl Device {
             memory: None,
             quiesced_until: 0,
             rules,
+            nat,
         })
     }
 
@@ -482,7 +505,11 @@ impl Device {
         if owners.len() > OWNERS_MAX || !owners.iter().all(is_sense) {
             return Err(Nonsense);
         }
-        let Some(steering) = &mut self.tun_steering else { return Err(Nonsense) };
+        let owned = |&(addr, len, owner): &(IpAddr, u8, Option<u32>)| (addr, len, owner.is_some());
+        if self.nat.is_on() {
+            self.nat.set_owned(owners.iter().map(owned).collect());
+        }
+        let Some(steering) = &mut self.tun_steering else { return Ok(done()) };
         let mut outcome = done();
         for &(addr, len, owner) in owners {
             if let Err(error) = steering.set_owner(addr, len, owner.map(PeerId)) {

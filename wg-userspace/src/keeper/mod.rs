@@ -16,6 +16,7 @@ pub mod choice;
 mod client;
 mod edges;
 mod follow;
+pub mod nat;
 mod nics;
 pub mod notify;
 pub mod protocol;
@@ -101,6 +102,7 @@ async fn keep(options: &Options, launch: &Launch, ready: impl FnOnce()) -> anyho
     let host = Host::new().context("opening netlink")?;
     let edges = Edges::open(options, &host).await?;
     let mut watches = Watches::new(&host, &edges)?;
+    let nat_begins = edges.nat_begins();
     let (resolver, mut resolved) = Resolver::new();
     let interfaces = options.interfaces.join(" ");
     let mut keeping = Keeping {
@@ -137,6 +139,7 @@ async fn keep(options: &Options, launch: &Launch, ready: impl FnOnce()) -> anyho
                     tracing::info!(interfaces, "kept");
                 }
             }
+            () = nat_begins.notified() => keeping.ask_for_owners(),
             _ = looks.tick() => {
                 keeping.look();
                 if keeping.looks_at_nics() {
@@ -263,7 +266,16 @@ impl Keeping<'_> {
         }
         self.look = Look::default();
         self.data = Some(data);
+        self.ask_for_owners();
         Ok(())
+    }
+
+    /// Asks who owns what, for NAT.
+    fn ask_for_owners(&mut self) {
+        let devices: Vec<DeviceId> = self.edges.with_nat().collect();
+        for device in devices {
+            self.tell(&Event::TellOwners { device: device.0 });
+        }
     }
 
     /// When [`Keeping::is_due`] is to be called.

@@ -364,6 +364,11 @@ pub enum Event {
         /// Which.
         device: u16,
     },
+    /// All prefixes that peers own are to be told, by [`Request::SetOwners`].
+    TellOwners {
+        /// Which.
+        device: u16,
+    },
     /// Where a name leads that was asked for.
     Resolved {
         /// Who asked.

@@ -135,6 +135,11 @@ impl AllowedIps {
         self.changed.get_or_insert_default();
     }
 
+    /// As [`AllowedIps::note_changes`], at any time: what is there already is noted, too.
+    pub fn note_all(&mut self) {
+        self.changed.get_or_insert_default().extend(self.prefixes.nets());
+    }
+
     fn note(&mut self, net: IpNet) {
         if let Some(changed) = &mut self.changed {
             changed.insert(net);

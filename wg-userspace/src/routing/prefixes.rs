@@ -56,6 +56,11 @@ impl Prefixes {
         self.slots.len()
     }
 
+    /// All of them, in no order.
+    pub(super) fn nets(&self) -> impl Iterator<Item = IpNet> {
+        self.slots.keys().copied()
+    }
+
     /// Who owns this very prefix.
     pub(super) fn owner(&self, net: IpNet) -> Option<PeerId> {
         self.slots.get(&net).map(|&slot| self.record(slot).peer)

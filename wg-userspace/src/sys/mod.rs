@@ -7,6 +7,7 @@
 pub mod affinity;
 #[cfg(test)]
 pub(crate) mod bpf_for_tests;
+pub mod bpf_pages;
 pub mod clock;
 pub mod ethtool;
 pub mod file_watch;

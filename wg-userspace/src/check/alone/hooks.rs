@@ -1,9 +1,13 @@
 //! Hooks: commands that a shell runs. Looked at only as far as nothing but the text is needed:
 //! words, quotation marks, and the changes of iptables(8) and of ip-rule(8).
 
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
 use super::{Page, Rule, Severity};
 use crate::check::Finding;
-use crate::config::{Hook, HookEvent, Span, Spanned};
+use crate::config::{Hook, HookEvent, Nat, Span, Spanned};
 
 pub fn find(page: &Page<'_>) -> Vec<Finding> {
     let mut found = Vec::new();
@@ -20,6 +24,9 @@ pub fn find(page: &Page<'_>) -> Vec<Finding> {
         let is_up = matches!(hook.event, HookEvent::PreUp | HookEvent::PostUp);
         for command in &shell.commands {
             let span = Page::part(hook.span, command.start, command.len);
+            if is_up {
+                found.extend(translated_twice(page, hook, span, &command.words));
+            }
             let Some((verb, change)) = Change::of(&command.words, page.name) else {
                 undoes_otherwise |= !is_up && !command.is_harmless();
                 continue;
@@ -37,7 +44,9 @@ pub fn find(page: &Page<'_>) -> Vec<Finding> {
             }
         }
     }
-    if let Some((span, nic)) = masquerade {
+    // Else it is told that both do it.
+    let is_twice = found.iter().any(|finding| finding.rule == Rule::NatTwice);
+    if let Some((span, nic)) = masquerade.filter(|_| !is_twice) {
         let nic = nic.unwrap_or_else(|| "eth0".to_owned());
         found.push(
             page.found(
@@ -47,13 +56,92 @@ pub fn find(page: &Page<'_>) -> Vec<Finding> {
                 "masquerades",
             )
             .help(format!(
-                "`#! Nat = masquerade out={nic}` is meant to replace them; `up` of this version \
-                 does not take it yet"
+                "`#! Nat = masquerade out={nic}` in their place translates within the tunnel's own way"
             )),
         );
     }
     found.extend(left_over(page, done, undone, undoes_otherwise));
     found
+}
+
+/// A command that has netfilter translate what a line with `Nat` translates.
+fn translated_twice(
+    page: &Page<'_>,
+    hook: &Spanned<Hook>,
+    span: Span,
+    words: &[String],
+) -> Option<Finding> {
+    let translation = Translation::of(words, page.name)?;
+    let nat = page.config.interface.nat.iter().find(|nat| translation.meets(nat))?;
+    let kind = (Severity::Error, Rule::NatTwice);
+    let event = hook.event.name();
+    let message = format!("this {event} and `#! Nat` translate the same packets");
+    let finding = page.found(kind, message, span, "by netfilter").at(page.file, nat.span, "by us");
+    Some(finding.help(format!(
+        "remove one of the two: with `#! Nat` neither this command nor the one that takes it back is \
+         needed, without it `up` leaves all to the {event}"
+    )))
+}
+
+/// A rule by which netfilter gives packets another source, as far as a command says which.
+#[derive(Debug, Default)]
+struct Translation {
+    is_ipv4: Option<bool>,
+    nic: Option<String>,
+    from: Option<IpNet>,
+}
+
+impl Translation {
+    fn of(words: &[String], name: &str) -> Option<Translation> {
+        let start = usize::from(words.first().is_some_and(|word| program(word) == "sudo"));
+        let (first, words) = words.get(start..)?.split_first()?;
+        let has = |known: &[&str]| words.iter().any(|word| known.contains(&word.as_str()));
+        let is_ipv4 = match program(first) {
+            "iptables" | "iptables-nft" | "iptables-legacy" => Some(true),
+            "ip6tables" | "ip6tables-nft" | "ip6tables-legacy" => Some(false),
+            "nft" if has(&["ip"]) && !has(&["ip6"]) => Some(true),
+            "nft" if has(&["ip6"]) => Some(false),
+            "nft" => None,
+            _ => return None,
+        };
+        let is_added = has(&["-A", "-I", "--append", "--insert", "add", "insert"]);
+        let is_translation = has(&["MASQUERADE", "SNAT", "NETMAP", "masquerade", "snat"]);
+        if !is_added || !is_translation {
+            return None;
+        }
+        let mut translation = Translation { is_ipv4, ..Translation::default() };
+        let mut before = "";
+        for pair in words.windows(2) {
+            let (option, value) = (pair[0].as_str(), pair[1].replace("%i", name));
+            // Where it does not hold is not looked at.
+            let is_negated = before == "!" || value.starts_with('!');
+            before = option;
+            match option {
+                _ if is_negated => {}
+                "-o" | "--out-interface" | "oifname" | "oif" => translation.nic = Some(value),
+                "-s" | "--source" | "--src" | "saddr" => {
+                    let address = || value.parse::<IpAddr>().ok().map(IpNet::from);
+                    translation.from = value.parse().ok().or_else(address);
+                }
+                _ => {}
+            }
+        }
+        Some(translation)
+    }
+
+    /// Whether it may be for packets that the line translates.
+    fn meets(&self, nat: &Nat) -> bool {
+        let is_of_family = self.is_ipv4.is_none_or(|is_ipv4| nat.is_for(is_ipv4));
+        let is_there = self.nic.as_ref().is_none_or(|nic| match nic.strip_suffix(['+', '*']) {
+            Some(start) => nat.out.starts_with(start),
+            None => *nic == nat.out.value,
+        });
+        let overlaps = |from: IpNet| match nat.from.as_deref() {
+            Some(ours) => ours.contains(&from) || from.contains(ours),
+            None => nat.is_for(from.addr().is_ipv4()),
+        };
+        is_of_family && is_there && self.from.is_none_or(overlaps)
+    }
 }
 
 /// What a command that ends too early looks like.
@@ -479,6 +567,61 @@ mod tests {
             findings(&file(&format!("PostUp = {up}\nPostDown = {}", up.replace("-A", "-D")), ""));
         assert_eq!(found.len(), 1);
         assert!(found[0].help.as_deref().unwrap().contains("out=ens3"), "{found:?}");
+    }
+
+    #[test]
+    fn who_translates_by_us_does_not_by_netfilter_as_well() {
+        let of = |nat: &str, hook: &str| {
+            let found = rules(&format!("#! Nat = {nat}\nPostUp = {hook}\nPostDown = down"), "");
+            found.contains(&Rule::NatTwice)
+        };
+        for (nat, hook) in [
+            ("masquerade out=eth0", "iptables -t nat -A POSTROUTING -o eth0 -j MASQUERADE"),
+            (
+                "masquerade out=eth0",
+                "iptables -t nat -I POSTROUTING 1 -o eth+ -j SNAT --to 192.0.2.1",
+            ),
+            ("masquerade out=eth0", "iptables -t nat -A POSTROUTING -j MASQUERADE"),
+            ("masquerade out=eth0", "iptables -t nat -A POSTROUTING ! -o wg0 -j MASQUERADE"),
+            (
+                "masquerade out=eth0",
+                "true; sudo iptables -t nat -A POSTROUTING -s 10.9.0.0/24 -j MASQUERADE",
+            ),
+            (
+                "masquerade out=eth0 from=10.9.0.0/25",
+                "iptables -t nat -A POSTROUTING -s 10.9.0.0/24 -j MASQUERADE",
+            ),
+            (
+                "masquerade out=eth0 from=fd09::/64",
+                "ip6tables -t nat -A POSTROUTING -o eth0 -j MASQUERADE",
+            ),
+            (
+                "snat out=eth0 to=192.0.2.1",
+                "nft add rule ip nat postrouting oifname eth0 masquerade",
+            ),
+            ("masquerade out=eth0", "nft add rule inet nat postrouting masquerade"),
+        ] {
+            assert!(of(nat, hook), "{nat}: {hook}");
+        }
+        for (nat, hook) in [
+            ("masquerade out=eth0", "iptables -t nat -A POSTROUTING -o eth1 -j MASQUERADE"),
+            ("masquerade out=eth0", "ip6tables -t nat -A POSTROUTING -o eth0 -j MASQUERADE"),
+            ("masquerade out=eth0", "iptables -t nat -D POSTROUTING -o eth0 -j MASQUERADE"),
+            ("masquerade out=eth0", "iptables -A FORWARD -o eth0 -j ACCEPT"),
+            (
+                "masquerade out=eth0 from=10.9.0.0/25",
+                "iptables -t nat -A POSTROUTING -s 10.9.1.0/24 -j MASQUERADE",
+            ),
+            ("masquerade out=eth0", "nft add rule ip6 nat postrouting masquerade"),
+        ] {
+            assert!(!of(nat, hook), "{nat}: {hook}");
+        }
+        let found = findings(&file(
+            "#! Nat = masquerade out=eth0\nPostUp = iptables -t nat -A POSTROUTING -j MASQUERADE\nPostDown = x",
+            "",
+        ));
+        let twice = found.iter().find(|finding| finding.rule == Rule::NatTwice).unwrap();
+        assert_eq!((twice.severity, twice.places.len()), (Severity::Error, 2));
     }
 
     #[test]

@@ -15,6 +15,7 @@ use super::{
     super::{
         Failure,
         args::DataPathArgs,
+        forwarding,
         name::InterfaceName,
         plan::{POLICY_TABLE, Plan},
         tables, up,
@@ -95,7 +96,10 @@ pub async fn look(files: &mut [File], findings: &mut [Vec<Finding>]) -> Result<(
             continue;
         }
         let plan = Plan::new(&interface, config, &DataPathArgs::default())?;
+        let plan = plan.with_routers(config, &forwarding::with_routers());
         findings.extend(at.firewall(&plan));
+        let refusals = forwarding::refusals(interface.as_str(), config);
+        findings.extend(refusals.iter().map(|refusal| refusal.finding(index)));
         if file.is_good(findings) {
             match up::dry_run(&interface, &host, config, &plan).await {
                 Ok(lines) => file.plan = shown(lines.into_iter()),

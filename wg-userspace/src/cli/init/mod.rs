@@ -74,14 +74,6 @@ fn report(ends: &[End], common: &Common) -> String {
     if found.len() > SHOWN_MAX {
         let _ = writeln!(text, "  and so on, for {} more", found.len() - SHOWN_MAX);
     }
-    for end in ends.iter().filter(|end| !end.sysctls.is_empty()) {
-        let _ = writeln!(
-            text,
-            "{} has to forward; for good, write it into a file of /etc/sysctl.d:\n  sysctl -w {}",
-            end.name,
-            end.sysctls.join(" ")
-        );
-    }
     let ports = match &found[..] {
         [(end, endpoint)] => format!("UDP port {} of {}", endpoint.port(), end.name),
         _ => "The UDP ports above".to_owned(),

@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     cli::end_file::{EndConfig, EndPeer, OwnKey, Place},
-    config::{Endpoint, Hook, HookEvent, OwnEndpoint},
+    config::{Allow, Endpoint, Nat, NatSource, OwnEndpoint, Spanned, Traffic},
     key::{PresharedKey, PrivateKey, PublicKey},
 };
 
@@ -24,8 +24,6 @@ const MESH_MAX: usize = 250;
 pub struct End {
     /// What it is called.
     pub name: String,
-    /// What its host has to be told so that it forwards for others: `NAME=VALUE` for sysctl(8).
-    pub sysctls: Vec<String>,
     /// What its file says.
     pub config: EndConfig,
 }
@@ -76,49 +74,48 @@ impl Middle<'_> {
         }
     }
 
-    fn hooks(&self, networks: &Networks) -> Vec<Hook> {
-        let (Some(out), reaches) = (self.out, self.reaches(networks)) else { return Vec::new() };
-        let mut hooks = Vec::new();
-        for event in [HookEvent::PostUp, HookEvent::PostDown] {
-            let (insert, append) = match event {
-                HookEvent::PostUp => ("-I", "-A"),
-                _ => ("-D", "-D"),
-            };
-            for from in networks.each() {
-                let program = if from.addr().is_ipv4() { "iptables" } else { "ip6tables" };
-                let same_family = |to: &&IpNet| to.addr().is_ipv4() == from.addr().is_ipv4();
-                for to in reaches.iter().filter(same_family) {
-                    // A rule for everything needs no destination.
-                    let to = if to.prefix_len() == 0 { String::new() } else { format!(" -d {to}") };
-                    let rule = format!("FORWARD -i %i -o {out} -s {from}{to} -j ACCEPT");
-                    let back = "-m conntrack --ctstate RELATED,ESTABLISHED";
-                    let answers = format!("FORWARD -i {out} -o %i -d {from} {back} -j ACCEPT");
-                    let nat = format!("POSTROUTING -s {from}{to} -o {out} -j MASQUERADE");
-                    for command in [
-                        format!("{program} {insert} {rule}"),
-                        format!("{program} {insert} {answers}"),
-                        format!("{program} -t nat {append} {nat}"),
-                    ] {
-                        let hook = Hook { event, command };
-                        // Answers are the same whatever network they come from.
-                        if !hooks.contains(&hook) {
-                            hooks.push(hook);
-                        }
-                    }
-                }
-            }
-        }
-        hooks
+    /// Whose packets go where, for each network inside.
+    fn ways(&self, networks: &Networks) -> Vec<(IpNet, Vec<IpNet>)> {
+        let (Some(_), reaches) = (self.out, self.reaches(networks)) else { return Vec::new() };
+        let ways = networks.each().map(|from| {
+            let is_alike = |to: &IpNet| to.addr().is_ipv4() == from.addr().is_ipv4();
+            (from, reaches.iter().copied().filter(is_alike).collect::<Vec<_>>())
+        });
+        ways.filter(|(_, reaches)| !reaches.is_empty()).collect()
     }
 
-    fn about_hooks(&self, sysctls: &[String]) -> Vec<String> {
+    fn nat(&self, networks: &Networks) -> Vec<Nat> {
+        let Some(out) = self.out else { return Vec::new() };
+        let nat = |(from, _)| Nat {
+            source: NatSource::Masquerade,
+            out: Spanned::nowhere(out.to_owned()),
+            from: Some(Spanned::nowhere(from)),
+            bypass_firewall: false,
+        };
+        self.ways(networks).into_iter().map(nat).collect()
+    }
+
+    fn allow(&self, networks: &Networks) -> Vec<Allow> {
+        let allow = |from: IpNet, to: IpNet| {
+            let (from, to) = (Spanned::nowhere(from), Spanned::nowhere(to));
+            Allow { from, to, traffic: Traffic::All }
+        };
+        let ways = self.ways(networks).into_iter();
+        ways.flat_map(|(from, reaches)| reaches.into_iter().map(move |to| allow(from, to)))
+            .collect()
+    }
+
+    fn about_forwarding(&self, networks: &Networks) -> Vec<String> {
         let Some(out) = self.out else { return Vec::new() };
         let what = if self.behind.is_empty() { "the internet" } else { "the networks behind it" };
         vec![
             format!(
-                "Forwards what clients send to {what}, with {out}'s own address as the source."
+                "Forwards what clients send to {what}, with {out}'s own address as the source, \
+                 and nothing else."
             ),
-            format!("The host has to forward at all: sysctl -w {}", sysctls.join(" ")),
+            "`tidegate up` lets the host forward, and `down` sets that back. Without it:"
+                .to_owned(),
+            format!("sysctl -w {}", self.sysctls(networks).join(" ")),
         ]
     }
 
@@ -197,7 +194,6 @@ fn star(
     let keys: Vec<PrivateKey> = names.iter().map(|_| PrivateKey::generate(rng)).collect();
     let preshared: Vec<Option<PresharedKey>> =
         star.clients.iter().map(|_| common.psk.then(|| PresharedKey::generate(rng))).collect();
-    let sysctls = middle.sysctls(&networks);
     let mut ends = vec![End {
         name: middle.name.as_str().to_owned(),
         config: EndConfig {
@@ -208,8 +204,9 @@ fn star(
             key: OwnKey::Private(keys[0].clone()),
             dns: Vec::new(),
             mtu: None,
-            about_hooks: middle.about_hooks(&sysctls),
-            hooks: middle.hooks(&networks),
+            about_forwarding: middle.about_forwarding(&networks),
+            nat: middle.nat(&networks),
+            allow: middle.allow(&networks),
             peers: (1..names.len())
                 .map(|client| EndPeer {
                     name: Some(names[client].as_str().to_owned()),
@@ -222,7 +219,6 @@ fn star(
                 })
                 .collect(),
         },
-        sysctls,
     }];
     let public_key = keys[0].public_key();
     let reaches = middle.reaches(&networks);
@@ -233,7 +229,6 @@ fn star(
     for (client, key) in keys.into_iter().enumerate().skip(1) {
         ends.push(End {
             name: names[client].as_str().to_owned(),
-            sysctls: Vec::new(),
             config: EndConfig {
                 about: about(names[client], middle.of, &names[..1], common),
                 addresses: networks.addresses(client),
@@ -242,8 +237,9 @@ fn star(
                 key: OwnKey::Private(key),
                 dns: star.dns.iter().map(ToString::to_string).collect(),
                 mtu: None,
-                about_hooks: Vec::new(),
-                hooks: Vec::new(),
+                about_forwarding: Vec::new(),
+                nat: Vec::new(),
+                allow: Vec::new(),
                 peers: vec![EndPeer {
                     name: Some(middle.name.as_str().to_owned()),
                     about: middle.about(&networks),
@@ -316,7 +312,6 @@ fn mesh(mesh: &Mesh, rng: &mut (impl CryptoRng + ?Sized)) -> Result<Vec<End>, St
         let endpoint = found(&nodes[own]);
         End {
             name: names[own].as_str().to_owned(),
-            sysctls: Vec::new(),
             config: EndConfig {
                 about: about(names[own], "mesh", &other_names, common),
                 addresses: networks.addresses(own),
@@ -325,8 +320,9 @@ fn mesh(mesh: &Mesh, rng: &mut (impl CryptoRng + ?Sized)) -> Result<Vec<End>, St
                 key: OwnKey::Private(private_key),
                 dns: Vec::new(),
                 mtu: None,
-                about_hooks: Vec::new(),
-                hooks: Vec::new(),
+                about_forwarding: Vec::new(),
+                nat: Vec::new(),
+                allow: Vec::new(),
                 peers: others.iter().map(|&other| peer(own, other)).collect(),
             },
         }

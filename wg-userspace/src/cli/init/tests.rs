@@ -116,32 +116,37 @@ proptest! {
     }
 }
 
+/// What an end says of forwarding.
+fn forwarding(line: &str) -> Vec<String> {
+    let (_, middle) = &files(line, 1)[0];
+    assert!(middle.interface.hooks.is_empty());
+    let lines = middle.interface.instructions().into_iter().map(|line| line.value);
+    lines.filter(|line| !line.starts_with("#! Endpoint")).collect()
+}
+
 #[test]
-fn a_gateway_forwards_by_rules_that_it_takes_away_again() {
-    let files = files("gateway --endpoint gw.example.org --network6 fd09::/64 --out wan", 1);
-    let (name, gateway) = &files[0];
-    assert_eq!(name, "gateway");
-    let hooks: Vec<String> = gateway
-        .interface
-        .hooks
-        .iter()
-        .map(|hook| format!("{:?} {}", hook.event, hook.command))
-        .collect();
+fn a_gateway_translates_and_lets_pass_what_its_clients_send_and_nothing_else() {
     assert_eq!(
-        hooks[..3],
+        forwarding("gateway --endpoint gw.example.org --network6 fd09::/64 --out wan"),
         [
-            "PostUp iptables -I FORWARD -i %i -o wan -s 10.9.0.0/24 -j ACCEPT",
-            "PostUp iptables -I FORWARD -i wan -o %i -d 10.9.0.0/24 -m conntrack \
-             --ctstate RELATED,ESTABLISHED -j ACCEPT",
-            "PostUp iptables -t nat -A POSTROUTING -s 10.9.0.0/24 -o wan -j MASQUERADE",
+            "#! Nat = masquerade out=wan from=10.9.0.0/24",
+            "#! Nat = masquerade out=wan from=fd09::/64",
+            "#! Allow = 10.9.0.0/24 -> 0.0.0.0/0",
+            "#! Allow = fd09::/64 -> ::/0",
         ]
     );
-    let (up, down): (Vec<_>, Vec<_>) = hooks.iter().partition(|hook| hook.starts_with("PostUp"));
-    let undone = |hook: &String| {
-        hook.replace("PostUp", "PostDown").replace(" -I ", " -D ").replace(" -A ", " -D ")
-    };
-    assert!(up.into_iter().map(undone).eq(down.into_iter().cloned()), "{hooks:?}");
-    assert!(hooks.iter().any(|hook| hook.contains("ip6tables -t nat -A POSTROUTING -s fd09::/64")));
+    assert_eq!(
+        forwarding(
+            "jumpbox --endpoint gw.example.org --network6 fd09::/64 --out eth1 \
+             --vlan 192.168.20.0/24,192.168.30.0/24"
+        ),
+        [
+            "#! Nat = masquerade out=eth1 from=10.9.0.0/24",
+            "#! Allow = 10.9.0.0/24 -> 192.168.20.0/24",
+            "#! Allow = 10.9.0.0/24 -> 192.168.30.0/24",
+        ]
+    );
+    assert_eq!(forwarding("bridge --endpoint gw.example.org"), [""; 0]);
 }
 
 #[test]
@@ -159,9 +164,6 @@ fn what_is_printed_says_where_each_file_goes() {
            tidegate check /srv/new/*/wg0.conf\n\
          Move each file to /etc/wireguard of its own host; it has that host's private key:\n  \
            scp -p /srv/new/gateway/wg0.conf root@[2001:db8::1]:/etc/wireguard/\n\
-         gateway has to forward; for good, write it into a file of /etc/sysctl.d:\n  \
-           sysctl -w net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1 \
-         net.ipv6.conf.eth0.accept_ra=2\n\
          UDP port 443 of gateway has to be open to the others. At each end:\n  \
            tidegate up wg0\n"
     );

@@ -301,8 +301,9 @@ fn client_text(
         key: private.map_or(OwnKey::Public(keys.public_key), OwnKey::Private),
         dns: arguments.dns.clone(),
         mtu: interface.mtu.as_deref().copied(),
-        about_hooks: Vec::new(),
-        hooks: Vec::new(),
+        about_forwarding: Vec::new(),
+        nat: Vec::new(),
+        allow: Vec::new(),
         peers: vec![EndPeer {
             name: None,
             about: Vec::new(),

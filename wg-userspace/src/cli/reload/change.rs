@@ -16,6 +16,7 @@ use crate::{
         applied::Applied,
         ledger::{Ledger, Noted, StepId},
         name::InterfaceName,
+        nat,
         points::Points,
         steps::{self, Step},
         up,
@@ -31,6 +32,7 @@ enum Done {
     Removed(Noted),
     Requested(SetRequest),
     Mtu(u32),
+    Nat(String),
 }
 
 /// The way through what differs.
@@ -111,6 +113,12 @@ impl<'a> Work<'a> {
         if let Some((step, before)) = &found.mtu {
             self.done.push(Done::Mtu(*before));
             self.carry_out(step).await?;
+            self.points.pass()?;
+        }
+        if let Some(lines) = &found.nat {
+            // Before peers come who may send only what these allow.
+            let before = nat::follow(self.reload.interface, lines)?;
+            self.done.push(Done::Nat(before));
             self.points.pass()?;
         }
         if !found.device.is_none() {
@@ -306,6 +314,7 @@ impl<'a> Work<'a> {
                 self.ledger.done(id).context("noting a step")?;
             }
             Done::Requested(back) => self.configure(&back)?,
+            Done::Nat(before) => drop(nat::follow(self.reload.interface, &before)?),
             Done::Mtu(before) => self.carry_out(&Step::Mtu(Some(before))).await?,
         }
         self.points.pass()

@@ -1,5 +1,6 @@
 //! What `iptables-save` and `ip6tables-save` print.
 
+use super::forward::{Forwarded, bounds};
 use super::{Action, Chain, Datagrams, Match, Rule, Table};
 
 /// The tables in what such a program prints.
@@ -13,9 +14,9 @@ pub fn tables(text: &str, program: &'static str, datagrams: Datagrams<'_>) -> Ve
                 let mut words = chain.split_ascii_whitespace();
                 let name = words.next().unwrap_or_default().to_owned();
                 let drops_at_end = !matches!(words.next(), Some("ACCEPT" | "-"));
-                let is_input = name == "INPUT";
+                let is_asked = name == datagrams.chain();
                 let rules = Vec::new();
-                table.chains.push(Chain { name, program, is_input, drops_at_end, rules });
+                table.chains.push(Chain { name, program, is_asked, drops_at_end, rules });
             } else if line.starts_with("-A ") {
                 let words = words(line);
                 let chain = words.get(1).map(String::as_str).unwrap_or_default();
@@ -65,11 +66,21 @@ fn rule(words: &[String], datagrams: Datagrams<'_>) -> (Match, Action) {
             "-p" => datagrams.is_protocol(words.next()),
             "-i" => datagrams.is_from(words.next()),
             // XDP leaves fragments to the kernel.
-            "-f" => Match::Never,
+            "-f" if datagrams.forwarded.is_none() => Match::Never,
+            "-o" | "-s" | "-d" | "--sport" | "--sports" | "--source-port" | "--source-ports"
+                if datagrams.forwarded.is_some() =>
+            {
+                forwarded(word, words.next(), datagrams)
+            }
             "--dport" | "--dports" | "--destination-port" | "--destination-ports" => {
                 is_to(words.next(), datagrams)
             }
             "-m" => match words.next() {
+                // Whether it is of the protocol is said by `-p`.
+                Some("icmp" | "icmp6") if datagrams.forwarded.is_some() => Match::Always,
+                Some("rt" | "frag" | "hbh" | "dst") if datagrams.forwarded.is_some() => {
+                    Match::Maybe
+                }
                 // What they ask for is said by the options that follow.
                 Some(
                     "udp" | "tcp" | "comment" | "multiport" | "conntrack" | "state" | "addrtype"
@@ -87,10 +98,13 @@ fn rule(words: &[String], datagrams: Datagrams<'_>) -> (Match, Action) {
                 Match::Always
             }
             "--ctstate" | "--state" => any_of(words.next(), |name| datagrams.is_state(name)),
-            "--dst-type" => any_of(words.next(), Datagrams::is_to_type),
+            "--dst-type" => any_of(words.next(), |name| datagrams.is_to_type(name)),
             "--pkt-type" => any_of(words.next(), Datagrams::is_packet_type),
             "-j" | "-g" => {
-                action = to(words.next().unwrap_or_default(), word == "-j");
+                let target = words.next().unwrap_or_default();
+                let options: Vec<&str> = words.by_ref().collect();
+                let known = datagrams.forwarded.and_then(|_| Forwarded::target(target, &options));
+                action = known.unwrap_or_else(|| to(target, word == "-j"));
                 // The rest is of the target.
                 break;
             }
@@ -111,6 +125,23 @@ fn rule(words: &[String], datagrams: Datagrams<'_>) -> (Match, Action) {
         negated = false;
     }
     (matches, action)
+}
+
+/// What an option means for datagrams that are forwarded.
+fn forwarded(option: &str, value: Option<&str>, datagrams: Datagrams<'_>) -> Match {
+    let (Some(forwarded), Some(value)) = (datagrams.forwarded, value) else { return Match::Maybe };
+    match option {
+        "-o" => forwarded.is_to_nic(value),
+        "-s" => forwarded.is_from_there(bounds(value)),
+        "-d" => forwarded.is_to_there(bounds(value)),
+        _ => any_of(Some(value), |part| {
+            let (first, last) = part.split_once(':').unwrap_or((part, part));
+            match (first.parse(), last.parse()) {
+                (Ok(first), Ok(last)) => forwarded.is_from_port(first, last),
+                _ => Match::Maybe,
+            }
+        }),
+    }
 }
 
 fn to(target: &str, comes_back: bool) -> Action {

@@ -1,4 +1,5 @@
-//! Whether XDP would go round rules of the host's firewall that concern the device's port.
+//! Whether XDP would go round rules of the host's firewall that concern the device's port, and NAT round those
+//! for what is forwarded ([`Firewall`]).
 //!
 //! What XDP takes from a NIC never meets netfilter. So rules for input that could refuse or limit
 //! datagrams to the port would silently lose their effect. They are looked for in what
@@ -7,6 +8,7 @@
 //! concerns the port does. Datagrams of each family, the first and the later ones of a flow, are
 //! looked at by themselves: files often accept them by different rules.
 
+mod forward;
 mod iptables;
 mod nft;
 
@@ -14,6 +16,8 @@ use std::path::Path;
 
 use serde_json::Value;
 
+use self::forward::Forwarded;
+pub use self::forward::{Firewall, Flow};
 use super::programs::{self, Program};
 use crate::host::Family;
 
@@ -62,6 +66,8 @@ struct Datagrams<'a> {
     nics: &'a [String],
     family: Family,
     state: State,
+    /// What else is known of them if they are not for the port, but are forwarded.
+    forwarded: Option<&'a Forwarded<'a>>,
 }
 
 /// What connection tracking says of datagrams that are not broken.
@@ -135,7 +141,10 @@ impl Rulesets {
         let families = [Family::V4, Family::V6].into_iter();
         let states = [State::New, State::Established];
         let mut kinds = families.flat_map(|family| states.map(|state| (family, state)));
-        kinds.find_map(|(family, state)| self.found(Datagrams { port, nics, family, state }))
+        let forwarded = None;
+        kinds.find_map(|(family, state)| {
+            self.found(Datagrams { port, nics, family, state, forwarded })
+        })
     }
 
     fn found(&self, datagrams: Datagrams<'_>) -> Option<Found> {
@@ -189,8 +198,8 @@ struct Table {
 struct Chain {
     name: String,
     program: &'static str,
-    /// Whether the kernel asks it about input.
-    is_input: bool,
+    /// Whether the kernel asks it about the datagrams, at first.
+    is_asked: bool,
     /// What becomes of datagrams at its end.
     drops_at_end: bool,
     rules: Vec<Rule>,
@@ -268,8 +277,8 @@ enum Outcome<'a> {
 impl Table {
     /// A rule of this table that could refuse the datagrams.
     fn found(&self) -> Option<Found> {
-        let mut inputs = self.chains.iter().filter(|chain| chain.is_input);
-        inputs.find_map(|chain| match self.walk(chain, 0) {
+        let mut asked = self.chains.iter().filter(|chain| chain.is_asked);
+        asked.find_map(|chain| match self.walk(chain, 0) {
             Outcome::Refused(Rule { program, text, place, .. }) => {
                 Some(Found { program, rule: text.clone(), place: place.clone() })
             }
@@ -311,7 +320,20 @@ impl Table {
 }
 
 impl Datagrams<'_> {
+    /// The chains of iptables that the kernel asks about them.
+    fn chain(self) -> &'static str {
+        self.forwarded.map_or("INPUT", Forwarded::chain)
+    }
+
+    /// The hook at which the kernel asks chains of nft about them.
+    fn hook(self) -> &'static str {
+        self.forwarded.map_or("input", Forwarded::hook)
+    }
+
     fn is_protocol(self, name: Option<&str>) -> Match {
+        if let (Some(forwarded), Some(name)) = (self.forwarded, name) {
+            return forwarded.is_protocol(name);
+        }
         match name {
             Some("udp" | "17" | "all" | "0") => Match::Always,
             Some(_) => Match::Never,
@@ -346,7 +368,10 @@ impl Datagrams<'_> {
     }
 
     /// Whether they go to such an address. XDP takes only what goes to one of this host's.
-    fn is_to_type(name: &str) -> Match {
+    fn is_to_type(self, name: &str) -> Match {
+        if self.forwarded.is_some() {
+            return Forwarded::is_to_type(name);
+        }
         Match::when(name.eq_ignore_ascii_case("local"))
     }
 
@@ -356,6 +381,9 @@ impl Datagrams<'_> {
     }
 
     fn is_between(self, first: u16, last: u16) -> Match {
+        if let Some(forwarded) = self.forwarded {
+            return forwarded.is_to_port(first, last);
+        }
         match self.port {
             Some(port) => Match::when((first..=last).contains(&port)),
             None if (first, last) == (0, u16::MAX) => Match::Always,
@@ -393,7 +421,8 @@ mod tests {
         let is_from = |nics: &[&str], pattern| {
             let nics: Vec<String> = nics.iter().map(|&nic| nic.to_owned()).collect();
             let (family, state) = (Family::V4, State::New);
-            Datagrams { port: None, nics: &nics, family, state }.is_from(Some(pattern))
+            Datagrams { port: None, nics: &nics, family, state, forwarded: None }
+                .is_from(Some(pattern))
         };
         assert_eq!(is_from(&["eth0"], "eth0"), Match::Always);
         assert_eq!(is_from(&["eth0"], "eth+"), Match::Always);

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use serde_json::Value;
 
+use super::forward::{Forwarded, bounds_of};
 use super::{Action, Chain, Datagrams, Match, Rule, Table};
 use crate::{
     cli::programs::{self, Program},
@@ -56,7 +57,7 @@ pub fn tables(ruleset: &Value, known: &[Table], datagrams: Datagrams<'_>) -> Vec
         let (reader, table) = &mut tables[at];
         match kind.as_str() {
             "set" | "map" => reader.learn(object),
-            "chain" => table.chains.push(chain(object)),
+            "chain" => table.chains.push(chain(object, datagrams)),
             "rule" => {
                 let chain = table.chains.iter_mut().find(|chain| object["chain"] == *chain.name);
                 if let Some(chain) = chain {
@@ -87,11 +88,11 @@ fn family(object: &Value, datagrams: Datagrams<'_>) -> Option<&'static str> {
     }
 }
 
-fn chain(object: &Value) -> Chain {
+fn chain(object: &Value, datagrams: Datagrams<'_>) -> Chain {
     Chain {
         name: object["name"].as_str().unwrap_or_default().to_owned(),
         program: PROGRAM,
-        is_input: object["hook"] == "input",
+        is_asked: object["hook"] == datagrams.hook(),
         drops_at_end: object["policy"] == "drop",
         rules: Vec::new(),
     }
@@ -162,6 +163,11 @@ impl Reader<'_> {
             else {
                 continue;
             };
+            let done = self.datagrams.forwarded.and_then(|_| Forwarded::statement(kind, value));
+            if let Some(action) = done {
+                ends.push((matches, action));
+                continue;
+            }
             match kind.as_str() {
                 "match" => matches = matches.and(self.condition(value)),
                 "counter" | "log" | "comment" | "mangle" | "ct helper" | "notrack" => {}
@@ -253,7 +259,11 @@ impl Reader<'_> {
         if let Some(masked) = left["&"].as_array() {
             return masked.iter().any(|part| self.is_of_others(part));
         }
-        match (left["payload"]["protocol"].as_str(), self.datagrams.family) {
+        let protocol = left["payload"]["protocol"].as_str();
+        if let Some(forwarded) = self.datagrams.forwarded {
+            return protocol.is_some_and(|protocol| !forwarded.has_header(protocol));
+        }
+        match (protocol, self.datagrams.family) {
             (Some("tcp" | "icmp" | "icmpv6" | "igmp" | "sctp" | "dccp" | "ah" | "esp"), _)
             | (Some("comp" | "arp" | "udplite"), _)
             | (Some("ip6"), Family::V4)
@@ -283,10 +293,12 @@ impl Reader<'_> {
         let named = |holds: &dyn Fn(&str) -> Match| name.map_or(Match::Maybe, holds);
         let payload = left["payload"]["protocol"].as_str().zip(left["payload"]["field"].as_str());
         match (payload, left["meta"]["key"].as_str()) {
-            (Some(("udp" | "th", "dport")), _) => self.port(value),
+            (Some(("udp" | "th" | "tcp", "dport")), _) => self.port(value),
             (Some(("ip", "protocol") | ("ip6", "nexthdr")), _) | (_, Some("l4proto")) => {
                 match value.as_u64() {
-                    Some(number) => Match::when(number == 17),
+                    // For iptables that number stands for all.
+                    Some(0) => Match::Never,
+                    Some(number) => self.datagrams.is_protocol(Some(&number.to_string())),
                     None => named(&|name| self.datagrams.is_protocol(Some(name))),
                 }
             }
@@ -297,12 +309,37 @@ impl Reader<'_> {
             }),
             (_, Some("pkttype")) => named(&Datagrams::is_packet_type),
             _ if left["ct"]["key"] == "state" => named(&|name| self.datagrams.is_state(name)),
+            _ if self.datagrams.forwarded.is_some()
+                && let Some(is) = self.holds_forwarded(left, value) =>
+            {
+                is
+            }
             _ if left["fib"]["result"] == "type"
                 && left["fib"]["flags"].as_array().is_some_and(|flags| flags == &["daddr"]) =>
             {
-                named(&Datagrams::is_to_type)
+                named(&|name| self.datagrams.is_to_type(name))
             }
             _ => Match::Maybe,
+        }
+    }
+
+    /// As [`holds`](Self::holds), for what is only known of datagrams that are forwarded.
+    fn holds_forwarded(&self, left: &Value, value: &Value) -> Option<Match> {
+        let forwarded = self.datagrams.forwarded?;
+        let field = left["payload"]["protocol"].as_str().zip(left["payload"]["field"].as_str());
+        let port = || {
+            let port = |value: &Value| value.as_u64().and_then(|port| u16::try_from(port).ok());
+            let range = port(&value["range"][0]).zip(port(&value["range"][1]));
+            range.or_else(|| Some((port(value)?, port(value)?)))
+        };
+        match (field, left["meta"]["key"].as_str()) {
+            (_, Some("oifname" | "oif")) => value.as_str().map(|name| forwarded.is_to_nic(name)),
+            (Some(("ip" | "ip6", "saddr")), _) => Some(forwarded.is_from_there(bounds_of(value))),
+            (Some(("ip" | "ip6", "daddr")), _) => Some(forwarded.is_to_there(bounds_of(value))),
+            (Some(("tcp" | "udp" | "th", "sport")), _) => {
+                port().map(|(first, last)| forwarded.is_from_port(first, last))
+            }
+            _ => None,
         }
     }
 

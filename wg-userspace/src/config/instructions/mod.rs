@@ -23,6 +23,8 @@ pub struct Nat {
     pub out: Spanned<String>,
     /// Whose packets, without host bits; `None`: whatever comes out of the tunnel.
     pub from: Option<Spanned<IpNet>>,
+    /// Rules of the firewall that these packets go round may be without effect.
+    pub bypass_firewall: bool,
 }
 
 /// The source address that packets get.
@@ -45,6 +47,8 @@ pub struct Forward {
     pub port: Spanned<u16>,
     /// Where it goes; the port is not 0.
     pub to: Spanned<SocketAddr>,
+    /// Rules of the firewall that these packets go round may be without effect.
+    pub bypass_firewall: bool,
 }
 
 /// A protocol with ports.
@@ -93,6 +97,9 @@ pub struct Limit {
     /// Bits per second: 1000 to 10¹².
     pub bits_per_s: u64,
 }
+
+/// The word that lets packets go round the firewall.
+const BYPASS_FIREWALL: &str = "bypass-firewall";
 
 /// What a switch says.
 const ON: &str = "on";
@@ -167,6 +174,22 @@ fn joined<T: fmt::Display>(values: &[Spanned<T>], between: &str) -> String {
     texts.join(between)
 }
 
+impl Nat {
+    /// Whether it is for packets of IPv4, or else of IPv6. A NIC's own address stands for IPv6 only where
+    /// somebody asks for that.
+    pub fn is_for(&self, is_ipv4: bool) -> bool {
+        match (&self.from, &self.source) {
+            (Some(from), _) => from.addr().is_ipv4() == is_ipv4,
+            (None, NatSource::Masquerade) => is_ipv4,
+            (None, NatSource::Snat(to)) => to.iter().any(|ip| ip.is_ipv4() == is_ipv4),
+        }
+    }
+}
+
+fn write_bypass(f: &mut fmt::Formatter<'_>, is_set: bool) -> fmt::Result {
+    if is_set { write!(f, " {BYPASS_FIREWALL}") } else { Ok(()) }
+}
+
 impl fmt::Display for Nat {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let out = &self.out.value;
@@ -174,18 +197,19 @@ impl fmt::Display for Nat {
             NatSource::Masquerade => write!(f, "masquerade out={out}")?,
             NatSource::Snat(to) => write!(f, "snat out={out} to={}", joined(to, ","))?,
         }
-        match &self.from {
-            Some(from) => write!(f, " from={}", from.value),
-            None => Ok(()),
+        if let Some(from) = &self.from {
+            write!(f, " from={}", from.value)?;
         }
+        write_bypass(f, self.bypass_firewall)
     }
 }
 
 impl fmt::Display for Forward {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { transport, interface, port, to } = self;
+        let Self { transport, interface, port, to, bypass_firewall } = self;
         let (transport, interface) = (transport.value, &interface.value);
-        write!(f, "{transport} {interface}:{} -> {}", port.value, to.value)
+        write!(f, "{transport} {interface}:{} -> {}", port.value, to.value)?;
+        write_bypass(f, *bypass_firewall)
     }
 }
 
@@ -244,7 +268,7 @@ impl fmt::Display for Xdp {
         if let Some(queues) = &self.queues {
             write!(f, " queues={}", queues.value)?;
         }
-        if self.bypass_firewall { f.write_str(" bypass-firewall") } else { Ok(()) }
+        write_bypass(f, self.bypass_firewall)
     }
 }
 

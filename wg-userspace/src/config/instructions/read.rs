@@ -4,14 +4,18 @@ use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 
-use super::{Allow, Forward, Limit, Nat, NatSource, OFF, ON, PortRange, Traffic, Transport, UNITS};
+use super::{
+    Allow, BYPASS_FIREWALL, Forward, Limit, Nat, NatSource, OFF, ON, PortRange, Traffic, Transport,
+    UNITS,
+};
 use crate::config::Spanned;
 use crate::config::keys::{Directive, nearest_word};
 use crate::config::lines::Text;
 use crate::config::problem::Mistake;
 use crate::config::values::{is_interface_name, network, number};
 
-/// `masquerade out=eth0 [from=10.9.0.0/24]`, or `snat out=eth0 to=192.0.2.1,192.0.2.2 [from=…]`
+/// `masquerade out=eth0 [from=10.9.0.0/24]`, or `snat out=eth0 to=192.0.2.1,192.0.2.2 [from=…]`, and perhaps
+/// `bypass-firewall`
 pub fn nat(value: Text<'_>) -> Result<Nat, Mistake> {
     const FORM: &str = "write `#! Nat = masquerade out=eth0` or `#! Nat = snat out=eth0 \
         to=192.0.2.1`, and `from=10.9.0.0/24` after it if it is not for all";
@@ -27,8 +31,14 @@ pub fn nat(value: Text<'_>) -> Result<Nat, Mistake> {
         }
     };
     let (mut out, mut to, mut from) = (None, None, None);
+    let mut bypass_firewall = false;
     for word in words {
-        let (name, argument) = option(word, Directive::Nat, &["out", "to", "from"], FORM)?;
+        if is_bypass(word) {
+            bypass_firewall = true;
+            continue;
+        }
+        let known = ["out", "to", "from", BYPASS_FIREWALL];
+        let (name, argument) = option(word, Directive::Nat, &known, FORM)?;
         match name {
             "out" => once(&mut out, name, word, interface(argument)?)?,
             "to" if is_snat => once(&mut to, name, word, addresses(argument)?)?,
@@ -37,6 +47,7 @@ pub fn nat(value: Text<'_>) -> Result<Nat, Mistake> {
                     .at(word.span(), "the address is that of the NIC")
                     .help("remove `to=`, or write `snat` in place of `masquerade`"));
             }
+            BYPASS_FIREWALL => return Err(too_much(argument, FORM)),
             _ => {
                 let net = network(argument)?.trunc();
                 once(&mut from, name, word, Spanned::new(net, argument.span()))?;
@@ -63,10 +74,10 @@ pub fn nat(value: Text<'_>) -> Result<Nat, Mistake> {
             .at(to[0].span, "addresses of the other")
             .help("write addresses of the same family"));
     }
-    Ok(Nat { source, out, from })
+    Ok(Nat { source, out, from, bypass_firewall })
 }
 
-/// `tcp eth0:8443 -> 10.9.0.2:443`
+/// `tcp eth0:8443 -> 10.9.0.2:443`, and perhaps `bypass-firewall`
 pub fn forward(value: Text<'_>) -> Result<Forward, Mistake> {
     const FORM: &str = "write `#! Forward = tcp eth0:8443 -> 10.9.0.2:443`";
     let (from, to) = sides(value, Directive::Forward, FORM)?;
@@ -89,8 +100,18 @@ pub fn forward(value: Text<'_>) -> Result<Forward, Mistake> {
     let interface = interface(place.slice(0..colon))?;
     let port_text = place.from(colon + 1);
     let port = Spanned::new(port(port_text, FORM)?, port_text.span());
-    let to = Spanned::new(host_and_port(to, FORM)?, to.span());
-    Ok(Forward { transport, interface, port, to })
+    let mut behind = self::words(to);
+    let place = behind.next().unwrap_or(to);
+    let bypass_firewall = match behind.next() {
+        None => false,
+        Some(word) if is_bypass(word) => true,
+        Some(more) => return Err(too_much(more, FORM)),
+    };
+    if let Some(more) = behind.next() {
+        return Err(too_much(more, FORM));
+    }
+    let to = Spanned::new(host_and_port(place, FORM)?, place.span());
+    Ok(Forward { transport, interface, port, to, bypass_firewall })
 }
 
 /// `10.9.0.0/24 -> 192.168.20.0/24 [tcp|udp|icmp [22,8000-8080]]`
@@ -201,6 +222,10 @@ pub fn name(value: Text<'_>) -> Result<String, Mistake> {
 /// The words between blanks.
 fn words(value: Text<'_>) -> impl Iterator<Item = Text<'_>> {
     value.split(char::is_whitespace).filter(|word| !word.is_empty())
+}
+
+fn is_bypass(word: Text<'_>) -> bool {
+    word.raw.eq_ignore_ascii_case(BYPASS_FIREWALL)
 }
 
 fn lower(text: Text<'_>) -> String {

@@ -94,15 +94,7 @@ fn what_is_not_built_yet_is_understood_and_said() {
         #! Xdp = eth0 mode=zerocopy queues=2\n#! Workers = 1";
     let config = accept(interface, "#! Limit = 1gbit\n#! Name = laptop");
     let said: Vec<String> = config.unsupported().iter().map(Problem::to_string).collect();
-    let expected = [
-        "`#! Nat`",
-        "`#! Forward`",
-        "`#! Allow`",
-        "`#! Metrics`",
-        "`#! Dashboard`",
-        "`queues=` of `Xdp`",
-        "`#! Limit`",
-    ];
+    let expected = ["`#! Metrics`", "`#! Dashboard`", "`queues=` of `Xdp`", "`#! Limit`"];
     assert_eq!(said, expected.map(|what| format!("{what} is not supported yet")));
 }
 
@@ -170,6 +162,11 @@ fn what_is_wrong_with_nat_is_said_where_it_stands() {
             "`192.0.2.300` is not an address | 192.0.2.300: this is neither",
         ),
         (
+            "masquerade out=eth0 bypass-fierwall",
+            "unknown option `bypass-fierwall` | bypass-fierwall: not an option of `Nat` | did you mean `bypass-firewall`?",
+        ),
+        ("masquerade out=eth0 bypass-firewall=yes", "`yes` is too much here"),
+        (
             "snat out=eth0 to=0.0.0.0",
             "`0.0.0.0` is not an address | 0.0.0.0: no packet comes from there",
         ),
@@ -221,6 +218,8 @@ fn what_is_wrong_with_forward_and_allow_is_said_where_it_stands() {
         ),
         ("Forward = tcp eth0:1 -> 10.9.0.2:65536", "`65536` is not a port"),
         ("Forward = tcp eth0:1 -> 10.9.0.2:1 x", "`x` is too much here"),
+        ("Forward = tcp eth0:1 -> 10.9.0.2:1 bypass-firewall x", "`x` is too much here"),
+        ("Forward = tcp eth0:1 -> bypass-firewall", "`bypass-firewall` is not an address with"),
         ("Forward = tcp eth0:1 -> 0.0.0.0:1", "`0.0.0.0:1` is nobody's address"),
         ("Forward = tcp eth0:1 -> [10.9.0.2]:1", "`[10.9.0.2]:1` is not an address with a port"),
         ("Allow = 10.9.0.0/24", "`Allow` has no `->`"),
@@ -358,23 +357,27 @@ fn any_transport() -> impl Strategy<Value = Transport> {
 
 fn any_nat() -> impl Strategy<Value = Nat> {
     let to = option::of(btree_set(any_address(), 1..4));
-    (any_interface(), to, option::of(any_net())).prop_map(|(out, to, from)| {
-        let is_alike = |net: &IpNet| {
-            to.as_ref()
-                .is_none_or(|to| to.iter().any(|ip: &IpAddr| ip.is_ipv4() == net.addr().is_ipv4()))
-        };
-        let from = from.filter(is_alike).map(nowhere);
-        let source = match to {
-            None => NatSource::Masquerade,
-            Some(to) => NatSource::Snat(to.into_iter().map(nowhere).collect()),
-        };
-        Nat { source, out: nowhere(out), from }
-    })
+    (any_interface(), to, option::of(any_net()), any::<bool>()).prop_map(
+        |(out, to, from, bypass_firewall)| {
+            let is_alike = |net: &IpNet| {
+                to.as_ref().is_none_or(|to| {
+                    to.iter().any(|ip: &IpAddr| ip.is_ipv4() == net.addr().is_ipv4())
+                })
+            };
+            let from = from.filter(is_alike).map(nowhere);
+            let source = match to {
+                None => NatSource::Masquerade,
+                Some(to) => NatSource::Snat(to.into_iter().map(nowhere).collect()),
+            };
+            Nat { source, out: nowhere(out), from, bypass_firewall }
+        },
+    )
 }
 
 fn any_forward() -> impl Strategy<Value = Forward> {
-    (any_transport(), any_interface(), 1_u16.., any_place()).prop_map(
-        |(transport, interface, port, to)| Forward {
+    (any_transport(), any_interface(), 1_u16.., any_place(), any::<bool>()).prop_map(
+        |(transport, interface, port, to, bypass_firewall)| Forward {
+            bypass_firewall,
             transport: nowhere(transport),
             interface: nowhere(interface),
             port: nowhere(port),
@@ -471,6 +474,7 @@ proptest! {
             },
             out: found.value.out.unplaced(),
             from: found.value.from.unplaced(),
+            bypass_firewall: found.value.bypass_firewall,
         });
         prop_assert_eq!(unplaced.collect::<Vec<_>>(), nat);
         let unplaced = found.forward.drain(..).map(|found| Forward {
@@ -478,6 +482,7 @@ proptest! {
             interface: found.value.interface.unplaced(),
             port: found.value.port.unplaced(),
             to: found.value.to.unplaced(),
+            bypass_firewall: found.value.bypass_firewall,
         });
         prop_assert_eq!(unplaced.collect::<Vec<_>>(), forward);
         let unplaced = found.allow.drain(..).map(|found| Allow {

@@ -1,0 +1,229 @@
+//! ICMP errors that a program makes out of the packet that they are about: what it puts in front, and how much of
+//! the packet it leaves.
+
+use crate::headers::{Bytes, IPV4_LEN, IPV6_LEN, PROTOCOL_TCP, PROTOCOL_UDP, UDP_LEN};
+use crate::map::AddressKey;
+use crate::nat::packet::fold;
+use crate::nat::tuple::{ICMP_LEN, Kind, Tuple, is_single_host};
+use crate::upper::{PROTOCOL_ICMP, PROTOCOL_ICMPV6};
+
+/// Bytes of the headers of an error about an IPv4 packet.
+pub const HEAD_LEN_V4: usize = IPV4_LEN + ICMP_LEN;
+/// Bytes of those of an error about an IPv6 packet.
+pub const HEAD_LEN_V6: usize = IPV6_LEN + ICMP_LEN;
+
+/// Longest quotation of an IPv4 packet: every host takes a datagram of 576 bytes (RFC 1812 §4.3.2.3).
+const QUOTED_MAX_V4: u32 = 576 - HEAD_LEN_V4 as u32;
+/// Longest one of an IPv6 packet: every link has an MTU of 1280 bytes (RFC 4443 §2.4 c).
+const QUOTED_MAX_V6: u32 = 1280 - HEAD_LEN_V6 as u32;
+/// Bytes that are summed up at a time.
+const BLOCK_LEN: usize = 16;
+const TCP_CHECKSUM: usize = 16;
+/// TOS: precedence "internetwork control" (RFC 1812 §4.3.2.5).
+const TOS: u8 = 0xc0;
+const TTL: u8 = 64;
+const DONT_FRAGMENT: u8 = 0x40;
+
+/// What an error says.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Error {
+    /// TTL or hop limit is used up.
+    TimeExceeded,
+    /// Only packets of so many bytes get through: *fragmentation needed* in IPv4, *packet too big* in IPv6.
+    TooBig(u32),
+}
+
+impl Error {
+    /// The first word of the header, without the checksum, and the last one.
+    #[inline(always)]
+    const fn header(self, is_v4: bool) -> ([u8; 2], u32) {
+        match (self, is_v4) {
+            (Self::TimeExceeded, true) => ([11, 0], 0),
+            (Self::TimeExceeded, false) => ([3, 0], 0),
+            (Self::TooBig(mtu), true) => ([3, 4], if mtu > 0xffff { 0xffff } else { mtu }),
+            (Self::TooBig(mtu), false) => ([2, 0], mtu),
+        }
+    }
+}
+
+/// What stands before the quoted packet.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Head {
+    /// Before an IPv4 packet.
+    V4([u8; HEAD_LEN_V4]),
+    /// Before an IPv6 packet.
+    V6([u8; HEAD_LEN_V6]),
+}
+
+/// An error about a packet.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Answer {
+    /// What stands before the quoted packet.
+    pub head: Head,
+    /// Bytes of the packet that are left, from its IP header on.
+    pub quoted_len: u32,
+}
+
+/// What tells the sender of `packet`, which `tuple` describes, an error in the name of `from`.
+///
+/// If the packet's checksum is not finished, whoever finishes it will do so in the quotation: the checksum of the
+/// error is the one that is right then. That it is not finished is seen by its being the sum of the
+/// pseudo-header, which one finished checksum out of 65,536 is as well.
+///
+/// `None` for what must not be answered (RFC 1122 §3.2.2, RFC 4443 §2.4 e): ICMP errors, and other ICMP messages
+/// than echoes; fragments other than the first; a source or destination that names no single host; what is broken
+/// or unfit.
+#[inline(always)]
+pub fn answer<B: Bytes + ?Sized>(
+    packet: &B,
+    tuple: &Tuple,
+    error: Error,
+    from: &AddressKey,
+) -> Option<Answer> {
+    let is_icmp = tuple.protocol == PROTOCOL_ICMP || tuple.protocol == PROTOCOL_ICMPV6;
+    let answers = match tuple.kind {
+        Kind::Tcp | Kind::Udp | Kind::EchoRequest | Kind::EchoReply => true,
+        Kind::Other => !is_icmp,
+        _ => false,
+    };
+    if !answers || !is_single_host(&tuple.source) || !is_single_host(&tuple.destination) {
+        return None;
+    }
+    let quoted_max = if tuple.is_v4 { QUOTED_MAX_V4 } else { QUOTED_MAX_V6 };
+    // Sums are made of words of four bytes; the header of the upper layer ends with one.
+    let quoted_len = (if tuple.len < quoted_max { tuple.len } else { quoted_max }) & !3;
+    let (kind, rest) = error.header(tuple.is_v4);
+    let rest = rest.to_be_bytes();
+    let icmp = u16::from_ne_bytes(kind) as u64 + u32::from_ne_bytes(rest) as u64;
+    let sum = quoted_sum(packet, tuple, quoted_len)? + icmp;
+    let head = if tuple.is_v4 {
+        let ip = v4_header(quoted_len, &tuple.source, from);
+        let [sum_0, sum_1] = (!fold(sum)).to_ne_bytes();
+        let mut head = [0; HEAD_LEN_V4];
+        put(&mut head, 0, ip);
+        put(&mut head, IPV4_LEN, [kind[0], kind[1], sum_0, sum_1]);
+        put(&mut head, IPV4_LEN + 4, rest);
+        Head::V4(head)
+    } else {
+        let len = (ICMP_LEN as u32 + quoted_len) as u16;
+        let pseudo = sum_of(from) + sum_of(&tuple.source) + words(PROTOCOL_ICMPV6, len);
+        let [sum_0, sum_1] = (!fold(sum + pseudo)).to_ne_bytes();
+        let [len_high, len_low] = len.to_be_bytes();
+        let mut head = [0; HEAD_LEN_V6];
+        put(&mut head, 0, [0x60, 0, 0, 0, len_high, len_low, PROTOCOL_ICMPV6, TTL]);
+        put_address(&mut head, 8, from);
+        put_address(&mut head, 24, &tuple.source);
+        put(&mut head, IPV6_LEN, [kind[0], kind[1], sum_0, sum_1]);
+        put(&mut head, IPV6_LEN + 4, rest);
+        Head::V6(head)
+    };
+    Some(Answer { head, quoted_len })
+}
+
+#[inline(always)]
+fn v4_header(quoted_len: u32, to: &AddressKey, from: &AddressKey) -> [u8; IPV4_LEN] {
+    let [len_high, len_low] = ((HEAD_LEN_V4 as u32 + quoted_len) as u16).to_be_bytes();
+    // No id: it is never cut up (RFC 6864 §4.1).
+    let start = [0x45, TOS, len_high, len_low, 0, 0, DONT_FRAGMENT, 0, TTL, PROTOCOL_ICMP];
+    let mut header = [0; IPV4_LEN];
+    put(&mut header, 0, start);
+    put(&mut header, 12, from.0[3].to_ne_bytes());
+    put(&mut header, 16, to.0[3].to_ne_bytes());
+    let pairs =
+        [[start[0], start[1]], [len_high, len_low], [DONT_FRAGMENT, 0], [TTL, PROTOCOL_ICMP]];
+    let mut sum = from.0[3] as u64 + to.0[3] as u64;
+    for pair in pairs {
+        sum += u16::from_ne_bytes(pair) as u64;
+    }
+    put(&mut header, 10, (!fold(sum)).to_ne_bytes());
+    header
+}
+
+/// The sum of the first `len` bytes of the packet, a multiple of four, as they are when they arrive.
+#[inline(always)]
+fn quoted_sum<B: Bytes + ?Sized>(packet: &B, tuple: &Tuple, len: u32) -> Option<u64> {
+    const BLOCKS_MAX: u32 = QUOTED_MAX_V6 / BLOCK_LEN as u32;
+    const WORDS_MAX: u32 = IPV6_LEN as u32 / 4 + 2;
+
+    let mut at = 0;
+    let mut sum = 0;
+    if let Some(seed) = partial_seed(packet, tuple)? {
+        // When it is finished, all that it covers sums up to 0, less what it began with.
+        sum = add_words(packet, 0, tuple.upper as u32, WORDS_MAX)?;
+        return Some(sum + (!seed) as u64);
+    }
+    for _ in 0..BLOCKS_MAX {
+        if at + BLOCK_LEN as u32 > len {
+            break;
+        }
+        let block: [u8; BLOCK_LEN] = packet.read(at as usize)?;
+        let (words, _) = block.as_chunks::<4>();
+        for word in words {
+            sum += u32::from_ne_bytes(*word) as u64;
+        }
+        at += BLOCK_LEN as u32;
+    }
+    Some(sum + add_words(packet, at, len, BLOCK_LEN as u32 / 4)?)
+}
+
+/// The sum of the words from `at` to `end`, no more than so many.
+#[inline(always)]
+fn add_words<B: Bytes + ?Sized>(packet: &B, at: u32, end: u32, most: u32) -> Option<u64> {
+    let mut at = at;
+    let mut sum = 0;
+    for _ in 0..most {
+        if at + 4 > end {
+            break;
+        }
+        sum += u32::from_ne_bytes(packet.read(at as usize)?) as u64;
+        at += 4;
+    }
+    Some(sum)
+}
+
+/// What the packet's checksum begins with, if it is not finished; `None` if the packet cannot be read.
+#[inline(always)]
+fn partial_seed<B: Bytes + ?Sized>(packet: &B, tuple: &Tuple) -> Option<Option<u16>> {
+    let field = match tuple.kind {
+        Kind::Tcp => TCP_CHECKSUM,
+        Kind::Udp => UDP_LEN - 2,
+        _ => return Some(None),
+    };
+    let found = u16::from_ne_bytes(packet.read(tuple.upper as usize + field)?);
+    let len = (tuple.len - tuple.upper as u32) as u16;
+    let protocol = if tuple.kind as u8 == Kind::Tcp as u8 { PROTOCOL_TCP } else { PROTOCOL_UDP };
+    let sum = sum_of(&tuple.source) + sum_of(&tuple.destination) + words(protocol, len);
+    Some((found == fold(sum) && !tuple.is_fragment).then_some(found))
+}
+
+/// The sum of the words of an address.
+#[inline(always)]
+const fn sum_of(address: &AddressKey) -> u64 {
+    let [a, b, c, d] = address.0;
+    if address.is_v4() { d as u64 } else { a as u64 + b as u64 + c as u64 + d as u64 }
+}
+
+/// The sum of the last words of a pseudo-header.
+#[inline(always)]
+const fn words(protocol: u8, len: u16) -> u64 {
+    u16::from_ne_bytes([0, protocol]) as u64 + u16::from_ne_bytes(len.to_be_bytes()) as u64
+}
+
+/// Writes `bytes` where there is room for them, by constants.
+#[inline(always)]
+fn put<const N: usize, const M: usize>(to: &mut [u8; N], at: usize, bytes: [u8; M]) {
+    let mut i = 0;
+    while i < M && at + i < N {
+        to[at + i] = bytes[i];
+        i += 1;
+    }
+}
+
+#[inline(always)]
+fn put_address(to: &mut [u8; HEAD_LEN_V6], at: usize, address: &AddressKey) {
+    let [a, b, c, d] = address.0;
+    put(to, at, a.to_ne_bytes());
+    put(to, at + 4, b.to_ne_bytes());
+    put(to, at + 8, c.to_ne_bytes());
+    put(to, at + 12, d.to_ne_bytes());
+}

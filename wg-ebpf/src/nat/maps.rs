@@ -1,0 +1,233 @@
+//! The maps of [`wg_common::nat::map`].
+#![expect(unsafe_code, reason = "map values are shared with the user side and other CPUs")]
+
+use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, bpf_fib_lookup};
+use aya_ebpf::btf_maps;
+use aya_ebpf::helpers::bpf_ktime_get_boot_ns;
+use aya_ebpf::macros::{btf_map, map};
+use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray};
+use wg_common::map::AddressKey;
+use wg_common::nat::engine::Work;
+use wg_common::nat::map::{
+    Flow, FlowKey, FragmentEntry, FragmentKey, Mapping, MappingKey, OWNER_STALE_NS, PORTS_LEN,
+    RING_TAIL, RING_WORDS, RuleSet, Slot, slot_index,
+};
+use wg_common::outcome::{DropReason, NAT_COUNTER_COUNT, NatEvent};
+
+// What the loader sizes has one entry here: each device's programs bring all maps of the object, and do with most
+// of them nothing.
+
+#[btf_map]
+static NAT_RULES: btf_maps::ArrayOfMaps<btf_maps::Array<RuleSet, 1>, 1> =
+    btf_maps::ArrayOfMaps::new();
+
+#[map]
+static NAT_FLOWS: HashMap<FlowKey, Flow> = HashMap::with_max_entries(1, BPF_F_NO_PREALLOC);
+
+#[map]
+static NAT_MAPPINGS: HashMap<MappingKey, Mapping> = HashMap::with_max_entries(1, BPF_F_NO_PREALLOC);
+
+#[map]
+static NAT_SLOTS: Array<Slot> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+
+#[map]
+static NAT_FREE_PORTS: Array<u64> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+
+#[map]
+static NAT_PORT_RINGS: Array<u64> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+
+#[map]
+static NAT_FRAGMENTS: LruHashMap<FragmentKey, FragmentEntry> = LruHashMap::with_max_entries(1, 0);
+
+#[map]
+static NAT_COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(NAT_COUNTER_COUNT as u32, 0);
+
+#[map]
+static NAT_ALLOWED: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
+
+#[map]
+static NAT_OWNER: Array<u64> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+
+/// What a program needs for a packet and has no room for on its stack. Of each CPU: no packet is judged while
+/// another one is.
+#[repr(C)]
+pub struct Scratch {
+    /// The engine's.
+    pub work: Work,
+    /// What the kernel is asked of the way, and says.
+    pub fib: bpf_fib_lookup,
+}
+
+#[map]
+static NAT_SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(1, 0);
+
+/// This CPU's scratch memory.
+#[inline(always)]
+pub fn scratch() -> Option<&'static mut Scratch> {
+    let scratch = NAT_SCRATCH.get_ptr_mut(0)?;
+    // SAFETY: this CPU's own, which a run of a program asks for once. What stood there is written over before it is
+    // read: `Work` and the way are of integers, but for enums, of which each is written by the read of the packet.
+    Some(unsafe { &mut *scratch })
+}
+
+/// What holds now: nothing where no rules were set, or where their owner is dead. Control puts another set in
+/// the place of this one, and never changes it.
+#[inline(always)]
+pub fn rules() -> Option<&'static RuleSet> {
+    let owner = NAT_OWNER.get_ptr(0)?;
+    // SAFETY: the word outlives the program, and is written in one piece.
+    let alive_ns = unsafe { owner.read_volatile() };
+    if now_ns().saturating_sub(alive_ns) > OWNER_STALE_NS {
+        return None;
+    }
+    NAT_RULES.get_value(0, &0)
+}
+
+/// Boot time in nanoseconds.
+#[inline(always)]
+pub fn now_ns() -> u64 {
+    // SAFETY: the helper has no preconditions.
+    unsafe { bpf_ktime_get_boot_ns() }
+}
+
+/// A flow's entry.
+#[inline(always)]
+pub fn flow(key: &FlowKey) -> Option<*mut Flow> {
+    NAT_FLOWS.get_ptr_mut(key)
+}
+
+/// Makes a flow's entry, or replaces it; `false` if there is no room.
+#[inline(always)]
+pub fn put_flow(key: &FlowKey, flow: &Flow) -> bool {
+    NAT_FLOWS.insert(key, flow, 0).is_ok()
+}
+
+/// Removes a flow's entry.
+#[inline(always)]
+pub fn remove_flow(key: &FlowKey) {
+    // Control may have been faster.
+    let _ = NAT_FLOWS.remove(key);
+}
+
+/// A mapping's entry.
+#[inline(always)]
+pub fn mapping(key: &MappingKey) -> Option<Mapping> {
+    let entry = NAT_MAPPINGS.get_ptr(key)?;
+    // SAFETY: the kernel keeps the memory of the element until this run of the program is over.
+    Some(unsafe { entry.read_volatile() })
+}
+
+/// Makes a mapping's entry, or replaces it; `false` if there is no room.
+#[inline(always)]
+pub fn put_mapping(key: &MappingKey, mapping: &Mapping) -> bool {
+    NAT_MAPPINGS.insert(key, mapping, 0).is_ok()
+}
+
+/// A slot.
+#[inline(always)]
+pub fn slot(index: u32) -> Option<*mut Slot> {
+    NAT_SLOTS.get_ptr_mut(index)
+}
+
+/// What becomes of a packet's fragments.
+#[inline(always)]
+pub fn fragments(key: &FragmentKey) -> Option<FragmentEntry> {
+    let entry = NAT_FRAGMENTS.get_ptr(key)?;
+    // SAFETY: the kernel keeps the memory of the element until this run of the program is over. If the element
+    // gets another key meanwhile, these fragments go astray, as with an identification that two packets share.
+    Some(unsafe { entry.read() })
+}
+
+/// Says what becomes of a packet's fragments.
+#[inline(always)]
+pub fn put_fragments(key: &FragmentKey, entry: &FragmentEntry) {
+    // Without an entry they are dropped.
+    let _ = NAT_FRAGMENTS.insert(key, entry, 0);
+}
+
+/// Whether some peer owns an address.
+#[inline(always)]
+pub fn is_owned(address: &AddressKey) -> bool {
+    crate::maps::owns(address)
+}
+
+/// Counts a dropped packet.
+#[inline(always)]
+pub fn count_drop(reason: DropReason) {
+    count(&NAT_COUNTERS, reason as u32);
+}
+
+/// Counts what else became of a packet.
+#[inline(always)]
+pub fn count_event(event: NatEvent) {
+    count(&NAT_COUNTERS, DropReason::COUNT as u32 + event as u32);
+}
+
+/// Counts a flow that was allowed.
+#[inline(always)]
+pub fn count_allowed(counter: u32) {
+    count(&NAT_ALLOWED, counter);
+}
+
+#[inline(always)]
+fn count(counters: &PerCpuArray<u64>, counter: u32) {
+    if let Some(count) = counters.get_ptr_mut(counter) {
+        // SAFETY: this CPU's own copy of the value; TC programs do not interrupt each other on a CPU, and the user
+        // side only reads it.
+        unsafe { *count += 1 };
+    }
+}
+
+/// Takes a port from a ring, if it has one.
+#[inline(always)]
+pub fn take_port(ring: u32) -> Option<u32> {
+    const TRIES: usize = 4;
+
+    let head = NAT_PORT_RINGS.get_ptr_mut(ring * RING_WORDS)?;
+    let tail = NAT_PORT_RINGS.get_ptr(ring * RING_WORDS + RING_TAIL)?;
+    for _ in 0..TRIES {
+        // SAFETY: words of arrays that outlive the program, aligned; others write them in one piece.
+        let (at, end) = unsafe { (head.read_volatile(), tail.read_volatile()) };
+        if at == end {
+            return None;
+        }
+        let port = NAT_FREE_PORTS.get_ptr(slot_index(ring, at as u32 % PORTS_LEN))?;
+        // SAFETY: as above.
+        let port = unsafe { port.read_volatile() } as u32;
+        // SAFETY: as above.
+        if unsafe { compare_exchange(head, at, at + 1) } == at {
+            return Some(port);
+        }
+    }
+    None
+}
+
+/// Stores `new` where `old` stands; gives what stood there. Rust has no such operation for this target.
+///
+/// # Safety
+/// `word` must be valid and aligned, and whoever else writes it does so atomically.
+#[cfg(target_arch = "bpf")]
+#[inline(always)]
+unsafe fn compare_exchange(word: *mut u64, old: u64, new: u64) -> u64 {
+    let found: u64;
+    // SAFETY: the caller's word alone is written.
+    unsafe {
+        core::arch::asm!(
+            "r0 = cmpxchg_64({word} + 0, r0, {new})",
+            word = in(reg) word,
+            new = in(reg) new,
+            inout("r0") old => found,
+        );
+    }
+    found
+}
+
+/// As above, where the crate is only checked.
+///
+/// # Safety
+/// As above.
+#[cfg(not(target_arch = "bpf"))]
+unsafe fn compare_exchange(word: *mut u64, _old: u64, _new: u64) -> u64 {
+    // SAFETY: the caller says so.
+    unsafe { word.read() }
+}

@@ -1,0 +1,96 @@
+//! A packet at a TC hook, from its IP header on, and the kernel's calls that change it.
+#![expect(unsafe_code, reason = "the kernel's helpers")]
+
+use aya_ebpf::EbpfContext as _;
+use aya_ebpf::bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM};
+use aya_ebpf::helpers::{bpf_skb_load_bytes, bpf_skb_store_bytes};
+use aya_ebpf::programs::TcContext;
+use wg_common::headers::Bytes;
+use wg_common::nat::packet::{Difference, Skb, Summed};
+
+/// A packet, and how many bytes of a link's header stand before its IP header.
+pub struct Packet<'a> {
+    /// What the program was called with.
+    pub context: &'a TcContext,
+    /// Offset of the IP header.
+    pub link_len: u32,
+}
+
+impl Bytes for Packet<'_> {
+    #[inline(always)]
+    fn len(&self) -> usize {
+        self.context.len().wrapping_sub(self.link_len) as usize
+    }
+
+    #[inline(always)]
+    fn read<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
+        let mut bytes = [0; N];
+        // SAFETY: the kernel writes N bytes to `bytes`, which has as many, or says that there are not so many; the
+        // context is the one that this run of the program was given.
+        let result = unsafe {
+            bpf_skb_load_bytes(
+                self.context.as_ptr().cast(),
+                self.link_len + offset as u32,
+                bytes.as_mut_ptr().cast(),
+                N as u32,
+            )
+        };
+        (result == 0).then_some(bytes)
+    }
+}
+
+impl Skb for Packet<'_> {
+    #[inline(always)]
+    fn store<const N: usize>(&mut self, offset: usize, bytes: [u8; N]) -> Option<()> {
+        self.write(offset, bytes, 0)
+    }
+
+    #[inline(always)]
+    fn store_uncovered<const N: usize>(&mut self, offset: usize, bytes: [u8; N]) -> Option<()> {
+        self.write(offset, bytes, BPF_F_RECOMPUTE_CSUM.into())
+    }
+
+    #[inline(always)]
+    fn replace_l3(&mut self, offset: usize, difference: Difference) -> Option<()> {
+        let at = self.link_len as usize + offset;
+        self.context.l3_csum_replace(at, 0, difference.folded().into(), 0).ok()
+    }
+
+    #[inline(always)]
+    fn replace_l4(
+        &mut self,
+        offset: usize,
+        difference: Difference,
+        summed: Summed,
+        zero_is_none: bool,
+    ) -> Option<()> {
+        // Kernels from 6.16 on tell IPv6's pseudo-header from IPv4's (`BPF_F_IPV6`), others refuse to hear of it. What
+        // is mistaken without is the sum of the whole packet that a NIC has found: nobody asks for it where the packet
+        // leaves the host, or enters a TUN device.
+        let pseudo = match summed {
+            Summed::Contents => 0,
+            Summed::AddressesV4 | Summed::AddressesV6 => BPF_F_PSEUDO_HDR,
+        };
+        let zero = if zero_is_none { BPF_F_MARK_MANGLED_0 } else { 0 };
+        let at = self.link_len as usize + offset;
+        let difference = difference.folded().into();
+        self.context.l4_csum_replace(at, 0, difference, (pseudo | zero).into()).ok()
+    }
+}
+
+impl Packet<'_> {
+    #[inline(always)]
+    fn write<const N: usize>(&mut self, offset: usize, bytes: [u8; N], flags: u64) -> Option<()> {
+        // SAFETY: the kernel reads N bytes of `bytes`, and writes them into the packet or says that they do not fit.
+        let result = unsafe {
+            bpf_skb_store_bytes(
+                self.context.as_ptr().cast(),
+                self.link_len + offset as u32,
+                bytes.as_ptr().cast(),
+                N as u32,
+                flags,
+            )
+        };
+        (result == 0).then_some(())
+    }
+}

@@ -1,0 +1,318 @@
+//! What the engine asks of maps and of the kernel.
+#![expect(unsafe_code, reason = "the kernel's helpers, and map values that are shared with others")]
+
+use core::mem;
+
+use aya_ebpf::EbpfContext as _;
+use aya_ebpf::bindings::{
+    BPF_F_CURRENT_NETNS, BPF_FIB_LKUP_RET_BLACKHOLE, BPF_FIB_LKUP_RET_FRAG_NEEDED,
+    BPF_FIB_LKUP_RET_FWD_DISABLED, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_NOT_FWDED,
+    BPF_FIB_LKUP_RET_PROHIBIT, BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LKUP_RET_UNREACHABLE,
+    bpf_fib_lookup as FibLookup, bpf_redir_neigh as NextHop, bpf_sock_tuple as SockTuple,
+};
+use aya_ebpf::helpers::{
+    bpf_check_mtu, bpf_fib_lookup, bpf_redirect, bpf_redirect_neigh, bpf_sk_lookup_udp,
+    bpf_sk_release, bpf_skb_change_head, bpf_skb_store_bytes, bpf_skc_lookup_tcp,
+};
+use aya_ebpf::programs::TcContext;
+use wg_common::headers::{
+    ETHERNET_LEN, ETHERTYPE_IPV4, ETHERTYPE_IPV6, PROTOCOL_TCP, PROTOCOL_UDP,
+};
+use wg_common::map::AddressKey;
+use wg_common::nat::engine::{Route, Segments, Tables};
+use wg_common::nat::map::{Flow, FlowKey, FragmentEntry, FragmentKey, Mapping, MappingKey, Slot};
+use wg_common::nat::tuple::Tuple;
+use wg_common::outcome::NatEvent;
+
+use super::maps;
+
+const AF_INET: u8 = 2;
+const AF_INET6: u8 = 10;
+
+/// The maps, for one packet.
+pub struct Kernel<'a> {
+    context: &'a TcContext,
+    /// Index of the TUN device.
+    tun: u32,
+    found: Option<*mut Flow>,
+    /// What the kernel said of the way.
+    fib: &'a mut FibLookup,
+    fib_result: u32,
+    /// Whether the kernel is to look after the next hop's link address.
+    is_stale: bool,
+}
+
+impl<'a> Kernel<'a> {
+    #[inline(always)]
+    pub fn new(context: &'a TcContext, tun: u32, fib: &'a mut FibLookup) -> Self {
+        Self {
+            context,
+            tun,
+            found: None,
+            fib,
+            fib_result: BPF_FIB_LKUP_RET_NOT_FWDED,
+            is_stale: true,
+        }
+    }
+
+    /// Sends the packet, from its IP header on, out of the NIC by the way that was found last: the verdict, or
+    /// `None` if that is not possible.
+    #[inline(always)]
+    pub fn send_out(&mut self, is_v4: bool, link_len: u32) -> Option<i32> {
+        let context = self.context.as_ptr().cast();
+        if link_len == 0 {
+            // SAFETY: the context is the one that this run of the program was given.
+            if unsafe { bpf_skb_change_head(context, ETHERNET_LEN as u32, 0) } != 0 {
+                return None;
+            }
+        }
+        let [high, low] = if is_v4 { ETHERTYPE_IPV4 } else { ETHERTYPE_IPV6 }.to_be_bytes();
+        let [a, b, c, d, e, f] = self.fib.dmac;
+        let [g, h, i, j, k, l] = self.fib.smac;
+        let is_known = self.fib_result == BPF_FIB_LKUP_RET_SUCCESS && !self.is_stale;
+        let header = [a, b, c, d, e, f, g, h, i, j, k, l, high, low];
+        // SAFETY: the kernel reads 14 bytes of `header`, and writes them into the packet or refuses.
+        let result = unsafe {
+            bpf_skb_store_bytes(context, 0, header.as_ptr().cast(), ETHERNET_LEN as u32, 0)
+        };
+        if result != 0 {
+            return None;
+        }
+        if is_known {
+            // SAFETY: the helper has no preconditions.
+            return Some(unsafe { bpf_redirect(self.fib.ifindex, 0) } as i32);
+        }
+        maps::count_event(NatEvent::Resolved);
+        // SAFETY: as `FibLookup` above.
+        let mut hop: NextHop = unsafe { mem::zeroed() };
+        hop.nh_family = self.fib.family.into();
+        // SAFETY: both unions hold integers only; the kernel wrote the next hop of this family there.
+        unsafe {
+            if self.fib.family == AF_INET {
+                hop.__bindgen_anon_1.ipv4_nh = self.fib.__bindgen_anon_4.ipv4_dst;
+            } else {
+                hop.__bindgen_anon_1.ipv6_nh = self.fib.__bindgen_anon_4.ipv6_dst;
+            }
+        }
+        // SAFETY: the kernel reads a `bpf_redir_neigh` of this size.
+        let verdict = unsafe {
+            bpf_redirect_neigh(self.fib.ifindex, &mut hop, mem::size_of::<NextHop>() as i32, 0)
+        };
+        Some(verdict as i32)
+    }
+
+    /// Sends the packet into the tunnel.
+    #[inline(always)]
+    pub fn send_in(&self) -> i32 {
+        // SAFETY: the helper has no preconditions.
+        unsafe { bpf_redirect(self.tun, 0) as i32 }
+    }
+}
+
+impl Tables for Kernel<'_> {
+    #[inline(always)]
+    fn now_ns(&self) -> u64 {
+        maps::now_ns()
+    }
+
+    #[inline(always)]
+    fn find_flow(&mut self, key: &FlowKey) -> bool {
+        self.found = maps::flow(key);
+        self.found.is_some()
+    }
+
+    #[inline(always)]
+    fn found<R>(&mut self, change: impl FnOnce(&mut Flow) -> R) -> Option<R> {
+        let flow = self.found?;
+        // SAFETY: the kernel keeps the memory of the element until this run of the program is over. Other CPUs and
+        // control may read and write it too: integers, of which one write may be lost; and where control removes the
+        // element meanwhile, a flow that takes its place may begin with wrong counts. `change` keeps no reference.
+        Some(change(unsafe { &mut *flow }))
+    }
+
+    #[inline(always)]
+    fn put_flow(&mut self, key: &FlowKey, flow: &Flow) -> bool {
+        maps::put_flow(key, flow) && self.find_flow(key)
+    }
+
+    #[inline(always)]
+    fn remove_flow(&mut self, key: &FlowKey) {
+        self.found = None;
+        maps::remove_flow(key);
+    }
+
+    #[inline(always)]
+    fn mapping(&mut self, key: &MappingKey) -> Option<Mapping> {
+        maps::mapping(key)
+    }
+
+    #[inline(always)]
+    fn put_mapping(&mut self, key: &MappingKey, mapping: &Mapping) -> bool {
+        maps::put_mapping(key, mapping)
+    }
+
+    #[inline(always)]
+    fn slot(&mut self, index: u32) -> Option<Slot> {
+        let slot = maps::slot(index)?;
+        // SAFETY: an element of an array that outlives the program. Who takes the slot changes the generation last, and
+        // the flow's must be the same.
+        Some(unsafe { slot.read() })
+    }
+
+    #[inline(always)]
+    fn take_slot(&mut self, index: u32, inner: &AddressKey, inner_port: u16) -> Option<u32> {
+        let slot = maps::slot(index)?;
+        // SAFETY: as above; nobody else took this slot's port from its ring.
+        unsafe {
+            let generation = (&raw const (*slot).generation).read_volatile().wrapping_add(1) | 1;
+            (*slot).last_seen_ns = maps::now_ns();
+            (*slot).inner = *inner;
+            (*slot).inner_port = inner_port;
+            (&raw mut (*slot).generation).write_volatile(generation);
+            Some(generation)
+        }
+    }
+
+    #[inline(always)]
+    fn touch_slot(&mut self, index: u32) {
+        if let Some(slot) = maps::slot(index) {
+            // SAFETY: as above; a word that is written in one piece.
+            unsafe { (&raw mut (*slot).last_seen_ns).write_volatile(maps::now_ns()) };
+        }
+    }
+
+    #[inline(always)]
+    fn take_port(&mut self, ring: u32) -> Option<u32> {
+        maps::take_port(ring)
+    }
+
+    #[inline(always)]
+    fn is_owned(&mut self, address: &AddressKey) -> bool {
+        maps::is_owned(address)
+    }
+
+    #[inline(never)]
+    fn has_socket(&mut self, tuple: &Tuple, address: &AddressKey, port: u16) -> bool {
+        // SAFETY: integers and unions of such.
+        let mut socket: SockTuple = unsafe { mem::zeroed() };
+        let len = if tuple.is_v4 {
+            // SAFETY: a union of integers.
+            let v4 = unsafe { &mut socket.__bindgen_anon_1.ipv4 };
+            (v4.saddr, v4.daddr) = (tuple.destination.0[3], address.0[3]);
+            (v4.sport, v4.dport) = (tuple.destination_port, port);
+            12
+        } else {
+            // SAFETY: as above.
+            let v6 = unsafe { &mut socket.__bindgen_anon_1.ipv6 };
+            (v6.saddr, v6.daddr) = (tuple.destination.0, address.0);
+            (v6.sport, v6.dport) = (tuple.destination_port, port);
+            36
+        };
+        let (context, netns) = (self.context.as_ptr(), i64::from(BPF_F_CURRENT_NETNS) as u64);
+        // SAFETY: the kernel reads `len` bytes of `socket`, which has as many.
+        let found = unsafe {
+            match tuple.protocol {
+                PROTOCOL_TCP => bpf_skc_lookup_tcp(context, &mut socket, len, netns, 0),
+                PROTOCOL_UDP => bpf_sk_lookup_udp(context, &mut socket, len, netns, 0),
+                _ => return false,
+            }
+        };
+        if found.is_null() {
+            return false;
+        }
+        // SAFETY: the kernel gave it, and gets it back once.
+        unsafe { bpf_sk_release(found.cast()) };
+        true
+    }
+
+    #[inline(never)]
+    fn route(&mut self, tuple: &Tuple, len: u32) -> Route {
+        let now_ns = maps::now_ns();
+        // Once in about a second the kernel looks after the next hop.
+        let last_seen_ns = match self.found {
+            // SAFETY: as in `found`.
+            Some(flow) => unsafe { (&raw const (*flow).created_ns).read_volatile() },
+            None => 0,
+        };
+        let _ = (now_ns, last_seen_ns);
+        let fib = &mut *self.fib;
+        fib.family = if tuple.is_v4 { AF_INET } else { AF_INET6 };
+        fib.l4_protocol = tuple.protocol;
+        fib.sport = tuple.source_port;
+        fib.dport = tuple.destination_port;
+        fib.__bindgen_anon_1.tot_len = len as u16;
+        fib.__bindgen_anon_2.rt_metric = 0;
+        fib.__bindgen_anon_5.tbid = 0;
+        // SAFETY: the context is the one that this run of the program was given.
+        fib.ifindex = unsafe { (*self.context.skb.skb).ifindex };
+        if tuple.is_v4 {
+            fib.__bindgen_anon_3.ipv4_src = tuple.source.0[3];
+            fib.__bindgen_anon_4.ipv4_dst = tuple.destination.0[3];
+        } else {
+            fib.__bindgen_anon_3.ipv6_src = tuple.source.0;
+            fib.__bindgen_anon_4.ipv6_dst = tuple.destination.0;
+        }
+        let size = mem::size_of::<FibLookup>() as i32;
+        // SAFETY: the kernel reads and writes a `bpf_fib_lookup` of this size.
+        let result = unsafe { bpf_fib_lookup(self.context.as_ptr(), fib, size, 0) };
+        self.fib_result = result as u32;
+        match self.fib_result {
+            BPF_FIB_LKUP_RET_SUCCESS | BPF_FIB_LKUP_RET_NO_NEIGH => Route::Out(fib.ifindex),
+            // Without a length it is the device that the packet is too large for, whichever way it is cut.
+            BPF_FIB_LKUP_RET_FRAG_NEEDED if len == 0 => Route::Out(fib.ifindex),
+            BPF_FIB_LKUP_RET_FRAG_NEEDED => Route::TooBig,
+            BPF_FIB_LKUP_RET_NOT_FWDED => Route::Local,
+            BPF_FIB_LKUP_RET_BLACKHOLE
+            | BPF_FIB_LKUP_RET_UNREACHABLE
+            | BPF_FIB_LKUP_RET_PROHIBIT
+            | BPF_FIB_LKUP_RET_FWD_DISABLED => Route::Refused,
+            _ => Route::Unknown,
+        }
+    }
+
+    #[inline(always)]
+    fn tunnel_mtu_below(&mut self, len: u32) -> Option<u32> {
+        let mut mtu = len;
+        // SAFETY: the kernel reads and writes one word.
+        let result = unsafe { bpf_check_mtu(self.context.as_ptr(), self.tun, &mut mtu, 0, 0) };
+        // 1: too long. A device that is gone, or down, is found out when it is given the packet.
+        (result == 1).then_some(mtu)
+    }
+
+    #[inline(always)]
+    fn fragments(&mut self, key: &FragmentKey) -> Option<FragmentEntry> {
+        maps::fragments(key)
+    }
+
+    #[inline(always)]
+    fn put_fragments(&mut self, key: &FragmentKey, entry: &FragmentEntry) {
+        maps::put_fragments(key, entry);
+    }
+
+    #[inline(always)]
+    fn ifindex(&self) -> u32 {
+        // SAFETY: the context is the one that this run of the program was given.
+        unsafe { (*self.context.skb.skb).ifindex }
+    }
+
+    #[inline(always)]
+    fn segments(&self) -> Segments {
+        // SAFETY: as above.
+        unsafe {
+            Segments {
+                len: (*self.context.skb.skb).gso_size,
+                count: (*self.context.skb.skb).gso_segs,
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn count(&mut self, event: NatEvent) {
+        maps::count_event(event);
+    }
+
+    #[inline(always)]
+    fn count_allowed(&mut self, counter: u32) {
+        maps::count_allowed(counter);
+    }
+}
