@@ -1,4 +1,4 @@
-//! Diffie–Hellman on Curve25519 (X25519, RFC 7748), behind a trait of two functions.
+//! Diffie–Hellman on Curve25519 (X25519, RFC 7748), behind a trait.
 
 use subtle::ConstantTimeEq;
 use wg_common::protocol::KEY_LEN;
@@ -10,14 +10,21 @@ use crate::key::{PrivateKey, PublicKey};
 /// What two private keys share; wiped on drop.
 pub type SharedSecret = Zeroizing<[u8; KEY_LEN]>;
 
-/// An implementation of X25519. Both functions take the same time for every private key.
+/// An implementation of X25519. Its functions take the same time for every private key.
 pub trait X25519 {
+    /// A private key as this implementation computes with it; wiped on drop.
+    type Prepared: Send + Sync;
+
+    /// Prepares `private_key`, at the cost of one multiplication at most: whoever needs a key more
+    /// than once keeps what comes of it.
+    fn prepare(private_key: &PrivateKey) -> Self::Prepared;
+
     /// The public key of `private_key`.
-    fn public_key(private_key: &PrivateKey) -> PublicKey;
+    fn public_key(private_key: &Self::Prepared) -> PublicKey;
 
     /// The secret that `private_key` shares with the holder of `public_key`: all zero if
     /// `public_key` has low order.
-    fn shared_secret(private_key: &PrivateKey, public_key: &PublicKey) -> SharedSecret;
+    fn shared_secret(private_key: &Self::Prepared, public_key: &PublicKey) -> SharedSecret;
 }
 
 /// X25519 by `x25519-dalek`.
@@ -25,14 +32,19 @@ pub trait X25519 {
 pub struct Dalek;
 
 impl X25519 for Dalek {
-    fn public_key(private_key: &PrivateKey) -> PublicKey {
-        private_key.public_key()
+    type Prepared = x25519_dalek::StaticSecret;
+
+    fn prepare(private_key: &PrivateKey) -> Self::Prepared {
+        (*private_key.expose()).into()
     }
 
-    fn shared_secret(private_key: &PrivateKey, public_key: &PublicKey) -> SharedSecret {
-        let secret = x25519_dalek::StaticSecret::from(*private_key.expose());
+    fn public_key(private_key: &Self::Prepared) -> PublicKey {
+        PublicKey::from_bytes(x25519_dalek::PublicKey::from(private_key).to_bytes())
+    }
+
+    fn shared_secret(private_key: &Self::Prepared, public_key: &PublicKey) -> SharedSecret {
         let public = x25519_dalek::PublicKey::from(*public_key.as_bytes());
-        Zeroizing::new(secret.diffie_hellman(&public).to_bytes())
+        Zeroizing::new(private_key.diffie_hellman(&public).to_bytes())
     }
 }
 
@@ -42,29 +54,26 @@ impl X25519 for Dalek {
 pub struct AwsLc;
 
 #[cfg(feature = "aws-lc")]
-impl AwsLc {
-    /// What AWS-LC makes of a private key. It wipes its copy when it is dropped.
-    fn key(private_key: &PrivateKey) -> aws_lc_rs::agreement::PrivateKey {
-        use aws_lc_rs::agreement::PrivateKey;
-        PrivateKey::from_private_key(&aws_lc_rs::agreement::X25519, private_key.expose())
+impl X25519 for AwsLc {
+    /// Has the public key, too. Lies in memory of AWS-LC, whose `free` wipes.
+    type Prepared = aws_lc_rs::agreement::PrivateKey;
+
+    fn prepare(private_key: &PrivateKey) -> Self::Prepared {
+        Self::Prepared::from_private_key(&aws_lc_rs::agreement::X25519, private_key.expose())
             .expect("any 32 bytes are a private key")
     }
-}
 
-#[cfg(feature = "aws-lc")]
-impl X25519 for AwsLc {
-    fn public_key(private_key: &PrivateKey) -> PublicKey {
-        let public = Self::key(private_key).compute_public_key();
-        let public = public.expect("every private key has a public one");
+    fn public_key(private_key: &Self::Prepared) -> PublicKey {
+        let public = private_key.compute_public_key().expect("every private key has a public one");
         PublicKey::from_bytes(public.as_ref().try_into().expect("a point has 32 bytes"))
     }
 
-    fn shared_secret(private_key: &PrivateKey, public_key: &PublicKey) -> SharedSecret {
+    fn shared_secret(private_key: &Self::Prepared, public_key: &PublicKey) -> SharedSecret {
         use aws_lc_rs::agreement;
         let public = agreement::UnparsedPublicKey::new(&agreement::X25519, public_key.as_bytes());
         let mut secret = SharedSecret::default();
         // It refuses points of low order itself: then nothing is copied.
-        let _ = agreement::agree(&Self::key(private_key), public, (), |bytes| {
+        let _ = agreement::agree(private_key, public, (), |bytes| {
             secret.copy_from_slice(bytes);
             Ok(())
         });
@@ -78,6 +87,9 @@ pub(super) type Chosen = Dalek;
 /// The implementation that handshakes use.
 #[cfg(feature = "aws-lc")]
 pub(super) type Chosen = AwsLc;
+
+/// A private key as handshakes compute with it.
+pub(super) type Prepared = <Curve as X25519>::Prepared;
 
 #[cfg(test)]
 thread_local! {
@@ -96,11 +108,17 @@ pub(super) struct Counted<C>(std::marker::PhantomData<C>);
 
 #[cfg(test)]
 impl<C: X25519> X25519 for Counted<C> {
-    fn public_key(private_key: &PrivateKey) -> PublicKey {
+    type Prepared = C::Prepared;
+
+    fn prepare(private_key: &PrivateKey) -> Self::Prepared {
+        C::prepare(private_key)
+    }
+
+    fn public_key(private_key: &Self::Prepared) -> PublicKey {
         C::public_key(private_key)
     }
 
-    fn shared_secret(private_key: &PrivateKey, public_key: &PublicKey) -> SharedSecret {
+    fn shared_secret(private_key: &Self::Prepared, public_key: &PublicKey) -> SharedSecret {
         AGREEMENTS.set(AGREEMENTS.get() + 1);
         C::shared_secret(private_key, public_key)
     }
@@ -112,7 +130,7 @@ impl<C: X25519> X25519 for Counted<C> {
 /// [`HandshakeError::LowOrderPoint`] if it is zero. The whitepaper leaves that out; the kernel
 /// refuses it too. Who sends such a point would make the step's secret known to everybody.
 pub(super) fn agree(
-    private_key: &PrivateKey,
+    private_key: &Prepared,
     public_key: &PublicKey,
 ) -> Result<SharedSecret, HandshakeError> {
     let secret = Curve::shared_secret(private_key, public_key);
@@ -159,6 +177,7 @@ mod tests {
             PublicKey::from_hex("8520f0098930a754748b7ddcb43ef75a0dbf3a0d26381af4eba4a98eaa9b4e6a")
                 .unwrap();
         let shared = "4a5d9d5ba4ce2de1728e3bf480350f25e07e21c947d19e3376f09b3c1e161742";
+        let bob = Curve::prepare(&bob);
         assert_eq!(Curve::public_key(&bob).to_hex(), bob_public);
         let secret = agree(&bob, &alice_public).unwrap();
         assert_eq!(PublicKey::from_bytes(*secret).to_hex(), shared);
@@ -180,7 +199,7 @@ mod tests {
         let mut count = 0;
         for line in lines {
             let Vector { tc_id, public, private, shared } = serde_json::from_str(line).unwrap();
-            let private = PrivateKey::from_hex(&private).unwrap();
+            let private = C::prepare(&PrivateKey::from_hex(&private).unwrap());
             let secret = C::shared_secret(&private, &PublicKey::from_hex(&public).unwrap());
             assert_eq!(PublicKey::from_bytes(*secret).to_hex(), shared, "{tc_id}");
             count += 1;
@@ -207,14 +226,18 @@ mod tests {
         for _ in 0..500 {
             let private_key = PrivateKey::from_bytes(rng.random());
             let public_key = PublicKey::from_bytes(rng.random());
-            assert_eq!(AwsLc::public_key(&private_key), Dalek::public_key(&private_key));
-            assert_eq!(
-                AwsLc::shared_secret(&private_key, &public_key),
-                Dalek::shared_secret(&private_key, &public_key)
-            );
+            let (aws_lc, dalek) = (AwsLc::prepare(&private_key), Dalek::prepare(&private_key));
+            assert_eq!(AwsLc::public_key(&aws_lc), Dalek::public_key(&dalek));
+            // As often as one likes.
+            for public_key in [public_key, PublicKey::from_bytes(rng.random())] {
+                assert_eq!(
+                    AwsLc::shared_secret(&aws_lc, &public_key),
+                    Dalek::shared_secret(&dalek, &public_key)
+                );
+            }
         }
         for point in low_order_points() {
-            let private_key = PrivateKey::from_bytes(rng.random());
+            let private_key = AwsLc::prepare(&PrivateKey::from_bytes(rng.random()));
             assert_eq!(*AwsLc::shared_secret(&private_key, &point), [0; KEY_LEN], "{point}");
         }
     }
@@ -223,7 +246,7 @@ mod tests {
     fn points_of_low_order_are_refused() {
         for point in low_order_points() {
             for byte in [0, 1, 0x42, 0xff] {
-                let private_key = PrivateKey::from_bytes([byte; KEY_LEN]);
+                let private_key = Curve::prepare(&PrivateKey::from_bytes([byte; KEY_LEN]));
                 assert_eq!(*Curve::shared_secret(&private_key, &point), [0; KEY_LEN], "{point}");
                 assert_eq!(agree(&private_key, &point), Err(HandshakeError::LowOrderPoint));
             }

@@ -71,7 +71,7 @@ pub struct Established {
 /// A handshake that we have begun and that waits for its response.
 pub struct Initiator {
     transcript: Transcript,
-    ephemeral: PrivateKey,
+    ephemeral: dh::Prepared,
     local_index: ReceiverIndex,
 }
 
@@ -116,8 +116,8 @@ pub fn initiate(
     message[SENDER..EPHEMERAL].copy_from_slice(&local.to_wire());
 
     let mut transcript = Transcript::new(remote.public_key());
-    let ephemeral = PrivateKey::generate(rng);
-    let ephemeral_public = <Curve as X25519>::public_key(&ephemeral);
+    let ephemeral = Curve::prepare(&PrivateKey::generate(rng));
+    let ephemeral_public = Curve::public_key(&ephemeral);
     message[EPHEMERAL..STATIC].copy_from_slice(ephemeral_public.as_bytes());
     transcript.mix_ephemeral(&ephemeral_public);
 
@@ -164,7 +164,7 @@ impl Initiator {
         let ephemeral = PublicKey::from_bytes(field(message, EPHEMERAL));
         transcript.mix_ephemeral(&ephemeral);
         transcript.mix_secret(&*dh::agree(&self.ephemeral, &ephemeral)?);
-        transcript.mix_secret(&*dh::agree(&identity.private_key, &ephemeral)?);
+        transcript.mix_secret(&*dh::agree(&identity.prepared, &ephemeral)?);
         let key = transcript.mix_preshared_key(remote.preshared_key.expose());
         let [] = transcript.open(&key, &message[NOTHING..MAC1])?;
 
@@ -195,7 +195,7 @@ pub fn open_initiation(
     let mut transcript = Transcript::new(identity.public_key());
     let ephemeral = PublicKey::from_bytes(field(message, EPHEMERAL));
     transcript.mix_ephemeral(&ephemeral);
-    let key = transcript.mix_secret_for_key(&*dh::agree(&identity.private_key, &ephemeral)?);
+    let key = transcript.mix_secret_for_key(&*dh::agree(&identity.prepared, &ephemeral)?);
     let sender = PublicKey::from_bytes(transcript.open(&key, &message[STATIC..TIMESTAMP])?);
     Ok(OpenedInitiation {
         transcript,
@@ -269,8 +269,8 @@ impl AuthenticInitiation {
         message[SENDER..RECEIVER].copy_from_slice(&local.to_wire());
         message[RECEIVER..EPHEMERAL].copy_from_slice(&remote_index.to_wire());
 
-        let ephemeral = PrivateKey::generate(rng);
-        let ephemeral_public = <Curve as X25519>::public_key(&ephemeral);
+        let ephemeral = Curve::prepare(&PrivateKey::generate(rng));
+        let ephemeral_public = Curve::public_key(&ephemeral);
         message[EPHEMERAL..NOTHING].copy_from_slice(ephemeral_public.as_bytes());
         transcript.mix_ephemeral(&ephemeral_public);
         transcript.mix_secret(&*dh::agree(&ephemeral, &remote_ephemeral)?);
@@ -496,12 +496,8 @@ mod tests {
         bob.mend(&mut response);
         assert_eq!(alice.finish(&initiator, &response).err(), Some(HandshakeError::Decrypt));
         // Sent by Mallory in Alice's name: her public key, but not her private one.
-        let alice_by_mallory = Identity {
-            private_key: mallory_as_bob.private_key.clone(),
-            public_key: *alice.identity.public_key(),
-            mac1_key: [0; KEY_LEN],
-            cookie_key: [0; KEY_LEN],
-        };
+        let alice_by_mallory =
+            Identity::claiming(mallory_as_bob.private_key.clone(), *alice.identity.public_key());
         let bob_of_mallory =
             RemoteStatic::new(&alice_by_mallory, *bob.identity.public_key(), preshared(7));
         let (_, initiation) = initiate(
@@ -559,8 +555,8 @@ mod tests {
     fn initiation_with_a_point_of_low_order_is_refused() {
         let [alice, bob] = parties(8, &preshared(7));
         let (bob_key, alice_key) = (alice.remote.public_key(), alice.identity.public_key());
-        let ephemeral = PrivateKey::generate(&mut rng(8));
-        let ephemeral_key = ephemeral.public_key();
+        let ephemeral = Curve::prepare(&PrivateKey::generate(&mut rng(8)));
+        let ephemeral_key = Curve::public_key(&ephemeral);
         let ephemeral_static = dh::agree(&ephemeral, bob_key).unwrap();
         let static_static = alice.remote.static_static().unwrap();
         let zero = [0; KEY_LEN];
@@ -671,10 +667,11 @@ mod tests {
             bob.mend(&mut message);
             message
         };
-        let ephemeral = PrivateKey::generate(&mut rng(9));
-        let ephemeral_ephemeral = dh::agree(&ephemeral, &initiator.ephemeral.public_key()).unwrap();
+        let ephemeral = Curve::prepare(&PrivateKey::generate(&mut rng(9)));
+        let ephemeral_ephemeral =
+            dh::agree(&ephemeral, &Curve::public_key(&initiator.ephemeral)).unwrap();
         let static_ephemeral = dh::agree(&ephemeral, bob.remote.public_key()).unwrap();
-        let fair = forge(&ephemeral.public_key(), [&ephemeral_ephemeral, &static_ephemeral]);
+        let fair = forge(&Curve::public_key(&ephemeral), [&ephemeral_ephemeral, &static_ephemeral]);
         assert!(alice.finish(&initiator, &fair).is_ok());
         for point in low_order_points() {
             let forged = forge(&point, [&[0; KEY_LEN]; 2]);

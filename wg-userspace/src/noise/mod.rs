@@ -85,10 +85,10 @@ impl HandshakeError {
 }
 
 /// Who we are: a device's private key, with what every handshake needs of it.
-#[derive(Debug)]
 pub struct Identity {
+    private_key: PrivateKey,
     /// Shared with each [`RemoteStatic`] that was made for it; wiped when the last of them goes.
-    private_key: Arc<PrivateKey>,
+    prepared: Arc<dh::Prepared>,
     public_key: PublicKey,
     mac1_key: [u8; KEY_LEN],
     cookie_key: [u8; KEY_LEN],
@@ -97,11 +97,13 @@ pub struct Identity {
 impl Identity {
     /// Derives the public key and the keys of mac1 and of cookie replies (one multiplication).
     pub fn new(private_key: PrivateKey) -> Self {
-        let public_key = <Curve as X25519>::public_key(&private_key);
+        let prepared = Curve::prepare(&private_key);
+        let public_key = Curve::public_key(&prepared);
         Self {
             mac1_key: mac::mac1_key(&public_key),
             cookie_key: cookie::cookie_key(&public_key),
-            private_key: Arc::new(private_key),
+            private_key,
+            prepared: Arc::new(prepared),
             public_key,
         }
     }
@@ -131,7 +133,7 @@ pub struct RemoteStatic {
     mac1_key: [u8; KEY_LEN],
     preshared_key: PresharedKey,
     /// The private key of the identity for which it was made.
-    own: Arc<PrivateKey>,
+    own: Arc<dh::Prepared>,
     /// Made by the first handshake that needs it, and apart, so that a peer who never comes has no room
     /// for it either. None if the public key has low order: no handshake with it succeeds.
     static_static: OnceLock<Option<Box<SharedSecret>>>,
@@ -146,7 +148,7 @@ impl RemoteStatic {
     pub fn new(identity: &Identity, public_key: PublicKey, preshared_key: PresharedKey) -> Self {
         Self {
             mac1_key: mac::mac1_key(&public_key),
-            own: Arc::clone(&identity.private_key),
+            own: Arc::clone(&identity.prepared),
             static_static: OnceLock::new(),
             public_key,
             preshared_key,
@@ -156,9 +158,11 @@ impl RemoteStatic {
     /// One with whom no handshake succeeds, for tests of many: none costs a multiplication.
     #[cfg(test)]
     pub(crate) fn unreachable(public_key: PublicKey) -> Self {
+        use std::sync::LazyLock;
+        static NOBODY: LazyLock<Arc<dh::Prepared>> =
+            LazyLock::new(|| Arc::new(Curve::prepare(&PrivateKey::from_bytes([0; KEY_LEN]))));
         let mac1_key = mac::mac1_key(&public_key);
-        let preshared_key = PresharedKey::default();
-        let own = Arc::new(PrivateKey::from_bytes([0; KEY_LEN]));
+        let (own, preshared_key) = (Arc::clone(&NOBODY), PresharedKey::default());
         Self { mac1_key, own, static_static: None.into(), public_key, preshared_key }
     }
 
@@ -180,6 +184,12 @@ impl RemoteStatic {
     fn static_static(&self) -> Result<&SharedSecret, HandshakeError> {
         let agree = || dh::agree(&self.own, &self.public_key).ok().map(Box::new);
         self.static_static.get_or_init(agree).as_deref().ok_or(HandshakeError::LowOrderPoint)
+    }
+}
+
+impl std::fmt::Debug for Identity {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Identity").field("public_key", &self.public_key).finish_non_exhaustive()
     }
 }
 

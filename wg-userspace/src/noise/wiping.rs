@@ -3,7 +3,7 @@
 use zeroize::ZeroizeOnDrop;
 
 use super::symmetric::Transcript;
-use super::{Cookie, TransportKeys};
+use super::{Cookie, Dalek, TransportKeys, X25519};
 use crate::key::{PresharedKey, PrivateKey};
 
 fn wiped<T: ZeroizeOnDrop>() -> &'static str {
@@ -16,9 +16,10 @@ fn secrets_are_wiped_when_they_are_dropped() {
     let secrets = [
         wiped::<PrivateKey>(),
         wiped::<PresharedKey>(),
+        wiped::<<Dalek as X25519>::Prepared>(),
         wiped::<Transcript>(),
         wiped::<TransportKeys>(),
         wiped::<Cookie>(),
     ];
-    assert_eq!(secrets.len(), 5);
+    assert_eq!(secrets.len(), 6);
 }

@@ -34,8 +34,10 @@
 //! and turns; Poly1305 multiplies with `vpmadd52`, whose time is the same for all numbers, and chooses
 //! by masks; tags are compared as a whole. Nothing is looked up in tables.
 //!
-//! That is what the code says. Measured (`benches/benches/constant_time.rs`), opening takes another time
-//! for plaintexts of zeros than for random ones; why is not known.
+//! That is what the code says. What the compiler made of it (1.95, release) was run one instruction at a
+//! time with keys and packets of zeros, of ones and random: it executed the same instructions, which
+//! reached the same addresses. Measured, no difference in time is seen either
+//! (`benches/benches/constant_time.rs`; figures in `benches/README.md`).
 //!
 //! # What is wiped
 //! Each thread has one `Scratch`, in which states, key stream, one-time keys and powers of `r` are
