@@ -433,6 +433,34 @@ fn rules_of_nft_that_concern_the_port_keep_xdp_away() {
     let shown = sandbox.ok(&format!("unset TIDEGATE_MODE; {UP}; \"$TIDEGATE\" show tg0; {DOWN}"));
     assert!(shown.contains("native"), "{shown}");
     assert_eq!(sandbox.state(), before);
+
+    // Where AF_XDP would send past a rule, the daemon is told to send by sockets, and why.
+    let told = |rules: &str, options: &str, line: &str| {
+        let text = format!(
+            "flush ruleset\ntable inet filter {{\nchain out {{\n\
+             type filter hook output priority 0; {rules}\n}}\n}}\n"
+        );
+        sandbox.site.write("rules", &text).unwrap();
+        sandbox.conf(&format!("ListenPort = 51820\n#! Xdp = outer{options}"), "10.9.0.1/32");
+        sandbox.ok(&format!(
+            "nft -f $F/rules; unset TIDEGATE_MODE; {UP} {line}; \
+             cat /proc/[0-9]*/cmdline | tr '\\0' '\\n' | grep -a ^--by-''socket= || true; {DOWN}"
+        ))
+    };
+    let expected = "--by-socket=outer=AF_XDP would go round a rule of the firewall that may concern what \
+                    leaves: nft: `inet filter out: udp sport 51820 drop`";
+    let limited = "udp sport 51820 drop";
+    assert!(told(limited, "", "").contains(expected), "{}", told(limited, "", ""));
+    for (rules, options, line) in [
+        ("udp sport 53 drop", "", ""),
+        ("oifname \"lan\" drop", "", ""),
+        (limited, " mode=native", ""),
+        (limited, " bypass-firewall", ""),
+        (limited, "", "--bypass-firewall"),
+    ] {
+        let told = told(rules, options, line);
+        assert!(!told.contains("by-socket"), "{rules} {options} {line}: {told}");
+    }
 }
 
 #[test]

@@ -126,6 +126,15 @@ fn files_over_ipv6() {
     files("files_over_ipv6", &format!("[{GATEWAY_V6}]"), &["--workers", "1"]);
 }
 
+/// As `up` asks for it where rules of the firewall concern what leaves.
+#[test]
+fn xsks_that_are_not_to_send_only_receive() {
+    let Some(lab) = lab("xsks_that_are_not_to_send_only_receive") else { return };
+    let [gateway, _client] = tunnel(&lab, GATEWAY_V4, &["--by-socket", "outer=a rule"]);
+    sends_by(&gateway, "socket", LIMIT);
+    assert!(gateway.status().paths["xsk"] > 0, "{:?}", gateway.status());
+}
+
 #[test]
 fn a_router_is_the_next_hop() {
     let Some(lab) = lab("a_router_is_the_next_hop") else { return };

@@ -117,6 +117,9 @@ pub struct Run {
     /// We are the process that another `run` or `up` started in the background.
     #[arg(long, hide = true)]
     pub background_child: bool,
+    /// A NIC by whose XSKs nothing is to be sent, and why: `eth0=a rule`.
+    #[arg(long, hide = true, value_parser = nic_and_reason)]
+    pub by_socket: Vec<(String, String)>,
     #[command(flatten)]
     pub data_path: DataPathArgs,
     /// What to log: error, warn, info, debug, trace, off, or directives such as `info,wg_userspace::bpf=trace`
@@ -164,6 +167,12 @@ pub struct DataPathArgs {
     /// socket
     #[arg(long, value_name = "unix:PATH", env = "TIDEGATE_PEER_SOURCE", value_parser = peer_source)]
     pub peer_source: Option<PathBuf>,
+}
+
+/// Reads `--by-socket`.
+fn nic_and_reason(text: &str) -> Result<(String, String), String> {
+    let (nic, reason) = text.split_once('=').ok_or("write `NIC=REASON`")?;
+    Ok((nic.to_owned(), reason.to_owned()))
 }
 
 /// Reads `--aead`, and refuses what this CPU has not before anything is begun.

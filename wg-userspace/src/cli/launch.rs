@@ -117,6 +117,9 @@ fn command(options: &daemon::Options, log: Option<&str>) -> std::io::Result<Comm
     let aead = options.aead.to_possible_value().expect("no back end is hidden");
     command.args(["--aead", aead.get_name()]);
     command.arg(format!("--xdp={}", options.xdp.join(",")));
+    for (nic, reason) in &options.by_socket {
+        command.arg(format!("--by-socket={nic}={reason}"));
+    }
     if let Some(workers) = options.workers {
         command.arg(format!("--workers={workers}"));
     }

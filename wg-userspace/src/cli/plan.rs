@@ -273,6 +273,7 @@ fn daemon_options(
         rules: Vec::new(),
         nat: vec![nat::Lines::of(&config.interface)],
         xdp: arguments.xdp().map_or_else(file_nics, <[String]>::to_vec),
+        by_socket: Vec::new(),
         mode: arguments.mode.or(file_mode).unwrap_or(daemon::Mode::Auto),
         aead: arguments.aead,
         workers: arguments.workers.map(usize::from).or(file_workers),

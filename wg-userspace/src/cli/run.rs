@@ -125,6 +125,7 @@ fn options(arguments: &args::Run) -> Result<daemon::Options, Failure> {
         rules: names.iter().map(directives::rules_of).collect(),
         nat: names.iter().map(directives::nat_of).collect(),
         xdp: data_path.xdp().unwrap_or_default().to_vec(),
+        by_socket: arguments.by_socket.clone(),
         mode: data_path.mode.unwrap_or(daemon::Mode::Auto),
         aead: data_path.aead,
         workers: data_path.workers.map(usize::from),

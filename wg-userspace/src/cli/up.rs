@@ -27,7 +27,9 @@ use super::{
     nat,
     plan::{Configuration, POLICY_TABLE, Plan, RoutesTo},
     points::Points,
-    print, resolve, shortcut, show,
+    print, resolve,
+    shortcut::{self, Obstacle, Way},
+    show,
     socket::Socket,
     steps::{self, Context, Step},
     text::plural,
@@ -52,7 +54,8 @@ pub fn up(arguments: args::Up) -> Result<Code, Failure> {
         return Err(Failure::config(errors));
     }
     let plan = Plan::new(interface, &config, &arguments.data_path)?;
-    let plan = plan.with_routers(&config, &forwarding::with_routers());
+    let mut plan = plan.with_routers(&config, &forwarding::with_routers());
+    plan.daemon.by_socket = sent_by_sockets(&plan, arguments.bypass_firewall);
     let runtime = runtime()?;
     let outcome = bring_up(&arguments, &file, config, &plan, &runtime);
     // A name that is still being looked up is not waited for.
@@ -182,7 +185,7 @@ pub fn shortcut_refusal(plan: &Plan, bypasses_firewall: bool) -> Option<String> 
         return None;
     }
     let mut obstacles = plan.daemon.xdp.iter().filter_map(|nic| {
-        let obstacle = shortcut::obstacle(plan.listen_port, nic)?;
+        let obstacle = shortcut::obstacle(Way::In, plan.listen_port, nic)?;
         Some((nic, obstacle))
     });
     let (nic, obstacle) = obstacles.next()?;
@@ -197,6 +200,24 @@ pub fn shortcut_refusal(plan: &Plan, bypasses_firewall: bool) -> Option<String> 
          `#! Xdp = {nic} bypass-firewall`)",
         obstacle.program, obstacle.rule
     ))
+}
+
+/// The NICs by which AF_XDP would send past a rule of the firewall, so that sockets are to do it, each with the
+/// reason.
+fn sent_by_sockets(plan: &Plan, bypasses_firewall: bool) -> Vec<(String, String)> {
+    // In other modes sockets send in any case.
+    let may_send = matches!(plan.daemon.mode, Mode::Auto | Mode::ZeroCopy);
+    if bypasses_firewall || plan.bypasses_firewall || !may_send {
+        return Vec::new();
+    }
+    let obstacle = |nic: &String| {
+        let Obstacle { program, rule } = shortcut::obstacle(Way::Out, plan.listen_port, nic)?;
+        let why = format!(
+            "AF_XDP would go round a rule of the firewall that may concern what leaves: {program}: `{rule}`"
+        );
+        Some((nic.clone(), why))
+    };
+    plan.daemon.xdp.iter().filter_map(obstacle).collect()
 }
 
 fn exists(interface: &InterfaceName) -> Failure {

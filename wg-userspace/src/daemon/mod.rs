@@ -74,6 +74,8 @@ pub struct Options {
     pub nat: Vec<nat::Lines>,
     /// NICs to attach the steer program to.
     pub xdp: Vec<String>,
+    /// Names of NICs by whose XSKs nothing is to be sent, each with the reason.
+    pub by_socket: Vec<(String, String)>,
     /// Which back end to use.
     pub mode: Mode,
     /// Which back end seals and opens.

@@ -22,7 +22,7 @@ use super::Error;
 use super::mode::{BackEnds, InUse, Mode};
 use super::status;
 use crate::datapath::{Crew, PortChange, PortId, Ports, TX_CHUNKS, XskPort};
-use crate::keeper::choice::{self, Bound, By, Plan};
+use crate::keeper::choice::{self, Bound, By, Plan, XskPlan};
 use crate::keeper::protocol::{NamedNic, Setup};
 use crate::keeper::{Keeper, NoXsk, XskAt};
 use crate::xsk::{PLACES_MAX, Place, Pool, UmemId, Xsk};
@@ -237,6 +237,7 @@ impl Nics {
     /// Has an XSK bound to each queue of a NIC. Some bring the pool of a UMEM that those after them share.
     fn bind(&self, named: &NamedNic) -> Result<Vec<(WorkerId, XskPort, Option<Pool>)>, Error> {
         let (mut ports, mut held, mut bound) = (Vec::new(), Vec::new(), Vec::new());
+        let may_send = matches!(&named.plan, Plan::Xsk(XskPlan { by_socket: None, .. }));
         for queue in 0..named.queue_count {
             let Some(kind) = Kind::of(named, queue, self.crew.thread_count()) else { break };
             let Some(slot) = self.held.borrow_mut().slots.pop_first() else {
@@ -248,7 +249,7 @@ impl Nics {
                     bound.push(if is_zero_copy { Bound::ZeroCopy } else { Bound::Copy });
                     let id = PortId { ifindex: named.ifindex, queue };
                     held.push(HeldPort { id, worker: kind.worker, slot });
-                    let transmits = is_zero_copy || transmits_in_tests();
+                    let transmits = may_send && (is_zero_copy || transmits_in_tests());
                     if transmits {
                         self.crew.note_transmits();
                     }
@@ -283,14 +284,16 @@ impl Nics {
             _ => false,
         };
         tracing::info!(nic = name, receive, transmit, reason, "chosen");
-        let outcome =
-            if refused { Err(Error::NoZeroCopy(format!("{name}: {reason}"))) } else { Ok(ports) };
-        let is_held = outcome.is_ok();
-        if !is_held {
+        let outcome = if refused {
             let mut all = self.held.borrow_mut();
             all.forget(|id| held.iter().any(|port: &HeldPort| port.id == id));
             all.slots.extend(held.drain(..).map(|port| port.slot));
-        }
+            let left = ports.into_iter().filter_map(|(_, port, _)| port.xsk.close());
+            left.for_each(|place| all.give_back(place));
+            Err(Error::NoZeroCopy(format!("{name}: {reason}")))
+        } else {
+            Ok(ports)
+        };
         self.held.borrow_mut().nics.push(HeldNic { named: named.clone(), ports: held, status });
         outcome
     }

@@ -34,6 +34,8 @@ pub struct Facts {
     pub apart: Result<BTreeSet<u32>, NotApart>,
     /// Whether the steer program is attached, or why not; nothing if that was not tried.
     pub attached: Option<Result<(), String>>,
+    /// Why sockets are to send in any case, if they are.
+    pub by_socket: Option<String>,
 }
 
 /// Why no queues are set apart for our ports.
@@ -87,6 +89,8 @@ pub struct XskPlan {
     pub must: bool,
     /// Bytes of a chunk.
     pub chunk_size: u32,
+    /// Why sockets are to send in any case, if they are.
+    pub by_socket: Option<String>,
     /// Why it is so.
     pub reason: String,
 }
@@ -184,7 +188,8 @@ fn xsk_plan(asked: Mode, facts: &Facts) -> XskPlan {
         reason +=
             &format!("; packets longer than {takes} bytes (MTU {}) pass to the socket", facts.mtu);
     }
-    XskPlan { zero_copy, must: asked == Mode::ZeroCopy, chunk_size, reason }
+    let (must, by_socket) = (asked == Mode::ZeroCopy, facts.by_socket.clone());
+    XskPlan { zero_copy, must, chunk_size, by_socket, reason }
 }
 
 /// The chunk in which packets of an interface with this MTU have room, or the largest; and the longest
@@ -216,7 +221,8 @@ pub fn choice(plan: &Plan, bound: &[Bound]) -> Choice {
     }
     let by = if zero_copy > 0 { By::ZeroCopy } else { By::Copy };
     // In copy mode an XSK sends no faster than a socket, and much slower than one that sends runs.
-    let transmit = if zero_copy > 0 { By::ZeroCopy } else { By::Socket };
+    let by_socket = plan.by_socket.as_ref().filter(|_| zero_copy > 0);
+    let transmit = if zero_copy > 0 && by_socket.is_none() { By::ZeroCopy } else { By::Socket };
     let mut reason = if zero_copy < plan.zero_copy.len() {
         format!("the driver has zero-copy for {zero_copy} of {}", queues(&plan.zero_copy))
     } else {
@@ -225,6 +231,9 @@ pub fn choice(plan: &Plan, bound: &[Bound]) -> Choice {
     if let Some(refused) = refused {
         reason += "; sockets for ";
         reason += &refused;
+    }
+    if let Some(why) = by_socket {
+        reason += &format!("; sockets send: {why}");
     }
     Choice { receive: by, transmit, reason }
 }
@@ -331,6 +340,7 @@ mod tests {
             queue_count: 4,
             apart: Ok(BTreeSet::from([3])),
             attached: Some(Ok(())),
+            by_socket: None,
         }
     }
 
@@ -477,6 +487,20 @@ mod tests {
         assert_eq!(only(&bound), "queue 3 for our port alone");
         bound[1] = Bound::Refused("busy".to_owned());
         assert_eq!(only(&bound), "queue 3 for our port alone; sockets for queue 1: busy");
+    }
+
+    #[test]
+    fn xsks_that_would_go_round_the_firewall_do_not_send() {
+        let facts = Facts { by_socket: Some("a rule".to_owned()), ..facts() };
+        let plan = plan(Mode::Auto, &facts);
+        let with = |bound: &[Bound]| choice(&plan, bound);
+        let bound = [Bound::Copy, Bound::Copy, Bound::Copy, Bound::ZeroCopy];
+        let chosen = with(&bound);
+        assert_eq!((chosen.receive, chosen.transmit), (By::ZeroCopy, By::Socket));
+        assert_eq!(chosen.reason, "queue 3 for our port alone; sockets send: a rule");
+        // Where they would not send anyway, there is nothing to tell.
+        let chosen = with(&[const { Bound::Copy }; 4]);
+        assert!(chosen.transmit == By::Socket && !chosen.reason.contains("a rule"));
     }
 
     fn rule(port: Option<u16>, target: RuleTarget) -> Rule {

@@ -277,7 +277,12 @@ impl Keeper {
         Ok(Unbound { socket, umem, options })
     }
 
-    fn bind(&self, nic: &NamedNic, at: XskAt, other: Option<BorrowedFd<'_>>) -> Result<bool, NoXsk> {
+    fn bind(
+        &self,
+        nic: &NamedNic,
+        at: XskAt,
+        other: Option<BorrowedFd<'_>>,
+    ) -> Result<bool, NoXsk> {
         let NamedNic { ifindex, generation, .. } = *nic;
         let XskAt { queue, slot, worker } = at;
         let request = Request::BindXsk { ifindex, queue, slot, worker, generation };

@@ -38,6 +38,8 @@ struct Nic {
     foreign: Option<u32>,
     plan: Plan,
     generation: u64,
+    /// Why sockets are to send in any case, if they are.
+    by_socket: Option<String>,
     /// Its queues with an XSK.
     bound: BTreeSet<u32>,
 }
@@ -69,6 +71,11 @@ impl Nics {
             foreign: None,
             plan: Plan::Attach,
             generation: 0,
+            by_socket: options
+                .by_socket
+                .iter()
+                .find(|(nic, _)| nic == name)
+                .map(|(_, why)| why.clone()),
             bound: BTreeSet::new(),
         };
         let named = options.xdp.iter().map(nic).collect();
@@ -140,7 +147,8 @@ impl Nics {
         let ifindex = link.map_or(0, |link| link.index);
         let ours = self.steer.as_ref().and_then(Steer::program_id);
         let foreign = link.and_then(|link| link.xdp_program).filter(|&id| Some(id) != ours);
-        let facts = link.map(|link| facts(link, ports));
+        let by_socket = &nic.by_socket;
+        let facts = link.map(|link| Facts { by_socket: by_socket.clone(), ..facts(link, ports) });
         let same_place = (nic.ifindex, nic.foreign) == (ifindex, foreign);
         let same_facts = match (&nic.facts, &facts) {
             (Some(before), Some(now)) => {
@@ -253,7 +261,8 @@ impl Nics {
             }
         }?;
         // What it is, not what it was asked to be.
-        let is_zero_copy = crate::sys::xdp::is_zero_copy(socket).map_err(|error| refused(&error))?;
+        let is_zero_copy =
+            crate::sys::xdp::is_zero_copy(socket).map_err(|error| refused(&error))?;
         let Some(steer) = &mut self.steer else {
             return Err(refused(&"there is no steer program"));
         };
@@ -289,6 +298,7 @@ fn facts(link: &Link, ports: &[u16]) -> Facts {
         queue_count,
         apart: set_apart(name, queue_count, ports),
         attached: None,
+        by_socket: None,
     }
 }
 

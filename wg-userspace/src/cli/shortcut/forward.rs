@@ -10,7 +10,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use serde_json::Value;
 
-use super::{Action, Datagrams, Found, Match, Obstacle, Rulesets, State};
+use super::{Action, Datagrams, Found, Match, Obstacle, Rulesets, State, Way};
 use crate::{config::Transport, host::Family};
 
 /// What goes one way between two interfaces.
@@ -60,7 +60,14 @@ fn found(rulesets: &Rulesets, flow: &Flow) -> Option<Found> {
         let forwarded = Forwarded { flow, hook };
         states.iter().find_map(|&state| {
             let forwarded = Some(&forwarded);
-            rulesets.found(Datagrams { port: None, nics, family: flow.family, state, forwarded })
+            rulesets.found(Datagrams {
+                way: Way::In,
+                port: None,
+                nics,
+                family: flow.family,
+                state,
+                forwarded,
+            })
         })
     })
 }
@@ -81,10 +88,10 @@ pub(super) struct Forwarded<'a> {
 
 impl Forwarded<'_> {
     /// What iptables calls chains of the hook.
-    pub fn chain(&self) -> &'static str {
+    pub fn chains(&self) -> &'static [&'static str] {
         match self.hook {
-            Hook::Forward => "FORWARD",
-            Hook::Postrouting => "POSTROUTING",
+            Hook::Forward => &["FORWARD"],
+            Hook::Postrouting => &["POSTROUTING"],
         }
     }
 

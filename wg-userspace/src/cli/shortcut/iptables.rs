@@ -1,7 +1,16 @@
 //! What `iptables-save` and `ip6tables-save` print.
 
 use super::forward::{Forwarded, bounds};
-use super::{Action, Chain, Datagrams, Match, Rule, Table};
+use super::{Action, Chain, Datagrams, Match, Rule, Table, Way};
+
+/// The chains that the kernel asks.
+fn asked(datagrams: Datagrams<'_>) -> &'static [&'static str] {
+    match (datagrams.forwarded, datagrams.way) {
+        (Some(forwarded), _) => forwarded.chains(),
+        (None, Way::In) => &["INPUT"],
+        (None, Way::Out) => &["OUTPUT", "POSTROUTING"],
+    }
+}
 
 /// The tables in what such a program prints.
 pub fn tables(text: &str, program: &'static str, datagrams: Datagrams<'_>) -> Vec<Table> {
@@ -14,7 +23,7 @@ pub fn tables(text: &str, program: &'static str, datagrams: Datagrams<'_>) -> Ve
                 let mut words = chain.split_ascii_whitespace();
                 let name = words.next().unwrap_or_default().to_owned();
                 let drops_at_end = !matches!(words.next(), Some("ACCEPT" | "-"));
-                let is_asked = name == datagrams.chain();
+                let is_asked = asked(datagrams).contains(&name.as_str());
                 let rules = Vec::new();
                 table.chains.push(Chain { name, program, is_asked, drops_at_end, rules });
             } else if line.starts_with("-A ") {
@@ -65,15 +74,17 @@ fn rule(words: &[String], datagrams: Datagrams<'_>) -> (Match, Action) {
         let found = match word {
             "-p" => datagrams.is_protocol(words.next()),
             "-i" => datagrams.is_from(words.next()),
-            // XDP leaves fragments to the kernel.
-            "-f" if datagrams.forwarded.is_none() => Match::Never,
-            "-o" | "-s" | "-d" | "--sport" | "--sports" | "--source-port" | "--source-ports"
-                if datagrams.forwarded.is_some() =>
-            {
+            "-s" | "-d" if datagrams.forwarded.is_some() => {
                 forwarded(word, words.next(), datagrams)
             }
+            "-o" => datagrams.is_out_of(words.next()),
+            // XDP leaves fragments to the kernel.
+            "-f" if datagrams.forwarded.is_none() => Match::Never,
             "--dport" | "--dports" | "--destination-port" | "--destination-ports" => {
-                is_to(words.next(), datagrams)
+                is_one_of(words.next(), |first, last| datagrams.is_to_between(first, last))
+            }
+            "--sport" | "--sports" | "--source-port" | "--source-ports" => {
+                is_one_of(words.next(), |first, last| datagrams.is_from_between(first, last))
             }
             "-m" => match words.next() {
                 // Whether it is of the protocol is said by `-p`.
@@ -99,12 +110,13 @@ fn rule(words: &[String], datagrams: Datagrams<'_>) -> (Match, Action) {
             }
             "--ctstate" | "--state" => any_of(words.next(), |name| datagrams.is_state(name)),
             "--dst-type" => any_of(words.next(), |name| datagrams.is_to_type(name)),
+            "--src-type" => any_of(words.next(), |name| datagrams.is_from_type(name)),
             "--pkt-type" => any_of(words.next(), Datagrams::is_packet_type),
             "-j" | "-g" => {
                 let target = words.next().unwrap_or_default();
                 let options: Vec<&str> = words.by_ref().collect();
                 let known = datagrams.forwarded.and_then(|_| Forwarded::target(target, &options));
-                action = known.unwrap_or_else(|| to(target, word == "-j"));
+                action = known.unwrap_or_else(|| to(target, word == "-j", datagrams.way));
                 // The rest is of the target.
                 break;
             }
@@ -131,26 +143,24 @@ fn rule(words: &[String], datagrams: Datagrams<'_>) -> (Match, Action) {
 fn forwarded(option: &str, value: Option<&str>, datagrams: Datagrams<'_>) -> Match {
     let (Some(forwarded), Some(value)) = (datagrams.forwarded, value) else { return Match::Maybe };
     match option {
-        "-o" => forwarded.is_to_nic(value),
         "-s" => forwarded.is_from_there(bounds(value)),
-        "-d" => forwarded.is_to_there(bounds(value)),
-        _ => any_of(Some(value), |part| {
-            let (first, last) = part.split_once(':').unwrap_or((part, part));
-            match (first.parse(), last.parse()) {
-                (Ok(first), Ok(last)) => forwarded.is_from_port(first, last),
-                _ => Match::Maybe,
-            }
-        }),
+        _ => forwarded.is_to_there(bounds(value)),
     }
 }
 
-fn to(target: &str, comes_back: bool) -> Action {
-    match target {
-        "ACCEPT" => Action::Accept,
-        "RETURN" => Action::Return,
-        "LOG" | "NFLOG" | "ULOG" | "MARK" | "CONNMARK" | "SECMARK" | "CONNSECMARK" | "DSCP"
-        | "TOS" | "TTL" | "HL" | "CLASSIFY" | "AUDIT" | "TRACE" | "SET" | "NOTRACK" | "CT"
-        | "CHECKSUM" | "IDLETIMER" | "LED" | "RATEEST" | "SNAT" => Action::GoOn,
+fn to(target: &str, comes_back: bool, way: Way) -> Action {
+    match (target, way) {
+        ("ACCEPT", _) => Action::Accept,
+        ("RETURN", _) => Action::Return,
+        (
+            "LOG" | "NFLOG" | "ULOG" | "CONNMARK" | "SECMARK" | "CONNSECMARK" | "AUDIT" | "TRACE"
+            | "SET" | "NOTRACK" | "CT" | "CHECKSUM" | "IDLETIMER" | "LED" | "RATEEST",
+            _,
+        ) => Action::GoOn,
+        // These change nothing that matters once a datagram has come, but much before it leaves.
+        ("MARK" | "DSCP" | "TOS" | "TTL" | "HL" | "CLASSIFY" | "SNAT", Way::In) => Action::GoOn,
+        // It gives an address of this host to what comes from elsewhere; ours have one.
+        ("MASQUERADE", Way::Out) => Action::GoOn,
         // A chain, or a target that refuses, or one of which nothing is known: for both of these
         // there is no such chain.
         _ => Action::Ask { chain: target.to_owned(), comes_back },
@@ -162,12 +172,12 @@ fn any_of(values: Option<&str>, holds: impl Fn(&str) -> Match) -> Match {
     values.map_or(Match::Maybe, |values| values.split(',').map(holds).fold(Match::Never, Match::or))
 }
 
-/// Whether they go to one of these ports: numbers and ranges with commas between them.
-fn is_to(ports: Option<&str>, datagrams: Datagrams<'_>) -> Match {
+/// Whether the port is one of these: numbers and ranges with commas between them.
+fn is_one_of(ports: Option<&str>, is_between: impl Fn(u16, u16) -> Match) -> Match {
     any_of(ports, |part| {
         let (first, last) = part.split_once(':').unwrap_or((part, part));
         match (first.parse(), last.parse()) {
-            (Ok(first), Ok(last)) => datagrams.is_between(first, last),
+            (Ok(first), Ok(last)) => is_between(first, last),
             _ => Match::Maybe,
         }
     })
@@ -175,16 +185,21 @@ fn is_to(ports: Option<&str>, datagrams: Datagrams<'_>) -> Match {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Found, Rulesets, Saved};
+    use super::super::{Found, Rulesets, Saved, Way};
     use crate::host::Family;
 
     /// The obstacle for datagrams from `eth0`.
     fn of(text: &str, port: Option<u16>) -> Option<String> {
+        by(Way::In, text, port)
+    }
+
+    /// The obstacle for datagrams to or from `eth0`.
+    fn by(way: Way, text: &str, port: Option<u16>) -> Option<String> {
         let text = text.to_owned();
         let program = "iptables-save";
         let saved = Saved { program, family: Family::V4, is_nf_tables: false, text };
         let rulesets = Rulesets { iptables: vec![saved], nft: None };
-        let found = rulesets.obstacle(port, &["eth0".to_owned()]);
+        let found = rulesets.obstacle(way, port, &["eth0".to_owned()]);
         found.map(|Found { program: shows, rule, .. }| {
             assert_eq!(shows, program);
             rule
@@ -235,6 +250,80 @@ mod tests {
         assert_eq!(input("DROP", accepted), None);
         assert_eq!(input("DROP", "INPUT -j mine; mine -i eth+ -j ACCEPT"), None);
         assert_eq!(input("DROP", "INPUT -g mine; mine -p udp -j ACCEPT"), None);
+    }
+
+    /// The obstacle among rules of OUTPUT with this policy, and of POSTROUTING and a chain of our own.
+    fn output(policy: &str, rules: &str) -> Option<String> {
+        let rules: String = rules
+            .split(';')
+            .map(str::trim)
+            .filter(|rule| !rule.is_empty())
+            .map(|rule| format!("-A {rule}\n"))
+            .collect();
+        let text = format!(
+            "*mangle\n:PREROUTING DROP [0:0]\n:INPUT DROP [0:0]\n:FORWARD DROP [0:0]\n\
+             :OUTPUT {policy} [0:0]\n:POSTROUTING ACCEPT [0:0]\n:mine - [0:0]\n{rules}COMMIT\n"
+        );
+        by(Way::Out, &text, Some(51820))
+    }
+
+    #[test]
+    fn rules_that_cannot_touch_what_leaves_are_none() {
+        for rules in [
+            "",
+            "INPUT -j DROP; FORWARD -j DROP; PREROUTING -j DROP",
+            "OUTPUT -p tcp -j DROP",
+            "OUTPUT -p udp -m udp --sport 53 -j DROP",
+            "OUTPUT -p udp -m multiport --sports 53,67:69 -j DROP",
+            "OUTPUT -o eth1 -j DROP",
+            "OUTPUT ! -o eth+ -j DROP",
+            "POSTROUTING -i wg0 -j DROP",
+            "OUTPUT -m conntrack --ctstate INVALID -j DROP",
+            "OUTPUT -m addrtype --dst-type LOCAL -j mine; mine -j DROP",
+            "POSTROUTING -m addrtype ! --src-type LOCAL -j DROP",
+            "POSTROUTING -o eth0 -j MASQUERADE",
+            "POSTROUTING -s 10.9.0.0/24 -o eth0 -j MASQUERADE",
+            "POSTROUTING -p udp -m mark --mark 0xca6c -j CONNMARK --save-mark",
+            "OUTPUT -p udp -m udp --sport 51820 -j ACCEPT; OUTPUT -j DROP",
+            "POSTROUTING -p tcp -m tcp --tcp-flags SYN,RST SYN -j TCPMSS --clamp-mss-to-pmtu",
+        ] {
+            assert_eq!(output("ACCEPT", rules), None, "{rules}");
+        }
+        let accepted = "OUTPUT -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT; \
+                        OUTPUT -o eth0 -p udp -m conntrack --ctstate NEW -j ACCEPT";
+        assert_eq!(output("DROP", accepted), None);
+    }
+
+    #[test]
+    fn rules_that_may_touch_what_leaves_are_told() {
+        for (rules, expected) in [
+            ("OUTPUT -j DROP", 0),
+            ("OUTPUT -p udp -m udp --sport 51820 -j DROP", 0),
+            // Peers have any port.
+            ("OUTPUT -p udp -m udp --dport 53 -j DROP", 0),
+            ("OUTPUT -p udp -m udp --dport 51820 -j ACCEPT; OUTPUT -o eth0 -j REJECT", 1),
+            ("OUTPUT -d 192.0.2.0/24 -j DROP", 0),
+            ("OUTPUT -m owner --uid-owner 1000 -j DROP", 0),
+            ("OUTPUT -p udp -m limit --limit 10/sec -j ACCEPT; OUTPUT -p udp -j DROP", 1),
+            ("POSTROUTING -o eth0 -j SNAT --to-source 192.0.2.7", 0),
+            ("POSTROUTING -o eth+ -j DSCP --set-dscp 0x2e", 0),
+            ("POSTROUTING -o eth0 -j CLASSIFY --set-class 1:10", 0),
+            ("OUTPUT -p udp -j MARK --set-xmark 0x1/0xffffffff", 0),
+            ("OUTPUT -j NFQUEUE --queue-num 0", 0),
+            ("POSTROUTING ! -o lo -j mine; mine -p udp -j TTL --ttl-set 3", 1),
+        ] {
+            let rule = rules.split(';').nth(expected).unwrap().trim();
+            assert_eq!(output("ACCEPT", rules), Some(format!("-A {rule}")), "{rules}");
+        }
+        let policy = Some("policy drop of chain OUTPUT in table mangle".to_owned());
+        for rules in ["", "OUTPUT -o lo -j ACCEPT", "OUTPUT -p udp -m udp --dport 53 -j ACCEPT"] {
+            assert_eq!(output("DROP", rules), policy, "{rules}");
+        }
+        let text =
+            "*filter\n:OUTPUT DROP [0:0]\n-A OUTPUT -p udp --sport 51820 -j ACCEPT\nCOMMIT\n";
+        assert_eq!(by(Way::Out, text, Some(51820)), None);
+        assert!(by(Way::Out, text, None).is_some());
+        assert_eq!(by(Way::In, text, Some(51820)), None);
     }
 
     #[test]

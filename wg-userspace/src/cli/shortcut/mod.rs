@@ -2,7 +2,8 @@
 //! for what is forwarded ([`Firewall`]).
 //!
 //! What XDP takes from a NIC never meets netfilter. So rules for input that could refuse or limit
-//! datagrams to the port would silently lose their effect. They are looked for in what
+//! datagrams to the port would silently lose their effect; and, where AF_XDP sends, rules for output that
+//! could refuse, limit or change datagrams from the port. They are looked for in what
 //! `iptables-save` and `ip6tables-save` print, of both kinds, for the kernel has two sets of such rules,
 //! and `nft -j list ruleset`; all is brought into one form. A rule of which it is not known whether it
 //! concerns the port does. Datagrams of each family, the first and the later ones of a flow, are
@@ -13,6 +14,7 @@ mod iptables;
 mod nft;
 
 use std::path::Path;
+use std::sync::OnceLock;
 
 use serde_json::Value;
 
@@ -30,17 +32,29 @@ pub struct Obstacle {
     pub rule: String,
 }
 
-/// Looks for a rule of this host that concerns datagrams from `nic` to the port.
-pub fn obstacle(port: Option<u16>, nic: &str) -> Option<Obstacle> {
-    let nics = input_names(Path::new("/sys/class/net"), nic);
-    let Found { program, rule, place } = Rulesets::of_this_host().obstacle(port, &nics)?;
+/// Looks for a rule of this host that concerns datagrams from `nic` to the port, or from the port to `nic`.
+/// The rules are those that the host had when this was first asked.
+pub fn obstacle(way: Way, port: Option<u16>, nic: &str) -> Option<Obstacle> {
+    static RULESETS: OnceLock<Rulesets> = OnceLock::new();
+    let nics = names(Path::new("/sys/class/net"), nic);
+    let rulesets = RULESETS.get_or_init(Rulesets::of_this_host);
+    let Found { program, rule, place } = rulesets.obstacle(way, port, &nics)?;
     let shown = place.and_then(|place| place.shown());
     Some(Obstacle { program, rule: shown.unwrap_or(rule) })
 }
 
-/// What the kernel may call the interface by which those datagrams come that XDP takes from a NIC: its
-/// master instead of the NIC itself, and what is above both, such as VLANs.
-fn input_names(folder: &Path, nic: &str) -> Vec<String> {
+/// Which datagrams.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Way {
+    /// To the port.
+    In,
+    /// From the port, to wherever peers are.
+    Out,
+}
+
+/// What the kernel may call the interface by which those datagrams come that XDP takes from a NIC, or leave
+/// that AF_XDP sends: its master instead of the NIC itself, and what is above both, such as VLANs.
+fn names(folder: &Path, nic: &str) -> Vec<String> {
     const UPPER: &str = "upper_";
     let mut names = Vec::new();
     let mut waiting = vec![nic.to_owned()];
@@ -60,9 +74,10 @@ fn input_names(folder: &Path, nic: &str) -> Vec<String> {
 /// What is looked for.
 #[derive(Clone, Copy, Debug)]
 struct Datagrams<'a> {
-    /// Their destination port; `None` if it is not known yet.
+    way: Way,
+    /// The port to which they go, or from which; `None` if it is not known yet.
     port: Option<u16>,
-    /// The interface by which they come is one of these.
+    /// The interface by which they come or leave is one of these.
     nics: &'a [String],
     family: Family,
     state: State,
@@ -137,13 +152,13 @@ impl Rulesets {
         }
     }
 
-    fn obstacle(&self, port: Option<u16>, nics: &[String]) -> Option<Found> {
+    fn obstacle(&self, way: Way, port: Option<u16>, nics: &[String]) -> Option<Found> {
         let families = [Family::V4, Family::V6].into_iter();
         let states = [State::New, State::Established];
         let mut kinds = families.flat_map(|family| states.map(|state| (family, state)));
         let forwarded = None;
         kinds.find_map(|(family, state)| {
-            self.found(Datagrams { port, nics, family, state, forwarded })
+            self.found(Datagrams { way, port, nics, family, state, forwarded })
         })
     }
 
@@ -252,7 +267,7 @@ impl Match {
 #[derive(Clone, Debug, Eq, PartialEq)]
 enum Action {
     Accept,
-    /// It refuses them, or may do so.
+    /// It refuses them, or may do so; or changes what leaves.
     Refuse,
     Return,
     /// Asks another chain, and comes back if it is a jump.
@@ -320,16 +335,6 @@ impl Table {
 }
 
 impl Datagrams<'_> {
-    /// The chains of iptables that the kernel asks about them.
-    fn chain(self) -> &'static str {
-        self.forwarded.map_or("INPUT", Forwarded::chain)
-    }
-
-    /// The hook at which the kernel asks chains of nft about them.
-    fn hook(self) -> &'static str {
-        self.forwarded.map_or("input", Forwarded::hook)
-    }
-
     fn is_protocol(self, name: Option<&str>) -> Match {
         if let (Some(forwarded), Some(name)) = (self.forwarded, name) {
             return forwarded.is_protocol(name);
@@ -341,7 +346,27 @@ impl Datagrams<'_> {
         }
     }
 
+    /// Whether they come by such an interface.
     fn is_from(self, pattern: Option<&str>) -> Match {
+        match self.way {
+            Way::In => self.is_by(pattern),
+            // What this host sends has come by none.
+            Way::Out => Match::Never,
+        }
+    }
+
+    /// Whether they leave by such an interface.
+    fn is_out_of(self, pattern: Option<&str>) -> Match {
+        if let (Some(forwarded), Some(pattern)) = (self.forwarded, pattern) {
+            return forwarded.is_to_nic(pattern);
+        }
+        match self.way {
+            Way::In => Match::Maybe,
+            Way::Out => self.is_by(pattern),
+        }
+    }
+
+    fn is_by(self, pattern: Option<&str>) -> Match {
         let Some(pattern) = pattern else { return Match::Maybe };
         let is_meant = |name: &String| match pattern.strip_suffix(['+', '*']) {
             Some(start) => name.starts_with(start),
@@ -367,12 +392,24 @@ impl Datagrams<'_> {
         }
     }
 
-    /// Whether they go to such an address. XDP takes only what goes to one of this host's.
+    /// Whether they go to such an address. XDP takes only what goes to one of this host's, and AF_XDP sends
+    /// to neighbours.
     fn is_to_type(self, name: &str) -> Match {
         if self.forwarded.is_some() {
             return Forwarded::is_to_type(name);
         }
-        Match::when(name.eq_ignore_ascii_case("local"))
+        Match::when(name.eq_ignore_ascii_case(match self.way {
+            Way::In => "local",
+            Way::Out => "unicast",
+        }))
+    }
+
+    /// Whether they come from such an address.
+    fn is_from_type(self, name: &str) -> Match {
+        match self.way {
+            Way::In => Match::Maybe,
+            Way::Out => Match::when(name.eq_ignore_ascii_case("local")),
+        }
     }
 
     /// Whether they are such packets of the link.
@@ -380,15 +417,29 @@ impl Datagrams<'_> {
         Match::when(matches!(name, "unicast" | "host"))
     }
 
-    fn is_between(self, first: u16, last: u16) -> Match {
-        if let Some(forwarded) = self.forwarded {
-            return forwarded.is_to_port(first, last);
+    /// Whether the port to which they go is one of these.
+    fn is_to_between(self, first: u16, last: u16) -> Match {
+        match self.forwarded {
+            Some(forwarded) => forwarded.is_to_port(first, last),
+            None => is_between(self.port.filter(|_| self.way == Way::In), first, last),
         }
-        match self.port {
-            Some(port) => Match::when((first..=last).contains(&port)),
-            None if (first, last) == (0, u16::MAX) => Match::Always,
-            None => Match::Maybe,
+    }
+
+    /// Whether the port from which they come is one of these.
+    fn is_from_between(self, first: u16, last: u16) -> Match {
+        match self.forwarded {
+            Some(forwarded) => forwarded.is_from_port(first, last),
+            None => is_between(self.port.filter(|_| self.way == Way::Out), first, last),
         }
+    }
+}
+
+/// Whether a port, if it is known, is one of these.
+fn is_between(port: Option<u16>, first: u16, last: u16) -> Match {
+    match port {
+        Some(port) => Match::when((first..=last).contains(&port)),
+        None if (first, last) == (0, u16::MAX) => Match::Always,
+        None => Match::Maybe,
     }
 }
 
@@ -399,7 +450,7 @@ mod tests {
     #[test]
     fn datagrams_come_by_what_is_above_a_nic() {
         let folder = tempfile::tempdir().unwrap();
-        let names = |nic: &str| input_names(folder.path(), nic);
+        let names = |nic: &str| names(folder.path(), nic);
         let make = |path: &str| std::fs::create_dir_all(folder.path().join(path)).unwrap();
         make("eth0/queues");
         assert_eq!(names("eth0"), ["eth0"]);
@@ -421,7 +472,7 @@ mod tests {
         let is_from = |nics: &[&str], pattern| {
             let nics: Vec<String> = nics.iter().map(|&nic| nic.to_owned()).collect();
             let (family, state) = (Family::V4, State::New);
-            Datagrams { port: None, nics: &nics, family, state, forwarded: None }
+            Datagrams { way: Way::In, port: None, nics: &nics, family, state, forwarded: None }
                 .is_from(Some(pattern))
         };
         assert_eq!(is_from(&["eth0"], "eth0"), Match::Always);

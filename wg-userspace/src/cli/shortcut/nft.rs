@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use serde_json::Value;
 
 use super::forward::{Forwarded, bounds_of};
-use super::{Action, Chain, Datagrams, Match, Rule, Table};
+use super::{Action, Chain, Datagrams, Match, Rule, Table, Way};
 use crate::{
     cli::programs::{self, Program},
     host::Family,
@@ -78,21 +78,35 @@ pub fn tables(ruleset: &Value, known: &[Table], datagrams: Datagrams<'_>) -> Vec
 }
 
 /// The family of a table, chain, rule or set whose datagrams may be among ours: other families never see
-/// UDP that is for this host, or see it before it comes here.
+/// UDP that is for this host or from it, or see it before it comes here.
 fn family(object: &Value, datagrams: Datagrams<'_>) -> Option<&'static str> {
     match (object["family"].as_str()?, datagrams.family) {
         ("inet", _) => Some("inet"),
         ("ip", Family::V4) => Some("ip"),
         ("ip6", Family::V6) => Some("ip6"),
+        ("netdev", _) if datagrams.way == Way::Out => Some("netdev"),
         _ => None,
     }
 }
 
 fn chain(object: &Value, datagrams: Datagrams<'_>) -> Chain {
+    let hook = object["hook"].as_str();
+    let is_asked = match (datagrams.forwarded, datagrams.way, hook) {
+        (Some(forwarded), _, hook) => hook == Some(forwarded.hook()),
+        (None, Way::In, Some("input")) | (None, Way::Out, Some("output" | "postrouting")) => true,
+        (None, Way::Out, Some("egress")) => {
+            // One device, or several.
+            let names = object["dev"]
+                .as_array()
+                .map_or(std::slice::from_ref(&object["dev"]), Vec::as_slice);
+            names.iter().any(|name| datagrams.is_out_of(name.as_str()) != Match::Never)
+        }
+        _ => false,
+    };
     Chain {
         name: object["name"].as_str().unwrap_or_default().to_owned(),
         program: PROGRAM,
-        is_asked: object["hook"] == datagrams.hook(),
+        is_asked,
         drops_at_end: object["policy"] == "drop",
         rules: Vec::new(),
     }
@@ -170,7 +184,16 @@ impl Reader<'_> {
             }
             match kind.as_str() {
                 "match" => matches = matches.and(self.condition(value)),
-                "counter" | "log" | "comment" | "mangle" | "ct helper" | "notrack" => {}
+                "counter" | "log" | "comment" | "ct helper" | "notrack" => {}
+                // What is kept of the flow changes nothing of what leaves.
+                "mangle" if self.datagrams.way == Way::In || value["key"].get("ct").is_some() => {}
+                "mangle" | "snat" | "dnat" | "redirect" | "fwd" | "dup"
+                    if self.datagrams.way == Way::Out =>
+                {
+                    ends.push((matches, Action::Refuse));
+                }
+                // It gives an address of this host to what comes from elsewhere; ours have one.
+                "masquerade" => {}
                 "vmap" => ends.extend(
                     self.verdicts(value).into_iter().map(|(is, end)| (matches.and(is), end)),
                 ),
@@ -237,7 +260,8 @@ impl Reader<'_> {
         };
         let limit = || right.as_u64().and_then(|value| u16::try_from(value).ok());
         let is_up_to = |last: Option<u16>| match last {
-            Some(last) if is_port(left) => self.datagrams.is_between(0, last),
+            Some(last) if is_port(left, "dport") => self.datagrams.is_to_between(0, last),
+            Some(last) if is_port(left, "sport") => self.datagrams.is_from_between(0, last),
             _ => Match::Maybe,
         };
         match condition["op"].as_str() {
@@ -293,7 +317,12 @@ impl Reader<'_> {
         let named = |holds: &dyn Fn(&str) -> Match| name.map_or(Match::Maybe, holds);
         let payload = left["payload"]["protocol"].as_str().zip(left["payload"]["field"].as_str());
         match (payload, left["meta"]["key"].as_str()) {
-            (Some(("udp" | "th" | "tcp", "dport")), _) => self.port(value),
+            (Some(("udp" | "th" | "tcp", "dport")), _) => {
+                is_one_of(value, |first, last| self.datagrams.is_to_between(first, last))
+            }
+            (Some(("udp" | "th" | "tcp", "sport")), _) => {
+                is_one_of(value, |first, last| self.datagrams.is_from_between(first, last))
+            }
             (Some(("ip", "protocol") | ("ip6", "nexthdr")), _) | (_, Some("l4proto")) => {
                 match value.as_u64() {
                     // For iptables that number stands for all.
@@ -303,6 +332,7 @@ impl Reader<'_> {
                 }
             }
             (_, Some("iifname" | "iif")) => self.datagrams.is_from(name),
+            (_, Some("oifname" | "oif")) => self.datagrams.is_out_of(name),
             (_, Some("nfproto" | "protocol")) => named(&|name| match self.datagrams.family {
                 Family::V4 => Match::when(matches!(name, "ipv4" | "ip")),
                 Family::V6 => Match::when(matches!(name, "ipv6" | "ip6")),
@@ -319,6 +349,11 @@ impl Reader<'_> {
             {
                 named(&|name| self.datagrams.is_to_type(name))
             }
+            _ if left["fib"]["result"] == "type"
+                && left["fib"]["flags"].as_array().is_some_and(|flags| flags == &["saddr"]) =>
+            {
+                named(&|name| self.datagrams.is_from_type(name))
+            }
             _ => Match::Maybe,
         }
     }
@@ -327,35 +362,27 @@ impl Reader<'_> {
     fn holds_forwarded(&self, left: &Value, value: &Value) -> Option<Match> {
         let forwarded = self.datagrams.forwarded?;
         let field = left["payload"]["protocol"].as_str().zip(left["payload"]["field"].as_str());
-        let port = || {
-            let port = |value: &Value| value.as_u64().and_then(|port| u16::try_from(port).ok());
-            let range = port(&value["range"][0]).zip(port(&value["range"][1]));
-            range.or_else(|| Some((port(value)?, port(value)?)))
-        };
-        match (field, left["meta"]["key"].as_str()) {
-            (_, Some("oifname" | "oif")) => value.as_str().map(|name| forwarded.is_to_nic(name)),
-            (Some(("ip" | "ip6", "saddr")), _) => Some(forwarded.is_from_there(bounds_of(value))),
-            (Some(("ip" | "ip6", "daddr")), _) => Some(forwarded.is_to_there(bounds_of(value))),
-            (Some(("tcp" | "udp" | "th", "sport")), _) => {
-                port().map(|(first, last)| forwarded.is_from_port(first, last))
-            }
+        match field {
+            Some(("ip" | "ip6", "saddr")) => Some(forwarded.is_from_there(bounds_of(value))),
+            Some(("ip" | "ip6", "daddr")) => Some(forwarded.is_to_there(bounds_of(value))),
             _ => None,
         }
     }
-
-    fn port(&self, value: &Value) -> Match {
-        let port = |value: &Value| value.as_u64().and_then(|port| u16::try_from(port).ok());
-        if let (Some(first), Some(last)) = (port(&value["range"][0]), port(&value["range"][1])) {
-            return self.datagrams.is_between(first, last);
-        }
-        // Else the name of a service.
-        port(value).map_or(Match::Maybe, |port| self.datagrams.is_between(port, port))
-    }
 }
 
-fn is_port(left: &Value) -> bool {
+/// Whether the port is this, or in this range.
+fn is_one_of(value: &Value, is_between: impl Fn(u16, u16) -> Match) -> Match {
+    let port = |value: &Value| value.as_u64().and_then(|port| u16::try_from(port).ok());
+    if let (Some(first), Some(last)) = (port(&value["range"][0]), port(&value["range"][1])) {
+        return is_between(first, last);
+    }
+    // Else the name of a service.
+    port(value).map_or(Match::Maybe, |port| is_between(port, port))
+}
+
+fn is_port(left: &Value, field: &str) -> bool {
     let payload = &left["payload"];
-    (payload["protocol"] == "udp" || payload["protocol"] == "th") && payload["field"] == "dport"
+    (payload["protocol"] == "udp" || payload["protocol"] == "th") && payload["field"] == field
 }
 
 fn verdict(expression: &Value) -> Option<Action> {
@@ -392,8 +419,12 @@ mod tests {
     }
 
     fn found(iptables: Vec<Saved>, objects: Vec<Value>) -> Option<Found> {
+        found_by(Way::In, iptables, objects)
+    }
+
+    fn found_by(way: Way, iptables: Vec<Saved>, objects: Vec<Value>) -> Option<Found> {
         let rulesets = Rulesets { iptables, nft: Some(Some(json!({ "nftables": objects }))) };
-        rulesets.obstacle(Some(51820), &["eth0".to_owned()])
+        rulesets.obstacle(way, Some(51820), &["eth0".to_owned()])
     }
 
     fn of(policy: &str, rules: Vec<Value>) -> Option<String> {
@@ -528,6 +559,79 @@ mod tests {
         ] {
             assert!(of("accept", rules.clone()).is_some(), "{rules:?}");
         }
+    }
+
+    /// The obstacle for what leaves, with a chain at this hook.
+    fn leaving(hook: &str, policy: &str, expr: Value) -> Option<String> {
+        let objects = vec![
+            json!({"table": {"family": "inet", "name": "filter"}}),
+            chain("input", Some("input"), "drop"),
+            chain("forward", Some("forward"), "drop"),
+            chain("out", Some(hook), policy),
+            chain("mine", None, ""),
+            rule("mine", json!([{"drop": null}])),
+            rule("out", expr),
+        ];
+        found_by(Way::Out, Vec::new(), objects).map(|found| found.rule)
+    }
+
+    #[test]
+    fn what_leaves_is_looked_at_where_it_leaves() {
+        let drop = json!({"drop": null});
+        let accept = json!({"accept": null});
+        let mark = |key: Value| json!({"mangle": {"key": key, "value": 1}});
+        for hook in ["output", "postrouting"] {
+            for (policy, expr) in [
+                ("accept", json!([])),
+                ("accept", json!([meta("oifname", json!("eth1")), drop])),
+                ("accept", json!([meta("iifname", json!("wg0")), drop])),
+                ("accept", json!([udp("sport", "==", json!(53)), drop])),
+                ("accept", json!([udp("sport", "<", json!(1024)), drop])),
+                ("accept", json!([meta("l4proto", json!("tcp")), drop])),
+                ("accept", json!([meta("oifname", json!("eth0")), {"masquerade": null}])),
+                ("accept", json!([mark(json!({"ct": {"key": "mark"}}))])),
+                (
+                    "accept",
+                    json!([meta("l4proto", json!("tcp")), mark(json!({"meta": {"key": "mark"}}))]),
+                ),
+                ("drop", json!([udp("sport", "==", json!(51820)), accept])),
+                ("drop", json!([meta("oifname", json!("eth0")), accept])),
+            ] {
+                assert_eq!(leaving(hook, policy, expr.clone()), None, "{hook} {policy} {expr}");
+            }
+            for (policy, expr) in [
+                ("accept", json!([drop])),
+                ("drop", json!([])),
+                ("drop", json!([dport(json!(51820)), accept])),
+                ("accept", json!([dport(json!(53)), drop])),
+                ("accept", json!([udp("sport", "==", json!(51820)), {"limit": {}}, drop])),
+                ("accept", json!([meta("oifname", json!("eth0")), {"jump": {"target": "mine"}}])),
+                (
+                    "accept",
+                    json!([meta("oifname", json!("eth0")), {"snat": {"addr": "192.0.2.7"}}]),
+                ),
+                ("accept", json!([mark(json!({"meta": {"key": "mark"}}))])),
+                ("accept", json!([mark(json!({"payload": {"protocol": "ip", "field": "dscp"}}))])),
+                ("accept", json!([ip("ip", "daddr", json!("192.0.2.1")), drop])),
+            ] {
+                assert!(leaving(hook, policy, expr.clone()).is_some(), "{hook} {policy} {expr}");
+            }
+        }
+        assert_eq!(leaving("prerouting", "drop", json!([drop])), None);
+    }
+
+    #[test]
+    fn chains_at_the_way_out_of_a_nic_are_looked_at() {
+        let objects = |family: &str, hook: &str, dev: Value| {
+            vec![json!({"chain": {"family": family, "table": "x", "name": "out", "type": "filter",
+                "hook": hook, "prio": 0, "policy": "drop", "dev": dev}})]
+        };
+        let found = |objects: Vec<Value>| found_by(Way::Out, Vec::new(), objects).is_some();
+        assert!(found(objects("netdev", "egress", json!("eth0"))));
+        assert!(found(objects("netdev", "egress", json!(["eth1", "eth0"]))));
+        assert!(!found(objects("netdev", "egress", json!("eth1"))));
+        assert!(!found(objects("netdev", "ingress", json!("eth0"))));
+        assert!(!found(objects("bridge", "output", json!("eth0"))));
     }
 
     #[test]
