@@ -333,8 +333,8 @@ impl OuterHeaders {
     /// the message and must be there already, since the UDP checksum covers it.
     ///
     /// As the kernel's WireGuard does it: IPv4 with "don't fragment" clear, IPv6 with flow label 0, UDP with
-    /// a checksum in both. `None`, with `frame` in an unspecified state, if the headers do not fit, if the message is longer than IP can say, or
-    /// if `src` and `dst` are of different versions.
+    /// a checksum in both. `None`, with `frame` in an unspecified state, if the headers do not fit, if the message
+    /// is longer than IP can say, or if `src` and `dst` are of different versions.
     pub fn write(&self, frame: &mut [u8]) -> Option<()> {
         let (headers, message) = frame.split_at_mut_checked(self.len())?;
         self.write_before(headers, message.len(), Checksum::default().bytes(message))
