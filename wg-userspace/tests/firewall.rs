@@ -598,7 +598,7 @@ fn rules_of_nft_for_what_is_forwarded_keep_nat_away() {
     for (hook, rules) in [
         ("forward", "iifname \"lan\" drop"),
         ("forward", "oifname \"lan\" drop"),
-        ("forward", "ip saddr 10.8.0.0/16 drop"),
+        ("forward", "iifname \"tg0\" ip saddr 10.8.0.0/16 drop"),
         ("forward", "ct state invalid drop"),
         ("forward", "tcp flags syn tcp option maxseg size set rt mtu"),
         ("forward", "policy drop; iifname \"tg0\" accept\n ct state established,related accept"),
@@ -651,7 +651,9 @@ fn rules_of_docker_keep_nat_away_until_they_let_it_pass() {
         let told = nat_refusal(&sandbox, "a rule of the administrator's").unwrap();
         assert!(told.contains("DOCKER-USER") && told.contains("--dport 25"), "{told}");
 
-        // What comes to a port from outside is asked about by itself.
+        // What comes to a port from outside is asked about by itself. It may come from anywhere, Docker's own
+        // addresses among them.
+        sandbox.ok("iptables -D DOCKER-USER -s 10.9.0.2 -p tcp --dport 25 -j DROP; iptables -t nat -F POSTROUTING");
         nat_conf(&sandbox, "#! Forward = tcp outer:8443 -> 10.9.0.2:443");
         let told = nat_refusal(&sandbox, "from outside").unwrap();
         assert!(told.contains("#! Forward") && told.contains("from outer to tg0"), "{told}");

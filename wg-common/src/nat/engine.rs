@@ -4,18 +4,21 @@
 //! that is known needs a look at the flow, at its slot and at the way out; one that begins a flow is held against
 //! the rules. What a rule covers is translated or dropped, in whatever form it comes.
 
+use crate::headers::{PROTOCOL_TCP, PROTOCOL_UDP};
 use crate::map::AddressKey;
 use crate::nat::error::Error;
 use crate::nat::map::{
-    ALLOW_RULES_LEN, EXTERNALS_LEN, FORWARD_RULES_LEN, Flow, FlowKey, FlowKind, FragmentEntry,
-    FragmentKey, Mapping, MappingKey, NAT_RULES_LEN, NO_RULE, NO_SLOT, PORTS_LEN, Protocol,
-    RuleSet, SEEN_IN, SEEN_OUT, Slot, TcpWindow, fragment_verdict, ring, rule_flags, slot_index,
+    ALLOW_RULES_LEN, AllowRule, EXTERNALS_LEN, External, FORWARD_RULES_LEN, Flow, FlowKey,
+    FlowKind, ForwardRule, FragmentEntry, FragmentKey, Mapping, MappingKey, NAT_RULES_LEN, NO_RULE,
+    NO_SLOT, NatRule, PORTS_LEN, Protocol, RuleSet, SEEN_IN, SEEN_OUT, Slot, TcpWindow,
+    fragment_verdict, ring, rule_flags, slot_index,
 };
 use crate::nat::packet::Skb;
 use crate::nat::rewrite::{Change, End, decrement_ttl, translate, translate_error};
 use crate::nat::tcp::{self, From, Segment};
 use crate::nat::tuple::{Kind, Tuple};
 use crate::outcome::{DropReason, NatEvent};
+use crate::upper::{PROTOCOL_ICMP, PROTOCOL_ICMPV6};
 
 /// Where a packet would go.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -205,6 +208,18 @@ pub trait Tables {
     fn has_socket(&mut self, tuple: &Tuple, address: &AddressKey, port: u16) -> bool;
     /// Where a packet goes whose largest segment has `len` bytes, IP header included; 0: whatever its size.
     fn route(&mut self, tuple: &Tuple, len: u32) -> Route;
+    /// Has the kernel look after the link address of the next hop of a packet that goes out, as it does of its own
+    /// packets: nobody else says of it that it is in use.
+    fn refresh_next_hop(&mut self);
+    /// Where the rule that was looked for stands: in memory of which the kernel's verifier does not keep the value. It
+    /// would walk the rest of the program for each number by itself.
+    fn rule(&mut self) -> &mut u32;
+    /// Looks for the first of `count` entries that is met, and puts its number into [`Tables::rule`].
+    fn search<Q: Search>(&mut self, rules: &RuleSet, count: u32, query: &Q) {
+        if let Some(index) = (0..count).find(|index| query.is_met(rules, *index)) {
+            *self.rule() = index;
+        }
+    }
     /// The MTU of the TUN device, if `len` is more.
     fn tunnel_mtu_below(&mut self, len: u32) -> Option<u32>;
     /// What becomes of the later fragments of a packet.
@@ -303,9 +318,24 @@ fn flow_from_tunnel<S: Skb, T: Tables>(
     if !is_known(tables, rules, &work.key) {
         match judge_from_tunnel(tables, rules, work) {
             BEGUN => {}
+            // Not by the judge: calls of calls share a stack.
+            WANTS_SLOT => {
+                let code = map_source(tables, rules, work);
+                if !code.is_none() {
+                    return code;
+                }
+                let code = begin_mapped(tables, work);
+                if !code.is_none() {
+                    return code;
+                }
+            }
             ANSWER => from = From::Outside,
             code if code.0 >> Code::SHIFT == HAIRPIN.0 >> Code::SHIFT => {
-                return forward(packet, tables, rules, work, code.0 & Code::VALUE);
+                let rule = code.0 & Code::VALUE;
+                return match find_forwarded(tables, rules, work, rule) {
+                    FOUND => accounted_into_tunnel(packet, tables, work),
+                    code => code,
+                };
             }
             code => return code,
         }
@@ -376,16 +406,22 @@ fn flow_from_nic<S: Skb, T: Tables>(
     work: &mut Work,
 ) -> Code {
     let nic = tables.ifindex();
-    let external = external_at(rules, &work.tuple.destination, nic);
+    let external = external_at(tables, rules, &work.tuple.destination, nic);
     if external != NO_RULE && work.tuple.kind as u8 != Kind::EchoRequest as u8 {
         match find_mapped(tables, rules, work, external) {
-            FOUND => return into_tunnel(packet, tables, work),
+            FOUND => return accounted_into_tunnel(packet, tables, work),
             Code::NONE => {}
             code => return code,
         }
     }
-    let rule = forward_rule(rules, &work.tuple, nic);
-    if rule == NO_RULE { Code::NONE } else { forward(packet, tables, rules, work, rule) }
+    let rule = forward_rule(tables, rules, &work.tuple, nic);
+    if rule == NO_RULE {
+        return Code::NONE;
+    }
+    match find_forwarded(tables, rules, work, rule) {
+        FOUND => accounted_into_tunnel(packet, tables, work),
+        code => code,
+    }
 }
 
 /// Whether a packet has ports, or an identifier, by which its flow is known.
@@ -452,27 +488,25 @@ fn is_still_wanted<T: Tables>(tables: &mut T, rules: &RuleSet, key: &FlowKey) ->
         return false;
     };
     let rule = if kind == FlowKind::Forward as u8 {
-        let rule = forward_rule_at(rules, &external, external_port, key.protocol as u32, nic);
-        match rules.forward.get(rule as usize) {
-            Some(found)
-                if difference(&found.to, &key.inner) == 0 && found.to_port == key.inner_port =>
-            {
-                rule
-            }
-            _ => return false,
+        let rule = forward_rule_at(tables, rules, &external, (external_port, key.protocol), nic);
+        let found = forward_with(rules, rule);
+        let is_same = difference(&found.to, &key.inner) == 0 && found.to_port == key.inner_port;
+        if rule == NO_RULE || !is_same {
+            return false;
         }
+        rule
     } else {
         let (from, to, port) = if kind == FlowKind::PlainInbound as u8 {
             (&key.remote, &key.inner, key.inner_port)
         } else {
             (&key.inner, &key.remote, key.remote_port)
         };
-        let allowed = allow_rule(rules, from, to, key.protocol as u32, port);
+        let allowed = allow_rule(tables, rules, from, to, (port, key.protocol));
         if rules.flags & rule_flags::DENY != 0 && allowed == NO_RULE {
             return false;
         }
         if kind == FlowKind::Source as u8 {
-            let rule = nat_rule(rules, &key.inner, nic);
+            let rule = nat_rule(tables, rules, &key.inner, nic);
             if !may_have(rules, rule, slot)
                 || external_of(rules, slot).is_none_or(|now| difference(now, &external) != 0)
             {
@@ -481,7 +515,8 @@ fn is_still_wanted<T: Tables>(tables: &mut T, rules: &RuleSet, key: &FlowKey) ->
             rule
         } else {
             // What must be translated now did not begin so.
-            if kind == FlowKind::Plain as u8 && nat_rule(rules, &key.inner, nic) != NO_RULE {
+            if kind == FlowKind::Plain as u8 && nat_rule(tables, rules, &key.inner, nic) != NO_RULE
+            {
                 return false;
             }
             allowed
@@ -500,15 +535,10 @@ fn is_still_wanted<T: Tables>(tables: &mut T, rules: &RuleSet, key: &FlowKey) ->
 fn account<S: Skb, T: Tables>(packet: &S, tables: &mut T, tuple: &Tuple, from: From) -> Code {
     let now_ns = tables.now_ns();
     let (count, len) = (tables.segments().count.max(1) as u64, packet.len() as u64);
-    let segment = if tuple.kind as u8 == Kind::Tcp as u8 {
-        match Segment::of(packet, tuple) {
-            Some(segment) => Some(segment),
-            None => return Code::drop(DropReason::BadInnerLength),
-        }
-    } else {
-        None
-    };
+    let is_tcp = tuple.kind as u8 == Kind::Tcp as u8;
+    let mut last_seen_ns = now_ns;
     tables.found(|flow| {
+        last_seen_ns = flow.last_seen_ns;
         flow.last_seen_ns = now_ns;
         let seen = match from {
             From::Inside => {
@@ -522,15 +552,28 @@ fn account<S: Skb, T: Tables>(packet: &S, tables: &mut T, tuple: &Tuple, from: F
                 SEEN_IN
             }
         };
-        match &segment {
-            Some(segment) => {
-                if flow.state == 0 {
-                    (flow.state, flow.windows) = tcp::begin(segment, from);
-                } else {
-                    flow.state = tcp::step(flow.state, &mut flow.windows, segment, from);
-                }
-            }
-            None => flow.state |= seen,
+        if !is_tcp {
+            flow.state |= seen;
+        }
+    });
+    // Once in about a second.
+    if last_seen_ns >> 30 != now_ns >> 30 {
+        tables.refresh_next_hop();
+    }
+    if is_tcp { follow_tcp(packet, tables, tuple, from) } else { Code::NONE }
+}
+
+/// Follows the state of the found flow, of TCP.
+#[inline(never)]
+fn follow_tcp<S: Skb, T: Tables>(packet: &S, tables: &mut T, tuple: &Tuple, from: From) -> Code {
+    let Some(segment) = Segment::of(packet, tuple) else {
+        return Code::drop(DropReason::BadInnerLength);
+    };
+    tables.found(|flow| {
+        if flow.state == 0 {
+            (flow.state, flow.windows) = tcp::begin(&segment, from);
+        } else {
+            flow.state = tcp::step(flow.state, &mut flow.windows, &segment, from);
         }
     });
     Code::NONE
@@ -538,6 +581,8 @@ fn account<S: Skb, T: Tables>(packet: &S, tables: &mut T, tuple: &Tuple, from: F
 
 /// It has begun a flow, which is the found one.
 const BEGUN: Code = Code(0x10 << Code::SHIFT);
+/// It is to begin the flow of `work`, which wants a slot.
+const WANTS_SLOT: Code = Code(0x14 << Code::SHIFT);
 /// It answers a peer, whose flow is the found one.
 const ANSWER: Code = Code(0x11 << Code::SHIFT);
 /// It goes to a port that is forwarded; the value is the rule.
@@ -551,7 +596,7 @@ fn judge_from_tunnel<T: Tables>(tables: &mut T, rules: &RuleSet, work: &mut Work
     if !tables.is_owned(&work.tuple.source) {
         return Code::drop(DropReason::SourceUnowned);
     }
-    let hairpin = forward_rule(rules, &work.tuple, 0);
+    let hairpin = forward_rule(tables, rules, &work.tuple, 0);
     if hairpin != NO_RULE {
         return Code(HAIRPIN.0 | hairpin & Code::VALUE);
     }
@@ -566,11 +611,12 @@ fn judge_from_tunnel<T: Tables>(tables: &mut T, rules: &RuleSet, work: &mut Work
     if denies && nic == rules.tun && is_answer_of_peer(tables, rules, work) {
         return ANSWER;
     }
-    let allowed = if denies { allow_rule_of(rules, &work.tuple) } else { NO_RULE };
+    let allowed = if denies { allow_rule_of(tables, rules, &work.tuple) } else { NO_RULE };
     if denies && allowed == NO_RULE {
         return Code::drop(DropReason::NotAllowed);
     }
-    let rule = if nic == rules.tun { NO_RULE } else { nat_rule(rules, &work.tuple.source, nic) };
+    let rule =
+        if nic == rules.tun { NO_RULE } else { nat_rule(tables, rules, &work.tuple.source, nic) };
     if rule == NO_RULE && !denies {
         return FOREIGN;
     }
@@ -580,27 +626,31 @@ fn judge_from_tunnel<T: Tables>(tables: &mut T, rules: &RuleSet, work: &mut Work
     work.flow = new_flow(tables.now_ns(), rules.version);
     work.flow.nic = nic;
     work.flow.rule = allowed;
+    count_allowed(tables, rules, allowed);
     if rule != NO_RULE {
         work.flow.rule = rule;
         work.flow.kind = FlowKind::Source as u8;
-        let code = map_source(tables, rules, work);
-        if !code.is_none() {
-            return code;
-        }
-        // So that what comes from another port of the same address may pass.
-        if !work.tuple.is_echo() {
-            work.other_key = work.key;
-            work.other_key.remote_port = 0;
-            if !tables.put_flow(&work.other_key, &work.flow) {
-                return Code::drop(DropReason::FlowsFull);
-            }
+        return WANTS_SLOT;
+    }
+    if tables.put_flow(&work.key, &work.flow) { BEGUN } else { Code::drop(DropReason::FlowsFull) }
+}
+
+/// Begins the flow of `work`, which has a slot.
+#[inline(never)]
+fn begin_mapped<T: Tables>(tables: &mut T, work: &mut Work) -> Code {
+    // So that what comes from another port of the same address may pass.
+    if !work.tuple.is_echo() {
+        work.other_key = work.key;
+        work.other_key.remote_port = 0;
+        if !tables.put_flow(&work.other_key, &work.flow) {
+            return Code::drop(DropReason::FlowsFull);
         }
     }
-    if !tables.put_flow(&work.key, &work.flow) {
-        return Code::drop(DropReason::FlowsFull);
+    if tables.put_flow(&work.key, &work.flow) {
+        Code::NONE
+    } else {
+        Code::drop(DropReason::FlowsFull)
     }
-    count_allowed(tables, rules, allowed);
-    BEGUN
 }
 
 /// Whether a packet from one peer to another answers a flow that the other began, which is the found one then.
@@ -613,8 +663,8 @@ fn is_answer_of_peer<T: Tables>(tables: &mut T, rules: &RuleSet, work: &mut Work
 
 #[inline(always)]
 fn count_allowed<T: Tables>(tables: &mut T, rules: &RuleSet, rule: u32) {
-    if let Some(rule) = rules.allow.get(rule as usize) {
-        tables.count_allowed(rule.counter);
+    if rule != NO_RULE {
+        tables.count_allowed(allow_with(rules, rule).counter);
     }
 }
 
@@ -683,9 +733,7 @@ fn take_slot<T: Tables>(tables: &mut T, rules: &RuleSet, work: &mut Work) -> Cod
     let Some(protocol) = work.tuple.slots() else {
         return Code::drop(DropReason::Untranslatable);
     };
-    let Some(rule) = rules.nat.get(work.flow.rule as usize) else {
-        return Code::drop(DropReason::NoExternal);
-    };
+    let rule = nat_with(rules, work.flow.rule);
     let count = rule.external_count;
     if count == 0 {
         return Code::drop(DropReason::NoExternal);
@@ -694,7 +742,7 @@ fn take_slot<T: Tables>(tables: &mut T, rules: &RuleSet, work: &mut Work) -> Cod
     let mut reason = DropReason::NoExternal;
     for attempt in 0..TRIES {
         let external = rule.external_first + (preferred + attempt) % count;
-        let Some(at) = rules.externals.get(external as usize) else { continue };
+        let at = external_with(rules, external);
         if is_none(&at.address) {
             continue;
         }
@@ -739,7 +787,7 @@ const fn external_index(slot: u32) -> u32 {
 /// The address of a slot, if there is one at present.
 #[inline(always)]
 fn external_of(rules: &RuleSet, slot: u32) -> Option<&AddressKey> {
-    let address = &rules.externals.get(external_index(slot) as usize)?.address;
+    let address = &external_with(rules, external_index(slot)).address;
     (!is_none(address)).then_some(address)
 }
 
@@ -747,23 +795,49 @@ fn external_of(rules: &RuleSet, slot: u32) -> Option<&AddressKey> {
 #[inline(always)]
 fn may_have(rules: &RuleSet, rule: u32, slot: u32) -> bool {
     let external = external_index(slot);
-    rules.nat.get(rule as usize).is_some_and(|rule| {
-        external >= rule.external_first && external - rule.external_first < rule.external_count
-    })
+    let found = nat_with(rules, rule);
+    rule != NO_RULE
+        && external >= found.external_first
+        && external - found.external_first < found.external_count
 }
+
+// Entries of the tables by numbers that are below their lengths. A mask says so to the kernel's verifier: where there
+// is a comparison, the compiler computes the address before it. By functions of their own, so that the compiler does not
+// know better.
+
+#[inline(never)]
+fn external_with(rules: &RuleSet, index: u32) -> &External {
+    &rules.externals[index as usize & (EXTERNALS_LEN - 1)]
+}
+
+#[inline(never)]
+fn nat_with(rules: &RuleSet, index: u32) -> &NatRule {
+    &rules.nat[index as usize & (NAT_RULES_LEN - 1)]
+}
+
+#[inline(never)]
+fn forward_with(rules: &RuleSet, index: u32) -> &ForwardRule {
+    &rules.forward[index as usize & (FORWARD_RULES_LEN - 1)]
+}
+
+#[inline(never)]
+fn allow_with(rules: &RuleSet, index: u32) -> &AllowRule {
+    &rules.allow[index as usize & (ALLOW_RULES_LEN - 1)]
+}
+
+const _: () = assert!(
+    EXTERNALS_LEN.is_power_of_two()
+        && NAT_RULES_LEN.is_power_of_two()
+        && FORWARD_RULES_LEN.is_power_of_two()
+        && ALLOW_RULES_LEN.is_power_of_two()
+);
 
 /// Which external address of this NIC an address is, or [`NO_RULE`].
 #[inline(always)]
-fn external_at(rules: &RuleSet, address: &AddressKey, nic: u32) -> u32 {
-    for (index, external) in rules.externals.iter().enumerate().take(EXTERNALS_LEN) {
-        if index as u32 >= rules.external_count {
-            break;
-        }
-        if difference(&external.address, address) | (external.nic ^ nic) == 0 {
-            return index as u32;
-        }
-    }
-    NO_RULE
+fn external_at<T: Tables>(tables: &mut T, rules: &RuleSet, address: &AddressKey, nic: u32) -> u32 {
+    *tables.rule() = NO_RULE;
+    tables.search(rules, rules.external_count, &ExternalAt { address, nic });
+    *tables.rule()
 }
 
 /// 0 if both are the same.
@@ -773,95 +847,140 @@ const fn difference(a: &AddressKey, b: &AddressKey) -> u32 {
 }
 
 /// The NAT rule that covers what comes from an inner address and goes out of a NIC, or [`NO_RULE`].
-#[inline(never)]
-fn nat_rule(rules: &RuleSet, inner: &AddressKey, nic: u32) -> u32 {
-    for (index, rule) in rules.nat.iter().enumerate().take(NAT_RULES_LEN) {
-        if index as u32 >= rules.nat_count {
-            break;
-        }
-        if rule.from.distance(inner) | (rule.out ^ nic) == 0 {
-            return index as u32;
-        }
-    }
-    NO_RULE
+#[inline(always)]
+fn nat_rule<T: Tables>(tables: &mut T, rules: &RuleSet, inner: &AddressKey, nic: u32) -> u32 {
+    *tables.rule() = NO_RULE;
+    tables.search(rules, rules.nat_count, &Covers { inner, nic });
+    *tables.rule()
 }
 
 /// The rule that forwards such a packet that comes by a NIC (0: by whichever), or [`NO_RULE`].
 #[inline(always)]
-fn forward_rule(rules: &RuleSet, tuple: &Tuple, nic: u32) -> u32 {
+fn forward_rule<T: Tables>(tables: &mut T, rules: &RuleSet, tuple: &Tuple, nic: u32) -> u32 {
     if rules.forward_count == 0 {
         return NO_RULE;
     }
     let (address, port) = (&tuple.destination, tuple.destination_port);
-    forward_rule_at(rules, address, port, tuple.protocol as u32, nic)
+    forward_rule_at(tables, rules, address, (port, tuple.protocol), nic)
 }
 
 /// As above, by a port in network byte order and an IP protocol number.
-#[inline(never)]
-fn forward_rule_at(
+#[inline(always)]
+fn forward_rule_at<T: Tables>(
+    tables: &mut T,
     rules: &RuleSet,
     address: &AddressKey,
-    port: u16,
-    protocol: u32,
+    (port, protocol): (u16, u8),
     nic: u32,
 ) -> u32 {
-    let protocol = match protocol as u8 {
-        crate::headers::PROTOCOL_TCP => Protocol::Tcp as u32,
-        crate::headers::PROTOCOL_UDP => Protocol::Udp as u32,
+    *tables.rule() = NO_RULE;
+    let protocol = match protocol {
+        PROTOCOL_TCP => Protocol::Tcp as u32,
+        PROTOCOL_UDP => Protocol::Udp as u32,
         _ => return NO_RULE,
     };
     let any_nic = if nic == 0 { 0 } else { u32::MAX };
-    for (index, rule) in rules.forward.iter().enumerate().take(FORWARD_RULES_LEN) {
-        if index as u32 >= rules.forward_count {
-            break;
-        }
-        let miss = difference(&rule.external, address)
-            | (rule.port ^ port) as u32
-            | (rule.protocol ^ protocol)
-            | ((rule.nic ^ nic) & any_nic);
-        if miss == 0 {
-            return index as u32;
-        }
-    }
-    NO_RULE
+    let query = Forwards { address, protocol_and_port: protocol << 16 | port as u32, nic, any_nic };
+    tables.search(rules, rules.forward_count, &query);
+    *tables.rule()
 }
 
 /// The rule that allows a packet to begin a flow, or [`NO_RULE`].
 #[inline(always)]
-fn allow_rule_of(rules: &RuleSet, tuple: &Tuple) -> u32 {
+fn allow_rule_of<T: Tables>(tables: &mut T, rules: &RuleSet, tuple: &Tuple) -> u32 {
     let (from, to) = (&tuple.source, &tuple.destination);
-    allow_rule(rules, from, to, tuple.protocol as u32, tuple.destination_port)
+    allow_rule(tables, rules, from, to, (tuple.destination_port, tuple.protocol))
 }
 
 /// The rule that allows a flow to begin, or [`NO_RULE`]. The port is in network byte order.
-#[inline(never)]
-fn allow_rule(
+#[inline(always)]
+fn allow_rule<T: Tables>(
+    tables: &mut T,
     rules: &RuleSet,
     from: &AddressKey,
     to: &AddressKey,
-    protocol: u32,
-    port: u16,
+    (port, protocol): (u16, u8),
 ) -> u32 {
-    // Both ICMPs are one.
-    let protocol = if protocol == 58 { 1 } else { protocol };
+    *tables.rule() = NO_RULE;
     let port = u16::from_be(port) as u32;
-    for (index, rule) in rules.allow.iter().enumerate().take(ALLOW_RULES_LEN) {
-        if index as u32 >= rules.allow_count {
-            break;
-        }
-        let mut wanted = rule.protocol;
-        if wanted == 58 {
-            wanted = 1;
-        }
-        // The sign bit of a difference that is below 0.
-        let below = port.wrapping_sub(rule.port_first as u32) >> 31;
-        let above = (rule.port_last as u32).wrapping_sub(port) >> 31;
-        let miss = rule.from.distance(from) | rule.to.distance(to) | below | above;
-        if miss == 0 && (wanted == 0 || wanted == protocol) {
-            return index as u32;
-        }
+    let query = Allows { from, to, protocol: one_icmp(protocol as u32), port };
+    tables.search(rules, rules.allow_count, &query);
+    *tables.rule()
+}
+
+/// What entry of a table is looked for.
+pub trait Search {
+    /// Whether it is this one; what lies beyond the table is another entry.
+    fn is_met(&self, rules: &RuleSet, index: u32) -> bool;
+}
+
+struct ExternalAt<'a> {
+    address: &'a AddressKey,
+    nic: u32,
+}
+
+impl Search for ExternalAt<'_> {
+    #[inline(always)]
+    fn is_met(&self, rules: &RuleSet, index: u32) -> bool {
+        let external = external_with(rules, index);
+        difference(&external.address, self.address) | (external.nic ^ self.nic) == 0
     }
-    NO_RULE
+}
+
+struct Covers<'a> {
+    inner: &'a AddressKey,
+    nic: u32,
+}
+
+impl Search for Covers<'_> {
+    #[inline(always)]
+    fn is_met(&self, rules: &RuleSet, index: u32) -> bool {
+        let rule = nat_with(rules, index);
+        rule.from.distance(self.inner) | (rule.out ^ self.nic) == 0
+    }
+}
+
+struct Forwards<'a> {
+    address: &'a AddressKey,
+    protocol_and_port: u32,
+    nic: u32,
+    any_nic: u32,
+}
+
+impl Search for Forwards<'_> {
+    #[inline(always)]
+    fn is_met(&self, rules: &RuleSet, index: u32) -> bool {
+        let rule = forward_with(rules, index);
+        let miss = difference(&rule.external, self.address)
+            | ((rule.protocol << 16 | rule.port as u32) ^ self.protocol_and_port)
+            | ((rule.nic ^ self.nic) & self.any_nic);
+        miss == 0
+    }
+}
+
+struct Allows<'a> {
+    from: &'a AddressKey,
+    to: &'a AddressKey,
+    protocol: u32,
+    port: u32,
+}
+
+impl Search for Allows<'_> {
+    #[inline(always)]
+    fn is_met(&self, rules: &RuleSet, index: u32) -> bool {
+        let rule = allow_with(rules, index);
+        // The sign bit of a difference that is below 0.
+        let below = self.port.wrapping_sub(rule.port_first as u32) >> 31;
+        let above = (rule.port_last as u32).wrapping_sub(self.port) >> 31;
+        let miss = rule.from.distance(self.from) | rule.to.distance(self.to) | below | above;
+        miss == 0 && (rule.protocol == 0 || one_icmp(rule.protocol) == self.protocol)
+    }
+}
+
+/// Both ICMPs are one.
+#[inline(always)]
+const fn one_icmp(protocol: u32) -> u32 {
+    if protocol == PROTOCOL_ICMPV6 as u32 { PROTOCOL_ICMP as u32 } else { protocol }
 }
 
 /// Finds the flow of a packet that came to an external address: [`FOUND`], with its key in `work.key`; a verdict; or
@@ -924,13 +1043,20 @@ fn name_inner<T: Tables>(
     true
 }
 
-/// Sends a packet of the found flow, which came to an external address, to who is inside: by `work.key`.
+/// Counts a packet of the found flow, which came to an external address, and sends it to who is inside: by `work.key`.
+#[inline(always)]
+fn accounted_into_tunnel<S: Skb, T: Tables>(
+    packet: &mut S,
+    tables: &mut T,
+    work: &mut Work,
+) -> Code {
+    let code = account(packet, tables, &work.tuple, From::Outside);
+    if code.is_none() { into_tunnel(packet, tables, work) } else { code }
+}
+
+/// Sends a packet to who is inside: by `work.key`.
 #[inline(never)]
 fn into_tunnel<S: Skb, T: Tables>(packet: &mut S, tables: &mut T, work: &mut Work) -> Code {
-    let code = account(packet, tables, &work.tuple, From::Outside);
-    if !code.is_none() {
-        return code;
-    }
     if work.tuple.ttl <= 1 {
         return TIME_EXCEEDED;
     }
@@ -953,18 +1079,10 @@ fn into_tunnel<S: Skb, T: Tables>(packet: &mut S, tables: &mut T, work: &mut Wor
     GO_IN
 }
 
-/// Sends what came to a forwarded port to who has it.
+/// Finds or begins the flow of a packet that came to a forwarded port: [`FOUND`], with its key in `work.key`; or a verdict.
 #[inline(never)]
-fn forward<S: Skb, T: Tables>(
-    packet: &mut S,
-    tables: &mut T,
-    rules: &RuleSet,
-    work: &mut Work,
-    rule: u32,
-) -> Code {
-    let Some(found) = rules.forward.get(rule as usize) else {
-        return Code::drop(DropReason::NoRoute);
-    };
+fn find_forwarded<T: Tables>(tables: &mut T, rules: &RuleSet, work: &mut Work, rule: u32) -> Code {
+    let found = forward_with(rules, rule);
     work.key = work.tuple.flow_from_outside();
     work.key.inner = found.to;
     work.key.inner_port = found.to_port;
@@ -981,7 +1099,7 @@ fn forward<S: Skb, T: Tables>(
             return Code::drop(DropReason::FlowsFull);
         }
     }
-    into_tunnel(packet, tables, work)
+    FOUND
 }
 
 /// Judges what comes out of the tunnel and has no flow of its own, by where it goes.
@@ -1007,7 +1125,7 @@ fn other_from_tunnel<T: Tables>(tables: &mut T, rules: &RuleSet, work: &mut Work
     } else {
         DropReason::Untranslatable
     };
-    if nic != rules.tun && nat_rule(rules, &work.tuple.source, nic) != NO_RULE {
+    if nic != rules.tun && nat_rule(tables, rules, &work.tuple.source, nic) != NO_RULE {
         return Code::drop(reason);
     }
     if !denies {
@@ -1042,7 +1160,7 @@ fn begin_plain<T: Tables>(
     work: &mut Work,
     kind: FlowKind,
 ) -> Code {
-    let rule = allow_rule_of(rules, &work.tuple);
+    let rule = allow_rule_of(tables, rules, &work.tuple);
     if rule == NO_RULE {
         return Code::drop(DropReason::NotAllowed);
     }
@@ -1176,7 +1294,7 @@ fn error_from_nic<S: Skb, T: Tables>(
 fn find_quoted<T: Tables>(tables: &mut T, rules: &RuleSet, work: &mut Work) -> bool {
     let Some(protocol) = work.quoted.slots() else { return false };
     let nic = tables.ifindex();
-    let external = external_at(rules, &work.quoted.source, nic);
+    let external = external_at(tables, rules, &work.quoted.source, nic);
     work.key = work.quoted.flow_from_inside();
     if external != NO_RULE
         && name_inner(tables, rules, &mut work.key, external, protocol)
@@ -1188,8 +1306,11 @@ fn find_quoted<T: Tables>(tables: &mut T, rules: &RuleSet, work: &mut Work) -> b
         return false;
     }
     let (address, port) = (&work.quoted.source, work.quoted.source_port);
-    let rule = forward_rule_at(rules, address, port, work.quoted.protocol as u32, 0);
-    let Some(rule) = rules.forward.get(rule as usize) else { return false };
+    let rule = forward_rule_at(tables, rules, address, (port, work.quoted.protocol), 0);
+    if rule == NO_RULE {
+        return false;
+    }
+    let rule = forward_with(rules, rule);
     work.key = work.quoted.flow_from_inside();
     work.key.inner = rule.to;
     work.key.inner_port = rule.to_port;
@@ -1281,3 +1402,6 @@ fn pass_fragments<T: Tables>(tables: &mut T, work: &mut Work) {
         note_fragments(tables, work, fragment_verdict::PASS);
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -227,3 +227,162 @@ fn put_address(to: &mut [u8; HEAD_LEN_V6], at: usize, address: &AddressKey) {
     put(to, at + 8, c.to_ne_bytes());
     put(to, at + 12, d.to_ne_bytes());
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::icmp::{ERROR_LEN_MAX, too_big};
+    use crate::nat::model::{self, Content, Finish, Packet, address, key, sum};
+
+    /// The error as it arrives.
+    fn answered(bytes: &[u8], error: Error, from: &[u8]) -> Option<Vec<u8>> {
+        let tuple = Tuple::of(bytes).unwrap();
+        let answer = answer(bytes, &tuple, error, &key(from))?;
+        let quoted = &bytes[..answer.quoted_len as usize];
+        Some(match answer.head {
+            Head::V4(head) => [&head, quoted].concat(),
+            Head::V6(head) => [&head, quoted].concat(),
+        })
+    }
+
+    /// Whether the checksums of an error hold.
+    fn holds(error: &[u8]) -> bool {
+        if error[0] >> 4 == 4 {
+            return sum(&[&error[..20]]) == 0xffff && sum(&[&error[20..]]) == 0xffff;
+        }
+        let len = (error.len() as u32 - 40).to_be_bytes();
+        sum(&[&error[8..40], &len, &[0, 0, 0, 58], &error[40..]]) == 0xffff
+    }
+
+    fn single_hosts() -> impl Strategy<Value = (Packet, Vec<u8>)> {
+        any::<bool>()
+            .prop_flat_map(|v4| (model::packet(v4), address(v4)))
+            .prop_filter("of one host to another", |(packet, _)| {
+                is_single_host(&packet.key(0)) && is_single_host(&packet.key(1))
+            })
+    }
+
+    fn errors() -> impl Strategy<Value = Error> {
+        prop_oneof![Just(Error::TimeExceeded), any::<u32>().prop_map(Error::TooBig)]
+    }
+
+    /// What finishes a partial checksum does, wherever the packet is.
+    fn finish(bytes: &mut [u8], upper: usize, field: usize) {
+        let checksum = !sum(&[&bytes[upper..]]);
+        bytes[upper + field..][..2].copy_from_slice(&checksum.to_be_bytes());
+    }
+
+    proptest! {
+        #[test]
+        fn errors_go_back_and_their_checksums_hold(
+            (packet, from) in single_hosts(), error in errors(), more in 0_usize..1500,
+        ) {
+            let mut packet = packet;
+            if let Content::Tcp { rest: data, .. } | Content::Udp { data, .. } = &mut packet.content {
+                data.resize(data.len() + more, 0xa5);
+            }
+            let bytes = packet.bytes(Finish::Full);
+            let answer = answered(&bytes, error, &from).unwrap();
+            prop_assert!(holds(&answer));
+            let tuple = Tuple::of(&answer[..]).unwrap();
+            prop_assert_eq!(tuple.kind, Kind::Error);
+            prop_assert_eq!((tuple.source, tuple.destination), (key(&from), packet.key(0)));
+            prop_assert_eq!(tuple.len as usize, answer.len());
+            let len_max = if packet.is_v4() { 576 } else { 1280 };
+            prop_assert!(answer.len() <= len_max);
+            let quoted = tuple.quoted(&answer[..]).unwrap();
+            prop_assert_eq!((quoted.source, quoted.destination), (packet.key(0), packet.key(1)));
+            let head = if packet.is_v4() { 28 } else { 48 };
+            let rest = u32::from_be_bytes(answer[head - 4..head].try_into().unwrap());
+            let (kind, told) = match error {
+                Error::TimeExceeded => (if packet.is_v4() { [11, 0] } else { [3, 0] }, 0),
+                Error::TooBig(mtu) if packet.is_v4() => ([3, 4], mtu.min(0xffff)),
+                Error::TooBig(mtu) => ([2, 0], mtu),
+            };
+            prop_assert_eq!((&answer[head - 8..head - 6], rest), (&kind[..], told));
+        }
+
+        /// Of an unfinished packet the checksum holds once somebody has finished what is quoted.
+        #[test]
+        fn unfinished_checksums_may_be_finished_later(
+            (packet, from) in single_hosts(), error in errors(), more in 0_usize..1500,
+        ) {
+            let mut packet = Packet { fragment: None, ..packet };
+            let field = match &mut packet.content {
+                Content::Tcp { rest: data, .. } => {
+                    data.resize(data.len() + more, 0x5a);
+                    16
+                }
+                Content::Udp { data, has_checksum, .. } => {
+                    *has_checksum = true;
+                    data.resize(data.len() + more, 0x5a);
+                    6
+                }
+                _ => return Ok(()),
+            };
+            let bytes = packet.bytes(Finish::Partial);
+            let mut answer = answered(&bytes, error, &from).unwrap();
+            let (head, upper) = if packet.is_v4() { (28, 20) } else { (48, 40) };
+            finish(&mut answer, head + upper, field);
+            prop_assert!(holds(&answer));
+        }
+
+        #[test]
+        fn any_bytes_are_answered_without_harm(
+            mut bytes in prop::collection::vec(any::<u8>(), 1..200), v4 in any::<bool>(), error in errors(),
+        ) {
+            bytes[0] = if v4 { 0x45 } else { 0x60 };
+            if let Some(tuple) = Tuple::of(&bytes[..])
+                && let Some(answer) = answer(&bytes[..], &tuple, error, &tuple.destination)
+            {
+                prop_assert!(answer.quoted_len as usize <= bytes.len());
+            }
+        }
+
+        /// It says the same as what user space writes, which quotes a few bytes more.
+        #[test]
+        fn both_sides_answer_alike((packet, _) in single_hosts(), mtu in 1280_u32..9000) {
+            let bytes = packet.bytes(Finish::Full);
+            let ours = answered(&bytes, Error::TooBig(mtu), &packet.addresses[1]).unwrap();
+            let mut message = [0; ERROR_LEN_MAX];
+            let len = too_big(&bytes, mtu as usize, &mut message).unwrap();
+            prop_assert!(len >= ours.len() && len - ours.len() < 4);
+            if len == ours.len() {
+                prop_assert_eq!(&message[..len], &ours[..]);
+            }
+        }
+    }
+
+    #[test]
+    fn errors_later_fragments_and_groups_are_not_answered() {
+        let echo = Content::Echo { is_request: true, id: 1, data: Vec::new() };
+        let of = |source: [u8; 4], destination: [u8; 4], fragment, content: &Content| Packet {
+            addresses: [source.to_vec(), destination.to_vec()],
+            tos: 0,
+            ttl: 1,
+            id: 7,
+            fragment,
+            dont_fragment: false,
+            content: content.clone(),
+        };
+        let (us, them) = ([10, 9, 0, 2], [192, 0, 2, 1]);
+        let is_answered = |packet: &Packet| {
+            answered(&packet.bytes(Finish::Full), Error::TimeExceeded, &them).is_some()
+        };
+        let packet = of(us, them, None, &echo);
+        assert!(is_answered(&packet));
+        assert!(is_answered(&of(us, them, Some((0, true)), &echo)));
+        let later = Content::Later { protocol: 17, data: vec![1; 16] };
+        assert!(!is_answered(&of(us, them, Some((2, true)), &later)));
+        let [kind, code, rest] = [3, 1, 0];
+        let (quoted, rest) = (Box::new(packet), [rest; 4]);
+        let error = Content::Error { kind, code, rest, quoted, quoted_len: 28 };
+        assert!(!is_answered(&of(us, them, None, &error)));
+        for group in [[224, 0, 0, 5], [255; 4], [127, 0, 0, 1], [0; 4]] {
+            assert!(!is_answered(&of(us, group, None, &echo)));
+            assert!(!is_answered(&of(group, them, None, &echo)));
+        }
+    }
+}

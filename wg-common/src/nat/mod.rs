@@ -8,6 +8,8 @@
 //! [`map::SLOTS`] is the way back; the generation in both says whether they still belong together.
 
 pub mod engine;
+#[cfg(test)]
+mod engine_tests;
 pub mod error;
 pub mod map;
 #[cfg(test)]

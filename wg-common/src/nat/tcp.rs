@@ -255,11 +255,11 @@ fn fits(state: u8, inside: &TcpWindow, outside: &TcpWindow, segment: &Segment) -
     if state & ESTABLISHED == 0 && segment.has(flags::SYN) {
         // Two may open at once. Else its first number is not known, and what it acknowledges tells.
         let both = segment.opens() && state & SYN << 1 == 0;
-        return both || acks && is_within(segment.ack, inside.acked, inside.end);
+        return both || acks && answers_syn(inside, segment);
     }
     if state & SYN << 1 == 0 {
         let refuses = segment.has(flags::RST) && acks;
-        return refuses && is_within(segment.ack, inside.acked.wrapping_add(1), inside.end);
+        return refuses && answers_syn(inside, segment);
     }
     let behind = inside.acked.wrapping_sub(greater(outside.window_max, BEHIND_MIN));
     if acks && !is_within(segment.ack, behind, inside.end) {
@@ -270,6 +270,13 @@ fn fits(state: u8, inside: &TcpWindow, outside: &TcpWindow, segment: &Segment) -
     }
     let behind = outside.acked.wrapping_sub(greater(inside.window_max, BEHIND_MIN));
     !is_after(segment.seq, outside.end_max) && !is_after(behind, segment.end)
+}
+
+/// Whether a segment acknowledges the SYN of inside, or what it has sent with it (RFC 7413).
+#[inline(always)]
+const fn answers_syn(inside: &TcpWindow, segment: &Segment) -> bool {
+    let is_new = is_after(segment.ack, inside.acked) && !is_after(segment.ack, inside.end);
+    is_new || segment.ack == inside.end
 }
 
 /// As [`step`], where the segment is believed.
@@ -381,4 +388,315 @@ const fn is_after(a: u32, b: u32) -> bool {
 #[inline(always)]
 const fn is_within(at: u32, first: u32, last: u32) -> bool {
     at.wrapping_sub(first) <= last.wrapping_sub(first)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::flags::{ACK, FIN, RST};
+    use super::*;
+
+    use super::From::{Inside, Outside};
+
+    const SYN: u8 = flags::SYN;
+    /// First sequence numbers of both sides: the second one's pass 0 soon.
+    const ISN: [u32; 2] = [1000, u32::MAX - 100];
+
+    /// A flow, as the programs keep it.
+    #[derive(Clone, Debug, Default)]
+    struct Flow {
+        state: u8,
+        windows: [TcpWindow; 2],
+    }
+
+    impl Flow {
+        fn pass(&mut self, from: From, segment: Segment) -> State {
+            self.state = step(self.state, &mut self.windows, &segment, from);
+            State::of(self.state)
+        }
+
+        /// After three segments, with these windows and scales.
+        fn open() -> Self {
+            let mut flow = Self::default();
+            let scaled =
+                |segment, shift| Segment { scale: TcpWindow::HAS_SCALE | shift, ..segment };
+            flow.pass(Inside, scaled(segment(SYN, ISN[0], 1, 0), 7));
+            flow.pass(Outside, scaled(segment(SYN | ACK, ISN[1], 1, ISN[0] + 1), 2));
+            assert_eq!(flow.pass(Inside, at(0, ACK, 0, 0)), State::Established);
+            flow
+        }
+    }
+
+    fn segment(flags: u8, seq: u32, len: u32, ack: u32) -> Segment {
+        Segment { flags, scale: 0, seq, end: seq.wrapping_add(len), ack, window: 512 }
+    }
+
+    /// A segment of one side with `len` numbers, by offsets from the first number behind the SYNs: its own, and what
+    /// it acknowledges.
+    fn at(side: usize, flags: u8, own: u32, other: u32) -> Segment {
+        let len = u32::from(flags & FIN != 0);
+        let base = |side: usize| ISN[side].wrapping_add(1);
+        let (seq, ack) = (base(side).wrapping_add(own), base(1 - side).wrapping_add(other));
+        segment(flags, seq, len, if flags & ACK != 0 { ack } else { 0 })
+    }
+
+    fn data(side: usize, own: u32, len: u32, other: u32) -> Segment {
+        let segment = at(side, ACK, own, other);
+        Segment { end: segment.seq.wrapping_add(len), ..segment }
+    }
+
+    #[test]
+    fn a_connection_opens_and_closes() {
+        for [opener, other] in [[Inside, Outside], [Outside, Inside]] {
+            let (a, b) = (opener as usize, other as usize);
+            let mut flow = Flow::default();
+            assert_eq!(State::of(flow.state), State::None);
+            assert_eq!(flow.pass(opener, segment(SYN, ISN[a], 1, 0)), State::SynSent);
+            let answer = segment(SYN | ACK, ISN[b], 1, ISN[a].wrapping_add(1));
+            assert_eq!(flow.pass(other, answer), State::SynReceived);
+            assert_eq!(flow.pass(opener, at(a, ACK, 0, 0)), State::Established);
+            assert_eq!(flow.pass(other, data(b, 0, 400, 0)), State::Established);
+            assert_eq!(flow.pass(opener, at(a, ACK | FIN, 0, 400)), State::FinWait);
+            assert_eq!(flow.pass(other, data(b, 400, 100, 0)), State::FinWait);
+            assert_eq!(flow.pass(other, data(b, 500, 0, 1)), State::CloseWait);
+            assert_eq!(flow.pass(other, at(b, ACK | FIN, 500, 1)), State::LastAck);
+            assert_eq!(flow.pass(opener, at(a, ACK, 1, 501)), State::TimeWait);
+            // A new one with the same ports.
+            let again = segment(SYN, ISN[a].wrapping_add(70_000), 1, 0);
+            assert_eq!(flow.pass(opener, again), State::SynSent);
+        }
+    }
+
+    #[test]
+    fn both_may_open_at_once() {
+        let mut flow = Flow::default();
+        flow.pass(Inside, segment(SYN, ISN[0], 1, 0));
+        assert_eq!(flow.pass(Outside, segment(SYN, ISN[1], 1, 0)), State::SynReceived);
+        flow.pass(Inside, segment(SYN | ACK, ISN[0], 1, ISN[1].wrapping_add(1)));
+        flow.pass(Outside, segment(SYN | ACK, ISN[1], 1, ISN[0] + 1));
+        flow.pass(Inside, data(0, 0, 10, 0));
+        assert_eq!(flow.pass(Outside, data(1, 0, 10, 10)), State::Established);
+    }
+
+    #[test]
+    fn an_answer_to_a_syn_must_name_its_number() {
+        let mut begun = Flow::default();
+        begun.pass(Inside, segment(SYN, ISN[0], 1, 0));
+        for wrong in [ISN[0], ISN[0] + 2, 0] {
+            let mut flow = begun.clone();
+            assert_eq!(flow.pass(Outside, segment(SYN | ACK, 7, 1, wrong)), State::SynSent);
+            assert_eq!(flow.pass(Outside, segment(RST | ACK, 0, 0, wrong)), State::SynSent);
+            assert_eq!(flow.pass(Outside, segment(RST, 0, 0, wrong)), State::SynSent);
+            assert_eq!(flow.pass(Outside, segment(ACK | FIN, 0, 1, wrong)), State::SynSent);
+        }
+        assert_eq!(begun.pass(Outside, segment(RST | ACK, 0, 0, ISN[0] + 1)), State::Closed);
+    }
+
+    #[test]
+    fn a_forged_syn_does_not_keep_the_right_answer_out() {
+        for forged in [0, 1 << 30, 1 << 31, 3 << 30] {
+            let mut flow = Flow::default();
+            flow.pass(Inside, segment(SYN, ISN[0], 1, 0));
+            flow.pass(Outside, segment(SYN, forged, 1, 0));
+            flow.pass(Outside, segment(SYN | ACK, ISN[1], 1, ISN[0] + 1));
+            assert_eq!(flow.pass(Inside, at(0, ACK, 0, 0)), State::Established);
+            assert_eq!(flow.pass(Outside, at(1, RST, 0, 0)), State::Closed);
+
+            let mut forwarded = Flow::default();
+            forwarded.pass(Outside, segment(SYN, ISN[1], 1, 0));
+            forwarded.pass(Outside, segment(SYN, forged, 1, 0));
+            forwarded.pass(Inside, segment(SYN | ACK, ISN[0], 1, ISN[1].wrapping_add(1)));
+            assert_eq!(forwarded.pass(Outside, at(1, ACK, 0, 0)), State::Established);
+        }
+    }
+
+    #[test]
+    fn a_reset_from_outside_must_name_the_next_byte() {
+        let mut flow = Flow::open();
+        flow.pass(Outside, data(1, 0, 1000, 0));
+        flow.pass(Inside, data(0, 0, 0, 600));
+        for (own, ends) in
+            [(600, true), (1000, true), (599, false), (601, false), (999, false), (2000, false)]
+        {
+            let mut flow = flow.clone();
+            let expected = if ends { State::Closed } else { State::Established };
+            assert_eq!(flow.pass(Outside, at(1, RST, own, 0)), expected, "{own}");
+        }
+        let mut wrong = flow.clone();
+        assert_eq!(wrong.pass(Outside, at(1, RST | ACK, 600, 90_000)), State::Established);
+        assert_eq!(flow.pass(Inside, at(0, RST, 12_345, 0)), State::Closed, "inside is believed");
+    }
+
+    #[test]
+    fn a_fin_from_outside_must_fit_the_window() {
+        let mut flow = Flow::open();
+        flow.pass(Inside, data(0, 0, 100, 0));
+        // Inside allows 512 << 7 bytes.
+        for (own, other, fits) in [
+            (0, 100, true),
+            (512 << 7, 0, true),
+            ((512 << 7) + 1, 0, false),
+            (1 << 30, 0, false),
+            (0_u32.wrapping_sub(66_002), 0, false),
+            (0, 101, false),
+            (0, 1 << 31, false),
+        ] {
+            let mut flow = flow.clone();
+            let before = (flow.state, flow.windows);
+            let state = flow.pass(Outside, at(1, ACK | FIN, own, other));
+            assert_eq!(state == State::FinWait, fits, "{own} {other}");
+            assert!(fits || before == (flow.state, flow.windows), "{own} {other}");
+        }
+    }
+
+    #[test]
+    fn a_syn_within_a_connection_changes_nothing() {
+        let mut flow = Flow::open();
+        let before = (flow.state, flow.windows);
+        for from in [Inside, Outside] {
+            flow.pass(from, segment(SYN, 77, 1, 0));
+            assert_eq!(before, (flow.state, flow.windows));
+        }
+        flow.pass(Outside, segment(SYN | ACK, 77, 1, ISN[0] + 1));
+        assert_eq!(before, (flow.state, flow.windows));
+    }
+
+    #[test]
+    fn a_flow_is_taken_up_in_its_midst() {
+        let mut flow = Flow::default();
+        let first = data(0, 5_000, 300, 9_000);
+        assert!(first.may_begin() && !first.opens());
+        (flow.state, flow.windows) = begin(&first, Inside);
+        assert_eq!(State::of(flow.state), State::SynReceived);
+        assert_eq!(flow.pass(Inside, first), State::SynReceived, "one side's word alone");
+        assert_eq!(flow.pass(Outside, at(1, RST, 8_000, 0)), State::SynReceived);
+        assert_eq!(flow.pass(Outside, data(1, 9_000, 100, 5_300)), State::Established);
+        assert_eq!(flow.pass(Outside, at(1, RST, 9_100, 0)), State::Closed);
+        assert!(
+            !segment(RST | ACK, 1, 0, 1).may_begin() && !segment(SYN | ACK, 1, 1, 1).may_begin()
+        );
+        assert!(!segment(0, 1, 1, 0).may_begin() && segment(SYN, 1, 1, 0).may_begin());
+    }
+
+    #[test]
+    fn headers_are_read() {
+        use crate::nat::model::{Content, Finish, Packet};
+
+        let packet = |options: &[u8], flags: u8, data: &[u8]| {
+            let header_len = 20 + options.len();
+            let mut middle = [0, 0, 0, 9, 0, 0, 0, 8, 0, flags, 2, 1];
+            middle[8] = (header_len as u8 / 4) << 4;
+            Packet {
+                addresses: [vec![10, 9, 0, 2], vec![192, 0, 2, 1]],
+                tos: 0,
+                ttl: 64,
+                id: 1,
+                fragment: None,
+                dont_fragment: true,
+                content: Content::Tcp { ports: [1, 2], middle, rest: [options, data].concat() },
+            }
+            .bytes(Finish::Full)
+        };
+        let read = |bytes: &[u8]| Segment::of(bytes, &Tuple::of(bytes).unwrap());
+        let whole = Segment { flags: ACK, scale: 0, seq: 9, end: 12, ack: 8, window: 0x201 };
+        assert_eq!(read(&packet(&[], ACK, &[1, 2, 3])), Some(whole));
+        assert_eq!(read(&packet(&[1; 4], ACK | FIN, &[])).unwrap().end, 10);
+        let mut padded = packet(&[], ACK, &[1, 2, 3]);
+        padded.resize(60, 0);
+        assert_eq!(read(&padded), Some(whole));
+
+        let scale = |options: &[u8]| read(&packet(options, SYN, &[])).unwrap().scale;
+        let has = TcpWindow::HAS_SCALE;
+        assert_eq!(scale(&[2, 4, 5, 0xb4, 1, 3, 3, 7]), has | 7);
+        assert_eq!(scale(&[3, 3, 200, 0]), has | 14);
+        assert_eq!(scale(&[3, 3, 0, 0]), has);
+        assert_eq!(scale(&[2, 4, 5, 0xb4]), 0);
+        assert_eq!(scale(&[0, 3, 3, 7]), 0, "behind the end");
+        assert_eq!(scale(&[9, 1, 3, 3, 7, 0, 0, 0]), 0, "a length that leads nowhere");
+        assert_eq!(scale(&[8, 3, 3, 7, 0, 0, 0, 0]), 0);
+        assert_eq!(scale(&[1, 1, 3, 3]), 0, "cut off");
+        assert_eq!(scale(&[]), 0);
+        let mut early = packet(&[], ACK, &[]);
+        early[32] = 0xf0;
+        assert_eq!(read(&early), None);
+        early[32] = 0x40;
+        assert_eq!(read(&early), None);
+    }
+
+    /// Two ends that speak properly over a network that loses and repeats; each knows what it has sent and got.
+    #[derive(Clone, Copy, Debug)]
+    struct End {
+        sent: u32,
+        got: u32,
+        told: u32,
+    }
+
+    proptest! {
+        /// Whatever honest segments come, in any order and often lost on the way to us, a forger who does not know
+        /// their numbers changes nothing; and when one end resets, it is heeded.
+        #[test]
+        fn honest_flows_stay_open_and_forgers_change_nothing(
+            steps in prop::collection::vec((0_usize..2, 0_u32..3000, any::<bool>(), any::<bool>()), 1..60),
+            forged in prop::collection::vec((any::<u32>(), any::<u32>(), any::<u8>(), 0_u32..1500), 1..60),
+        ) {
+            let mut flow = Flow::open();
+            let mut ends = [End { sent: 0, got: 0, told: 0 }; 2];
+            for (i, (side, len, is_delivered, is_seen)) in steps.into_iter().enumerate() {
+                let from = if side == 0 { Inside } else { Outside };
+                // No more than the other side has allowed when it last acknowledged.
+                let allowed = 512 << if side == 0 { 2 } else { 7 };
+                let len = len.min(ends[1 - side].told.wrapping_add(allowed) - ends[side].sent);
+                let segment = data(side, ends[side].sent, len, ends[side].got);
+                // What the other side gets, we have seen; it may be lost behind us.
+                if is_delivered || is_seen {
+                    prop_assert_eq!(flow.pass(from, segment), State::Established);
+                    ends[side].told = ends[side].got;
+                }
+                if is_delivered {
+                    ends[side].sent += len;
+                    ends[1 - side].got = ends[side].sent;
+                }
+                let (seq, ack, flags, len) = forged[i % forged.len()];
+                let (outside, inside) = (flow.windows[1], flow.windows[0]);
+                let guess = Segment { flags: flags & (RST | FIN | ACK), ..segment_of(seq, len, ack) };
+                let distance = |a: u32, b: u32| (a.wrapping_sub(b) as i32).unsigned_abs();
+                // Who guesses as near as this is not kept out; it is one guess of a thousand.
+                let is_near = distance(guess.seq, outside.end) < 1 << 20;
+                if !is_near || guess.flags & ACK != 0 && distance(guess.ack, inside.end) > 1 << 20 {
+                    let before = (flow.state, flow.windows);
+                    flow.pass(Outside, guess);
+                    prop_assert_eq!(before, (flow.state, flow.windows));
+                }
+            }
+            let mut by_inside = flow.clone();
+            prop_assert_eq!(by_inside.pass(Inside, at(0, RST, ends[0].sent, 0)), State::Closed);
+        }
+
+        #[test]
+        fn any_segments_are_followed_without_harm(
+            segments in prop::collection::vec((any::<bool>(), any::<u8>(), any::<[u32; 4]>(), any::<u16>()), 0..40),
+            state in any::<u8>(), numbers in any::<[u32; 10]>(),
+        ) {
+            let window = |n: &[u32]| TcpWindow {
+                end: n[0], end_max: n[1], window_max: n[2], scale: n[3], acked: n[4],
+            };
+            let mut flow = Flow { state, windows: [window(&numbers[..5]), window(&numbers[5..])] };
+            for (inside, flags, [seq, end, ack, scale], window) in segments {
+                let from = if inside { Inside } else { Outside };
+                flow.pass(from, Segment { flags, scale, seq, end, ack, window });
+            }
+        }
+
+        #[test]
+        fn numbers_are_compared_around_zero(base in any::<u32>(), a in 0_u32..1 << 30, b in 0_u32..1 << 30) {
+            let [x, y] = [a, b].map(|n| base.wrapping_add(n));
+            prop_assert_eq!(is_after(x, y), a > b);
+            prop_assert_eq!(is_within(x, base, y), a <= b);
+        }
+    }
+
+    fn segment_of(seq: u32, len: u32, ack: u32) -> Segment {
+        segment(0, seq, len, ack)
+    }
 }

@@ -56,6 +56,8 @@ pub struct Scratch {
     pub work: Work,
     /// What the kernel is asked of the way, and says.
     pub fib: bpf_fib_lookup,
+    /// The rule that was looked for.
+    pub rule: u32,
 }
 
 #[map]
@@ -65,8 +67,8 @@ static NAT_SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(1, 0);
 #[inline(always)]
 pub fn scratch() -> Option<&'static mut Scratch> {
     let scratch = NAT_SCRATCH.get_ptr_mut(0)?;
-    // SAFETY: this CPU's own, which a run of a program asks for once. What stood there is written over before it is
-    // read: `Work` and the way are of integers, but for enums, of which each is written by the read of the packet.
+    // SAFETY: this CPU's own, which a run of a program asks for once. It holds integers, and enums of which only the
+    // engine writes values; the zeros with which it begins are values of all.
     Some(unsafe { &mut *scratch })
 }
 
@@ -90,10 +92,11 @@ pub fn now_ns() -> u64 {
     unsafe { bpf_ktime_get_boot_ns() }
 }
 
-/// A flow's entry.
+/// A flow's entry, or null.
 #[inline(always)]
-pub fn flow(key: &FlowKey) -> Option<*mut Flow> {
-    NAT_FLOWS.get_ptr_mut(key)
+pub fn flow(key: &FlowKey) -> *mut Flow {
+    // Not an option, which a program's stack would hold as two words: the verifier knows that one is a pointer.
+    NAT_FLOWS.get_ptr_mut(key).unwrap_or(core::ptr::null_mut())
 }
 
 /// Makes a flow's entry, or replaces it; `false` if there is no room.

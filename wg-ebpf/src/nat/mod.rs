@@ -26,7 +26,7 @@ static LINK_LEN: Global<u32> = Global::new(0);
 
 /// The next program, or the kernel, gets the packet: `TCX_NEXT`.
 const NEXT: i32 = TC_ACT_UNSPEC;
-const SHOT: i32 = TC_ACT_SHOT as i32;
+const SHOT: i32 = TC_ACT_SHOT;
 
 /// Where packets come out of the tunnel.
 #[classifier]
@@ -52,7 +52,7 @@ fn from_tunnel(ctx: &TcContext, rules: &RuleSet) -> i32 {
     let is_v4 = ethertype(ctx) == Some(ETHERTYPE_IPV4);
     let mut packet = Packet { context: ctx, link_len };
     let Some(scratch) = maps::scratch() else { return NEXT };
-    let mut tables = Kernel::new(ctx, rules.tun, &mut scratch.fib);
+    let mut tables = Kernel::new(ctx, rules.tun, &mut scratch.fib, &mut scratch.rule);
     match engine::from_tunnel(&mut packet, &mut tables, rules, &mut scratch.work) {
         Verdict::Pass(event) => pass(event),
         Verdict::Drop(reason) => shoot(ctx, reason),
@@ -77,7 +77,7 @@ fn from_nic(ctx: &TcContext, rules: &RuleSet) -> i32 {
     let Some(ETHERTYPE_IPV4 | ETHERTYPE_IPV6) = ethertype(ctx) else { return NEXT };
     let mut packet = Packet { context: ctx, link_len: ETHERNET_LEN as u32 };
     let Some(scratch) = maps::scratch() else { return NEXT };
-    let mut tables = Kernel::new(ctx, rules.tun, &mut scratch.fib);
+    let mut tables = Kernel::new(ctx, rules.tun, &mut scratch.fib, &mut scratch.rule);
     match engine::from_nic(&mut packet, &mut tables, rules, &mut scratch.work) {
         Verdict::Pass(event) => pass(event),
         Verdict::Drop(reason) => shoot(ctx, reason),

@@ -1,7 +1,8 @@
 //! What the engine asks of maps and of the kernel.
 #![expect(unsafe_code, reason = "the kernel's helpers, and map values that are shared with others")]
 
-use core::mem;
+use aya_ebpf::cty::c_void;
+use core::{mem, ptr};
 
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::{
@@ -11,7 +12,7 @@ use aya_ebpf::bindings::{
     bpf_fib_lookup as FibLookup, bpf_redir_neigh as NextHop, bpf_sock_tuple as SockTuple,
 };
 use aya_ebpf::helpers::{
-    bpf_check_mtu, bpf_fib_lookup, bpf_redirect, bpf_redirect_neigh, bpf_sk_lookup_udp,
+    bpf_check_mtu, bpf_fib_lookup, bpf_loop, bpf_redirect, bpf_redirect_neigh, bpf_sk_lookup_udp,
     bpf_sk_release, bpf_skb_change_head, bpf_skb_store_bytes, bpf_skc_lookup_tcp,
 };
 use aya_ebpf::programs::TcContext;
@@ -19,8 +20,10 @@ use wg_common::headers::{
     ETHERNET_LEN, ETHERTYPE_IPV4, ETHERTYPE_IPV6, PROTOCOL_TCP, PROTOCOL_UDP,
 };
 use wg_common::map::AddressKey;
-use wg_common::nat::engine::{Route, Segments, Tables};
-use wg_common::nat::map::{Flow, FlowKey, FragmentEntry, FragmentKey, Mapping, MappingKey, Slot};
+use wg_common::nat::engine::{Route, Search, Segments, Tables};
+use wg_common::nat::map::{
+    Flow, FlowKey, FragmentEntry, FragmentKey, Mapping, MappingKey, RuleSet, Slot,
+};
 use wg_common::nat::tuple::Tuple;
 use wg_common::outcome::NatEvent;
 
@@ -34,9 +37,12 @@ pub struct Kernel<'a> {
     context: &'a TcContext,
     /// Index of the TUN device.
     tun: u32,
-    found: Option<*mut Flow>,
+    /// The found flow, or null.
+    found: *mut Flow,
     /// What the kernel said of the way.
     fib: &'a mut FibLookup,
+    /// The rule that was looked for.
+    rule: &'a mut u32,
     fib_result: u32,
     /// Whether the kernel is to look after the next hop's link address.
     is_stale: bool,
@@ -44,14 +50,20 @@ pub struct Kernel<'a> {
 
 impl<'a> Kernel<'a> {
     #[inline(always)]
-    pub fn new(context: &'a TcContext, tun: u32, fib: &'a mut FibLookup) -> Self {
+    pub fn new(
+        context: &'a TcContext,
+        tun: u32,
+        fib: &'a mut FibLookup,
+        rule: &'a mut u32,
+    ) -> Self {
         Self {
             context,
             tun,
-            found: None,
+            found: ptr::null_mut(),
             fib,
+            rule,
             fib_result: BPF_FIB_LKUP_RET_NOT_FWDED,
-            is_stale: true,
+            is_stale: false,
         }
     }
 
@@ -96,7 +108,7 @@ impl<'a> Kernel<'a> {
         }
         // SAFETY: the kernel reads a `bpf_redir_neigh` of this size.
         let verdict = unsafe {
-            bpf_redirect_neigh(self.fib.ifindex, &mut hop, mem::size_of::<NextHop>() as i32, 0)
+            bpf_redirect_neigh(self.fib.ifindex, &mut hop, size_of::<NextHop>() as i32, 0)
         };
         Some(verdict as i32)
     }
@@ -109,6 +121,25 @@ impl<'a> Kernel<'a> {
     }
 }
 
+/// A search that is under way.
+struct UnderWay<'a, Q> {
+    rules: &'a RuleSet,
+    query: &'a Q,
+    rule: *mut u32,
+}
+
+/// Looks at one entry; 1 if no other needs to be looked at.
+extern "C" fn step<Q: Search>(index: u64, under_way: *mut UnderWay<'_, Q>) -> i64 {
+    // SAFETY: `search` made it, and waits.
+    let under_way = unsafe { &*under_way };
+    let is_met = under_way.query.is_met(under_way.rules, index as u32);
+    if is_met {
+        // SAFETY: this CPU's scratch memory.
+        unsafe { *under_way.rule = index as u32 };
+    }
+    is_met.into()
+}
+
 impl Tables for Kernel<'_> {
     #[inline(always)]
     fn now_ns(&self) -> u64 {
@@ -118,12 +149,15 @@ impl Tables for Kernel<'_> {
     #[inline(always)]
     fn find_flow(&mut self, key: &FlowKey) -> bool {
         self.found = maps::flow(key);
-        self.found.is_some()
+        !self.found.is_null()
     }
 
     #[inline(always)]
     fn found<R>(&mut self, change: impl FnOnce(&mut Flow) -> R) -> Option<R> {
-        let flow = self.found?;
+        let flow = self.found;
+        if flow.is_null() {
+            return None;
+        }
         // SAFETY: the kernel keeps the memory of the element until this run of the program is over. Other CPUs and
         // control may read and write it too: integers, of which one write may be lost; and where control removes the
         // element meanwhile, a flow that takes its place may begin with wrong counts. `change` keeps no reference.
@@ -137,7 +171,7 @@ impl Tables for Kernel<'_> {
 
     #[inline(always)]
     fn remove_flow(&mut self, key: &FlowKey) {
-        self.found = None;
+        self.found = ptr::null_mut();
         maps::remove_flow(key);
     }
 
@@ -225,16 +259,29 @@ impl Tables for Kernel<'_> {
         true
     }
 
+    #[inline(always)]
+    fn rule(&mut self) -> &mut u32 {
+        self.rule
+    }
+
+    #[inline(never)]
+    fn search<Q: Search>(&mut self, rules: &RuleSet, count: u32, query: &Q) {
+        let mut under_way = UnderWay { rules, query, rule: self.rule };
+        let step = step::<Q> as extern "C" fn(u64, *mut UnderWay<'_, Q>) -> i64;
+        // SAFETY: the kernel calls `step` with the numbers below `count` and with this very context, which outlives
+        // the call.
+        unsafe {
+            bpf_loop(count, step as *mut c_void, (&raw mut under_way).cast(), 0);
+        }
+    }
+
+    #[inline(always)]
+    fn refresh_next_hop(&mut self) {
+        self.is_stale = true;
+    }
+
     #[inline(never)]
     fn route(&mut self, tuple: &Tuple, len: u32) -> Route {
-        let now_ns = maps::now_ns();
-        // Once in about a second the kernel looks after the next hop.
-        let last_seen_ns = match self.found {
-            // SAFETY: as in `found`.
-            Some(flow) => unsafe { (&raw const (*flow).created_ns).read_volatile() },
-            None => 0,
-        };
-        let _ = (now_ns, last_seen_ns);
         let fib = &mut *self.fib;
         fib.family = if tuple.is_v4 { AF_INET } else { AF_INET6 };
         fib.l4_protocol = tuple.protocol;
@@ -252,7 +299,7 @@ impl Tables for Kernel<'_> {
             fib.__bindgen_anon_3.ipv6_src = tuple.source.0;
             fib.__bindgen_anon_4.ipv6_dst = tuple.destination.0;
         }
-        let size = mem::size_of::<FibLookup>() as i32;
+        let size = size_of::<FibLookup>() as i32;
         // SAFETY: the kernel reads and writes a `bpf_fib_lookup` of this size.
         let result = unsafe { bpf_fib_lookup(self.context.as_ptr(), fib, size, 0) };
         self.fib_result = result as u32;
@@ -275,8 +322,9 @@ impl Tables for Kernel<'_> {
         let mut mtu = len;
         // SAFETY: the kernel reads and writes one word.
         let result = unsafe { bpf_check_mtu(self.context.as_ptr(), self.tun, &mut mtu, 0, 0) };
-        // 1: too long. A device that is gone, or down, is found out when it is given the packet.
-        (result == 1).then_some(mtu)
+        // Of a super-packet it says that all is well, whatever length it was asked about: so its MTU is compared. A device
+        // that is gone, or down, is found out when it is given the packet.
+        (result >= 0 && len > mtu).then_some(mtu)
     }
 
     #[inline(always)]

@@ -1,6 +1,7 @@
 //! The steer program as a table: packets and map states in, verdicts and counters out. The kernel
 //! runs the very program that is attached to NICs.
 
+mod nat;
 mod socket_steering;
 mod tun_steering;
 

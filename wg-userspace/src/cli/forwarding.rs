@@ -17,6 +17,7 @@ use crate::{
     check::{self, Finding, Rule, Severity, Subject},
     config::{Config, ConfigErrors, Forward, Interface, Nat, Problem, Span},
     host::Family,
+    nat::Lines,
 };
 
 /// Lets the host forward packets of IPv4.
@@ -137,6 +138,10 @@ pub fn check(
     if let Some(errors) = ConfigErrors::new(alone.into_iter().map(problem).collect()) {
         return Err(Failure::config(errors));
     }
+    if let Some(refusal) = beyond(config) {
+        let errors = ConfigErrors::new(vec![refusal.problem(config)]);
+        return errors.map_or(Ok(()), |errors| Err(Failure::config(errors)));
+    }
     if bypasses_firewall {
         return Ok(());
     }
@@ -145,6 +150,23 @@ pub fn check(
         Some(errors) => Err(Failure::of_host(errors)),
         None => Ok(()),
     }
+}
+
+/// Why the lines cannot be followed together on any host, if they cannot.
+pub fn beyond(config: &Config) -> Option<Refusal> {
+    let text = Lines::of(&config.interface).check().err()?.to_string();
+    let (message, help) = text.split_once("; ").unwrap_or((&text, "write fewer lines"));
+    let Interface { nat, forward, allow, .. } = &config.interface;
+    let nat = nat.first().map(|nat| nat.span);
+    let forward = forward.first().map(|forward| forward.span);
+    let allow = allow.first().map(|allow| allow.span);
+    Some(Refusal {
+        rule: Rule::Unsupported,
+        message: message.to_owned(),
+        span: nat.or(forward).or(allow)?,
+        label: "the first of these lines",
+        help: help.to_owned(),
+    })
 }
 
 /// Rules of this host's firewall round which lines of the file would send packets; one for each line.
@@ -187,7 +209,7 @@ impl Line {
                     "`#! {name}` would send packets from {input} to {output} round a rule of the \
                      firewall: {program}: `{rule}`"
                 ),
-                "accept them before that rule, where it is a filter's",
+                "accept both ways before that rule, if it is a filter's",
             ),
         };
         let help = format!(

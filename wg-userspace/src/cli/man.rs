@@ -19,9 +19,13 @@ use super::{Code, Failure, args};
 const SECTION: &str = "8";
 
 /// Files that people may look for; `NAME` is an interface's.
-const FILES: [(&str, &str); 3] = [
+const FILES: [(&str, &str); 4] = [
     ("/etc/wireguard/NAME.conf", "The config file of an interface."),
     ("/run/tidegate/NAME.state", "What `tidegate up` did, so that `tidegate down` can undo it."),
+    (
+        "/run/tidegate/NAME.nat",
+        "The socket at which `tidegate` reaches who carries out lines about NAT.",
+    ),
     ("/var/run/wireguard/NAME.sock", "The socket at which wg(8) reaches the daemon."),
 ];
 

@@ -65,7 +65,9 @@ pub fn follow(file: &ConfigFile, text: &str, is_dry: bool, say: Say) -> Result<C
     }
     let plan = Plan::new(interface, &config, &DataPathArgs::default())?;
     let plan = plan.with_routers(&config, &forwarding::with_routers());
-    forwarding::check(interface, &config, false)?;
+    // What goes round the firewall already was looked at, or let, by who brought it up.
+    let is_same = nat::state(interface)?.is_some_and(|state| state.lines == nat::lines_of(&config));
+    forwarding::check(interface, &config, is_same)?;
     let ledger = Ledger::open(interface).map_err(|failure| failure.within(interface))?;
     let ledger = ledger.filter(|ledger| !ledger.record().is_left_over());
     let socket = Socket::find(interface)?.ok_or_else(|| show::not_found(interface))?;

@@ -142,12 +142,23 @@ impl NatThread {
         let shared = Arc::new(Shared { is_on: AtomicBool::new(false), begins });
         let (tell, told) = std::sync::mpsc::channel();
         let (interface, of_thread) = (interface.to_owned(), Arc::clone(&shared));
+        let is_asked = !lines.is_empty();
         let thread = std::thread::Builder::new()
             .name("tidegate-nat".to_owned())
             .spawn(move || run(interface, tun, lines, of_thread, asked, &tell))
             .context("starting the thread of NAT")?;
         let this = Self { commands, shared, thread: Some(thread) };
-        told.recv().context("the thread of NAT has ended")??;
+        match told.recv().context("the thread of NAT has ended").flatten() {
+            Err(error) if is_asked => return Err(error),
+            // Such as no folder for its socket: a device that has no use for it works all the same.
+            Err(error) => {
+                tracing::info!(
+                    error = format!("{error:#}"),
+                    "lines about NAT cannot be taken later"
+                );
+            }
+            Ok(()) => {}
+        }
         Ok(this)
     }
 
@@ -194,50 +205,41 @@ fn run(
     runtime.block_on(async {
         let begun = Service::begin(interface, tun, lines, shared).await;
         match begun {
-            Ok((service, socket, watches)) => {
+            Ok((service, socket, changed)) => {
                 let _ = started.send(Ok(()));
-                service.serve(socket, watches, commands).await;
+                service.serve(socket, &changed, commands).await;
             }
             Err(error) => drop(started.send(Err(error))),
         }
     });
 }
 
-/// What the host tells.
-struct Watches {
-    addresses: Option<AddressWatch>,
-    links: Option<AnyLinkWatch>,
-}
-
-impl Watches {
-    fn new(host: &Host) -> anyhow::Result<Self> {
-        let addresses = Some(AddressWatch::new(host.clone())?);
-        Ok(Self { addresses, links: Some(AnyLinkWatch::new()?) })
-    }
-
-    /// Waits until something has changed. What cannot be watched any more is looked at now and then.
-    async fn changed(&mut self) {
-        let Self { addresses, links } = self;
-        let lost = tokio::select! {
-            outcome = next_of(addresses, async |watch| watch.next().await.map(drop)) => outcome,
-            outcome = next_of(links, async |watch| watch.next().await) => outcome,
-        };
-        if let Err(error) = lost {
-            tracing::warn!(%error, "NAT sees late what changes about addresses and links");
+/// Has `changed` told when something about addresses or links has changed.
+///
+/// Each watch has a task and a socket of its own: a list that is given up half-way would keep the kernel from
+/// beginning another one on the same socket.
+fn watch(changed: &Arc<Notify>) -> anyhow::Result<()> {
+    let mut addresses = AddressWatch::new(Host::new()?)?;
+    let mut links = AnyLinkWatch::new()?;
+    let tell = Arc::clone(changed);
+    tokio::spawn(async move {
+        loop {
+            match addresses.next().await {
+                Ok(_) => tell.notify_one(),
+                Err(error) => return tracing::warn!(%error, "NAT sees late which addresses change"),
+            }
         }
-    }
-}
-
-async fn next_of<W, E>(
-    watch: &mut Option<W>,
-    next: impl AsyncFnOnce(&mut W) -> Result<(), E>,
-) -> Result<(), E> {
-    let Some(watched) = watch else { return std::future::pending().await };
-    let outcome = next(watched).await;
-    if outcome.is_err() {
-        *watch = None;
-    }
-    outcome
+    });
+    let tell = Arc::clone(changed);
+    tokio::spawn(async move {
+        loop {
+            match links.next().await {
+                Ok(()) => tell.notify_one(),
+                Err(error) => return tracing::warn!(%error, "NAT sees late which links change"),
+            }
+        }
+    });
+    Ok(())
 }
 
 /// The file of the socket.
@@ -293,21 +295,22 @@ impl Service {
         tun: u32,
         lines: Lines,
         shared: Arc<Shared>,
-    ) -> anyhow::Result<(Self, Socket, Watches)> {
+    ) -> anyhow::Result<(Self, Socket, Arc<Notify>)> {
         let host = Host::new().context("opening netlink")?;
         // Before anything is read of what they tell.
-        let watches = Watches::new(&host)?;
+        let changed = Arc::new(Notify::new());
+        watch(&changed)?;
         let socket = Socket::bind(&interface)?;
         let empty = Lines::default();
         let mut service = Self { interface, tun, host, shared, lines: empty, running: None };
         service.follow(lines).await.context("following the lines about NAT")?;
-        Ok((service, socket, watches))
+        Ok((service, socket, changed))
     }
 
     async fn serve(
         mut self,
         socket: Socket,
-        mut watches: Watches,
+        changed: &Notify,
         mut commands: mpsc::UnboundedReceiver<Command>,
     ) {
         let mut looks = tokio::time::interval(LOOK_EVERY);
@@ -330,7 +333,7 @@ impl Service {
                 () = tokio::time::sleep(wait), if self.running.is_some() => {
                     wait = self.step();
                 }
-                () = watches.changed() => {
+                () = changed.notified() => {
                     self.look_again().await;
                     tokio::time::sleep(LOOK_BETWEEN).await;
                 }
@@ -515,7 +518,19 @@ impl Running {
         let externals = rules.external_count.max(2).next_power_of_two();
         let options =
             NatOptions { externals: externals.min(EXTERNALS_LEN as u32), ..NatOptions::default() };
-        let nat = Nat::load(options).context("loading the programs of NAT")?;
+        let nat = Nat::load(options).map_err(|error| {
+            let text = error.to_string();
+            tracing::debug!(
+                interface,
+                error = text,
+                "the kernel does not take the programs of NAT"
+            );
+            // Not the verifier's log, which may be long.
+            anyhow::anyhow!(
+                "loading the programs of NAT: {}",
+                text.lines().next().unwrap_or_default()
+            )
+        })?;
         let tables = KernelTables::new(nat).context("reading the tables of NAT")?;
         let room = Room { flows: tables.flows.room(), mappings: tables.mappings.room() };
         let ring_count = tables.nat.external_count() * PROTOCOLS_LEN;

@@ -289,11 +289,6 @@ impl Sweeper {
         self.held.len()
     }
 
-    /// Flows that lived in the latest round.
-    pub fn flow_count(&self) -> usize {
-        self.flow_count_before
-    }
-
     /// What was scarce in the latest round.
     pub fn scarce(&self) -> Scarce {
         self.scarce
@@ -439,10 +434,12 @@ impl Sweeper {
         }
         self.flow_count += 1;
         let is_closed = !is_permit && (self.life.is_closed)(key, flow);
-        if !is_permit {
-            self.living.insert(whom(key));
-        }
         self.note_oldest(is_closed, key, flow);
+        if is_permit {
+            // It ends with its slot, which is there for flows.
+            return Ok(());
+        }
+        self.living.insert(whom(key));
         let round = self.round;
         if flow.slot != NO_SLOT
             && let Some(held) = self.held.get_mut(&flow.slot)
@@ -452,8 +449,7 @@ impl Sweeper {
                 (held.last_seen_ns, held.is_closed) = (0, true);
             }
             held.last_seen_ns = held.last_seen_ns.max(flow.last_seen_ns);
-            // A permit says nothing of flows that are closed.
-            held.is_closed &= is_closed || is_permit;
+            held.is_closed &= is_closed;
         }
         Ok(())
     }

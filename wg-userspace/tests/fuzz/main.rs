@@ -138,6 +138,11 @@ fn cut() {
 }
 
 #[test]
+fn nat() {
+    repeat("nat", 50_000);
+}
+
+#[test]
 fn every_target_is_run_here_and_by_the_fuzzer() {
     let source = include_str!("main.rs");
     for Target { name, .. } in TARGETS {

@@ -99,7 +99,8 @@ pub async fn look(files: &mut [File], findings: &mut [Vec<Finding>]) -> Result<(
         let plan = plan.with_routers(config, &forwarding::with_routers());
         findings.extend(at.firewall(&plan));
         let refusals = forwarding::refusals(interface.as_str(), config);
-        findings.extend(refusals.iter().map(|refusal| refusal.finding(index)));
+        let refusals = refusals.into_iter().chain(forwarding::beyond(config));
+        findings.extend(refusals.map(|refusal| refusal.finding(index)));
         if file.is_good(findings) {
             match up::dry_run(&interface, &host, config, &plan).await {
                 Ok(lines) => file.plan = shown(lines.into_iter()),

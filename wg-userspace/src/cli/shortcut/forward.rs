@@ -56,7 +56,12 @@ fn found(rulesets: &Rulesets, flow: &Flow) -> Option<Found> {
         true => &[State::Established],
         false => &[State::New, State::Established],
     };
-    [Hook::Forward, Hook::Postrouting].into_iter().find_map(|hook| {
+    // Rules that translate are asked about the first packet of a flow alone.
+    let hooks: &[Hook] = match flow.is_answer {
+        true => &[Hook::Forward],
+        false => &[Hook::Forward, Hook::Postrouting],
+    };
+    hooks.iter().find_map(|&hook| {
         let forwarded = Forwarded { flow, hook };
         states.iter().find_map(|&state| {
             let forwarded = Some(&forwarded);
@@ -371,6 +376,9 @@ mod tests {
         let policy = Some("policy drop of chain FORWARD in table filter".to_owned());
         let known = "FORWARD -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT";
         assert_eq!(among(&back(), "DROP", known), None);
+        let docker = "POSTROUTING -s 172.17.0.0/16 ! -o docker0 -j MASQUERADE";
+        assert_eq!(among(&back(), "ACCEPT", docker), None);
+        assert!(among(&service(), "ACCEPT", docker).is_some());
         assert_eq!(among(&back(), "DROP", "FORWARD -i wg0 -o eth0 -j ACCEPT"), policy);
         assert_eq!(among(&back(), "DROP", "FORWARD -i eth0 -d 10.9.0.0/24 -j ACCEPT"), None);
         assert_eq!(among(&service(), "DROP", known), policy);

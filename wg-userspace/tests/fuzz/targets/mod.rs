@@ -13,6 +13,7 @@ pub mod handover;
 pub mod handshake;
 mod host;
 pub mod join;
+pub mod nat;
 pub mod packets;
 pub mod routing;
 pub mod sessions;
@@ -43,6 +44,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "join", run: join::run, seeds: join::seeds },
     Target { name: "routing", run: routing::run, seeds: routing::seeds },
     Target { name: "cut", run: cut::run, seeds: cut::seeds },
+    Target { name: "nat", run: nat::run, seeds: nat::seeds },
 ];
 
 /// Takes values off an input; once it has ended, they are zero.
