@@ -110,6 +110,9 @@ const GO_OUT: Code = Code(Code::OUT << Code::SHIFT);
 const GO_IN: Code = Code(Code::IN << Code::SHIFT);
 const TIME_EXCEEDED: Code = Code(Code::TIME_EXCEEDED << Code::SHIFT);
 
+/// The fragments of a packet are waited for no longer (RFC 8200 §4.5): another one has its identification then.
+const FRAGMENTS_NS: u64 = 60_000_000_000;
+
 /// What is known of a packet while it is judged: too much for a program's stack. Programs have one for each CPU.
 #[derive(Clone, Copy, Debug)]
 pub struct Work {
@@ -1342,6 +1345,9 @@ fn fragment_from_nic<S: Skb, T: Tables>(
 ) -> Code {
     work.fragments = work.tuple.fragments(tables.ifindex());
     let Some(entry) = tables.fragments(&work.fragments) else { return Code::NONE };
+    if tables.now_ns().saturating_sub(entry.created_ns) > FRAGMENTS_NS {
+        return Code::NONE;
+    }
     work.entry = entry;
     if work.entry.verdict == fragment_verdict::PASS {
         return Code::pass(NatEvent::PassedAllowed);

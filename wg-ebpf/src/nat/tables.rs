@@ -113,6 +113,17 @@ impl<'a> Kernel<'a> {
         Some(verdict as i32)
     }
 
+    /// The MTU of a device, if `len` is more.
+    #[inline(always)]
+    fn mtu_below(&self, ifindex: u32, len: u32) -> Option<u32> {
+        let mut mtu = len;
+        // SAFETY: the kernel reads and writes one word.
+        let result = unsafe { bpf_check_mtu(self.context.as_ptr(), ifindex, &mut mtu, 0, 0) };
+        // Of a super-packet it says that all is well, whatever length it was asked about: so its MTU is compared. A device
+        // that is gone, or down, is found out when it is given the packet.
+        (result >= 0 && len > mtu).then_some(mtu)
+    }
+
     /// Sends the packet into the tunnel.
     #[inline(always)]
     pub fn send_in(&self) -> i32 {
@@ -287,7 +298,9 @@ impl Tables for Kernel<'_> {
         fib.l4_protocol = tuple.protocol;
         fib.sport = tuple.source_port;
         fib.dport = tuple.destination_port;
-        fib.__bindgen_anon_1.tot_len = len as u16;
+        // No length: the kernel would hold it against what routers have told of paths as well, which it does not when it
+        // forwards a packet itself.
+        fib.__bindgen_anon_1.tot_len = 0;
         fib.__bindgen_anon_2.rt_metric = 0;
         fib.__bindgen_anon_5.tbid = 0;
         // SAFETY: the context is the one that this run of the program was given.
@@ -304,10 +317,11 @@ impl Tables for Kernel<'_> {
         let result = unsafe { bpf_fib_lookup(self.context.as_ptr(), fib, size, 0) };
         self.fib_result = result as u32;
         match self.fib_result {
-            BPF_FIB_LKUP_RET_SUCCESS | BPF_FIB_LKUP_RET_NO_NEIGH => Route::Out(fib.ifindex),
-            // Without a length it is the device that the packet is too large for, whichever way it is cut.
-            BPF_FIB_LKUP_RET_FRAG_NEEDED if len == 0 => Route::Out(fib.ifindex),
-            BPF_FIB_LKUP_RET_FRAG_NEEDED => Route::TooBig,
+            // That the whole packet is too large for the device says nothing: each segment is held against it.
+            BPF_FIB_LKUP_RET_SUCCESS | BPF_FIB_LKUP_RET_NO_NEIGH | BPF_FIB_LKUP_RET_FRAG_NEEDED => {
+                let to = fib.ifindex;
+                if self.mtu_below(to, len).is_some() { Route::TooBig } else { Route::Out(to) }
+            }
             BPF_FIB_LKUP_RET_NOT_FWDED => Route::Local,
             BPF_FIB_LKUP_RET_BLACKHOLE
             | BPF_FIB_LKUP_RET_UNREACHABLE
@@ -319,12 +333,7 @@ impl Tables for Kernel<'_> {
 
     #[inline(always)]
     fn tunnel_mtu_below(&mut self, len: u32) -> Option<u32> {
-        let mut mtu = len;
-        // SAFETY: the kernel reads and writes one word.
-        let result = unsafe { bpf_check_mtu(self.context.as_ptr(), self.tun, &mut mtu, 0, 0) };
-        // Of a super-packet it says that all is well, whatever length it was asked about: so its MTU is compared. A device
-        // that is gone, or down, is found out when it is given the packet.
-        (result >= 0 && len > mtu).then_some(mtu)
+        self.mtu_below(self.tun, len)
     }
 
     #[inline(always)]

@@ -14,7 +14,7 @@ use super::{
     socket::{self, Socket},
     steps::{self, Context, Step},
 };
-use crate::{config::HookEvent, host::Host, sys::clock};
+use crate::{config::HookEvent, host::Host, keeper::nat, sys::clock};
 
 /// How long a daemon may take to end.
 const END_TIMEOUT: Duration = Duration::from_secs(5);
@@ -244,15 +244,17 @@ impl<'a> TakeDown<'a> {
             tokio::time::sleep(POLL_EVERY).await;
         }
         if Socket::find(interface)?.is_none() {
-            remove_socket(interface);
+            remove_sockets(interface);
         }
         Ok(())
     }
 }
 
-/// A daemon that was killed leaves its socket; mostly there is none.
-fn remove_socket(interface: &InterfaceName) {
-    let _ = std::fs::remove_file(socket::path(interface));
+/// A daemon that was killed leaves its sockets; mostly there are none.
+fn remove_sockets(interface: &InterfaceName) {
+    for path in [socket::path(interface), nat::socket_path(interface.as_str())] {
+        let _ = std::fs::remove_file(path);
+    }
 }
 
 /// Deletes a device that was made by `tidegate run`.
@@ -296,6 +298,6 @@ fn ended(interface: &InterfaceName, daemon: Option<Pid>) -> Result<(), Failure> 
         }
         std::thread::sleep(POLL_EVERY);
     }
-    remove_socket(interface);
+    remove_sockets(interface);
     Ok(())
 }

@@ -1395,8 +1395,23 @@ mod tests {
             (redirect, xsks)
         }
 
+        /// A socket at the far end's port. A process that another test is about to start may hold the one before for a
+        /// moment.
+        fn far_socket(&self) -> UdpSocket {
+            let bind = || UdpSocket::bind("10.7.0.2:7777");
+            for _ in 0..100 {
+                match self.far.run(bind) {
+                    Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+                        std::thread::sleep(Duration::from_millis(10));
+                    }
+                    bound => return bound.unwrap(),
+                }
+            }
+            panic!("the far end's port stays in use");
+        }
+
         fn send_from_far(&self, payloads: impl Iterator<Item = Vec<u8>>) {
-            let socket = self.far.run(|| UdpSocket::bind("10.7.0.2:7777").unwrap());
+            let socket = self.far_socket();
             for payload in payloads {
                 socket.send_to(&payload, "10.7.0.1:51820").unwrap();
             }
@@ -1519,7 +1534,7 @@ mod tests {
         require_root!();
         let wire = Wire::new(2);
         let mut xsk = wire.bind(0).unwrap();
-        let socket = wire.far.run(|| UdpSocket::bind("10.7.0.2:7777").unwrap());
+        let socket = wire.far_socket();
         socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
         let pooled = xsk.pool.pooled();
         for round in 0..50_u8 {
@@ -1632,7 +1647,7 @@ mod tests {
         }
         // And by each something leaves.
         for (at, wire) in [(0, &wire), (1, &wire), (2, &other)] {
-            let socket = wire.far.run(|| UdpSocket::bind("10.7.0.2:7777").unwrap());
+            let socket = wire.far_socket();
             socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
             for i in 0..200 {
                 let packet = datagram(&[at as u8, i, 9]);
