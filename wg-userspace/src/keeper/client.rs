@@ -47,6 +47,9 @@ pub struct Begin {
     pub memories: Vec<Option<OwnedFd>>,
 }
 
+/// The pool of a UMEM, the first XSK of it, and the places for others.
+pub type XskWithPlaces = (Pool, Xsk, Vec<Place>);
+
 /// Why there is no XSK for a queue.
 #[derive(Debug, thiserror::Error)]
 pub enum NoXsk {
@@ -216,9 +219,8 @@ impl Keeper {
         done(self.ask(&Request::SetMark { device, fwmark }).0)
     }
 
-    /// An XSK on a queue of a NIC, in the steer program's map, and whether it is zero-copy; with a UMEM of
-    /// its own that so many can share, of which so many chunks are to be sent, beside its pool and the other
-    /// places.
+    /// An XSK on a queue of a NIC, in the steer program's map, with a UMEM of its own that so many can share, of
+    /// which so many chunks are to be sent; and whether it is zero-copy.
     ///
     /// # Errors
     /// Why there is none.
@@ -227,7 +229,7 @@ impl Keeper {
         nic: &NamedNic,
         at: XskAt,
         places: (usize, u32),
-    ) -> Result<((Pool, Xsk, Vec<Place>), bool), NoXsk> {
+    ) -> Result<(XskWithPlaces, bool), NoXsk> {
         let unbound = self.open_xsk(nic, false)?;
         // Before it is bound: later, older kernels map no rings.
         let made = Xsk::from_unbound(unbound, places, nic.ifindex, at.queue)

@@ -1402,7 +1402,7 @@ mod tests {
             for _ in 0..100 {
                 match self.far.run(bind) {
                     Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-                        std::thread::sleep(Duration::from_millis(10));
+                        sleep(Duration::from_millis(10));
                     }
                     bound => return bound.unwrap(),
                 }
