@@ -6,7 +6,7 @@ use std::{
     str::FromStr,
 };
 
-use clap::builder::{EnumValueParser, TypedValueParser};
+use clap::builder::{EnumValueParser, FalseyValueParser, TypedValueParser};
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 use wg_common::map::HEARTBEATS_LEN;
@@ -156,6 +156,10 @@ pub struct DataPathArgs {
     /// How datagrams come in on those NICs: by XDP, by ordinary sockets, or by what works best
     #[arg(long, value_enum, env = "TIDEGATE_MODE")]
     pub mode: Option<Mode>,
+    /// Have threads ask those NICs for packets themselves while there is work, and the NICs interrupt less
+    /// often; a thread that has none sleeps all the same
+    #[arg(long, env = "TIDEGATE_BUSY_POLL", value_parser = FalseyValueParser::new())]
+    pub busy_poll: bool,
     /// What seals and opens packets; it changes nothing but speed
     #[arg(long, env = "TIDEGATE_AEAD", default_value = "auto", value_parser = aead_choice())]
     pub aead: AeadChoice,
@@ -190,6 +194,7 @@ impl DataPathArgs {
     pub fn fill_from(&mut self, file: &Directives) {
         self.xdp = self.xdp.take().or_else(|| file.nics().map(Nics));
         self.mode = self.mode.or_else(|| file.mode());
+        self.busy_poll |= file.busy_poll();
         let of_file = file.workers.as_ref().map(|workers| workers.value);
         self.workers = self.workers.or(of_file.and_then(|count| count.try_into().ok()));
     }
@@ -400,6 +405,7 @@ mod tests {
         let run = run("tidegate run --xdp eth0,eth1,eth0 --mode native --workers 4 wg0");
         assert_eq!(run.data_path.xdp().unwrap(), ["eth0", "eth1"]);
         assert_eq!(run.data_path.mode, Some(Mode::Native));
+        assert!(!run.data_path.busy_poll);
         assert_eq!(run.data_path.workers, Some(4));
     }
 
@@ -422,7 +428,7 @@ mod tests {
 
     #[test]
     fn the_file_says_what_nobody_else_does() {
-        let text = "[Interface]\n#! Xdp = eth9 mode=udp\n#! Workers = 7\n";
+        let text = "[Interface]\n#! Xdp = eth9 mode=udp busy-poll\n#! Workers = 7\n";
         let (file, problems) = crate::config::directives("wg0.conf", text);
         assert!(problems.is_empty());
         for (line, nics, mode, workers) in [
@@ -436,6 +442,7 @@ mod tests {
             data_path.fill_from(&file);
             assert_eq!(data_path.xdp().unwrap(), nics, "{line}");
             assert_eq!((data_path.mode, data_path.workers), (Some(mode), Some(workers)), "{line}");
+            assert!(data_path.busy_poll, "{line}");
         }
     }
 

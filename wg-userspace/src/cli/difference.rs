@@ -11,6 +11,7 @@ use ipnet::IpNet;
 use super::{
     forwarding,
     ledger::Noted,
+    nic_settings,
     running::{Running, RunningPeer},
     steps::{RuleKind, Step},
 };
@@ -350,6 +351,7 @@ pub fn of_host(noted: &[Noted], wanted: &[Step], present: &Present) -> HostDiffe
 fn is_compared(step: &Step) -> bool {
     match step {
         Step::Hook(_) | Step::Daemon | Step::Configure | Step::Mtu(_) | Step::LinkUp => false,
+        Step::Sysctl { key, .. } if nic_settings::is_one(key) => false,
         Step::Mark(_)
         | Step::Address(_)
         | Step::Dns { .. }

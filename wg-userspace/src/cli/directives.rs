@@ -57,6 +57,11 @@ impl Directives {
         Some(xdp.interfaces.iter().map(|nic| nic.value.clone()).collect())
     }
 
+    /// Whether threads are to ask those NICs for packets themselves.
+    pub fn busy_poll(&self) -> bool {
+        self.xdp.as_ref().is_some_and(|xdp| xdp.busy_poll)
+    }
+
     /// How datagrams are to come in.
     pub fn mode(&self) -> Option<daemon::Mode> {
         Some(match self.xdp.as_ref()?.mode.as_ref()?.value {

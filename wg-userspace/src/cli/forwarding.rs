@@ -11,6 +11,7 @@ use ipnet::IpNet;
 use super::{
     Failure,
     name::InterfaceName,
+    nic_settings,
     shortcut::{Firewall, Flow, Obstacle},
 };
 use crate::{
@@ -58,6 +59,10 @@ pub fn word(key: &str, value: &str, before: &str) -> Option<String> {
         key if key.ends_with("/accept_ra") => {
             "else a host that forwards would forget the default \
             route of which routers have told it there"
+        }
+        key if nic_settings::is_one(key) => {
+            let why = "it interrupts less often while it is polled";
+            return Some(format!("{key} is {value}, and was {before}: {why}; `down` sets it back"));
         }
         _ => return None,
     };

@@ -120,6 +120,9 @@ fn command(options: &daemon::Options, log: Option<&str>) -> std::io::Result<Comm
     for (nic, reason) in &options.by_socket {
         command.arg(format!("--by-socket={nic}={reason}"));
     }
+    if options.busy_poll {
+        command.arg("--busy-poll");
+    }
     if let Some(workers) = options.workers {
         command.arg(format!("--workers={workers}"));
     }

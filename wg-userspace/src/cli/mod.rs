@@ -26,6 +26,7 @@ mod ledger;
 mod man;
 mod name;
 mod nat;
+mod nic_settings;
 mod peer;
 mod peer_names;
 mod plan;

@@ -14,6 +14,7 @@ use super::{
     hooks,
     ledger::Hook,
     name::InterfaceName,
+    nic_settings,
     steps::{RuleKind, Step},
     tables,
 };
@@ -195,7 +196,8 @@ impl Plan {
         steps.extend([Step::Daemon, Step::Configure]);
         steps.extend(self.addresses.iter().copied().map(Step::Address));
         steps.push(Step::Mtu(self.mtu));
-        steps.extend(self.settings.iter().map(|(key, value)| {
+        let of_nics = nic_settings::settings(&self.daemon);
+        steps.extend(of_nics.iter().chain(&self.settings).map(|(key, value)| {
             let value = (*value).to_owned();
             Step::Sysctl { key: key.clone(), value, before: None }
         }));
@@ -275,6 +277,7 @@ fn daemon_options(
         xdp: arguments.xdp().map_or_else(file_nics, <[String]>::to_vec),
         by_socket: Vec::new(),
         mode: arguments.mode.or(file_mode).unwrap_or(daemon::Mode::Auto),
+        busy_poll: arguments.busy_poll || file.is_some_and(|xdp| xdp.busy_poll),
         aead: arguments.aead,
         workers: arguments.workers.map(usize::from).or(file_workers),
         peer_source: arguments.peer_source.clone(),

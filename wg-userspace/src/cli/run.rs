@@ -127,6 +127,7 @@ fn options(arguments: &args::Run) -> Result<daemon::Options, Failure> {
         xdp: data_path.xdp().unwrap_or_default().to_vec(),
         by_socket: arguments.by_socket.clone(),
         mode: data_path.mode.unwrap_or(daemon::Mode::Auto),
+        busy_poll: data_path.busy_poll,
         aead: data_path.aead,
         workers: data_path.workers.map(usize::from),
         peer_source: data_path.peer_source.clone(),

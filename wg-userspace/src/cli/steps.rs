@@ -21,6 +21,7 @@ use super::{
     forwarding, hooks,
     ledger::{self, Ledger},
     name::InterfaceName,
+    nic_settings,
     plan::{SRC_VALID_MARK, tunnel_mtu},
     programs::Program,
     socket::Socket,
@@ -63,9 +64,9 @@ pub enum Step {
         /// The routing table.
         table: u32,
     },
-    /// Sets a value below `/proc/sys`.
+    /// Sets a value below `/proc/sys`, or of a NIC.
     Sysctl {
-        /// Path below `/proc/sys`.
+        /// Path below `/proc/sys`; of a NIC a whole one.
         key: String,
         /// What it is set to.
         value: String,
@@ -328,6 +329,9 @@ impl Step {
                 };
                 one(format!("ip {option} route add {prefix} dev {interface}{table}"))
             }
+            Step::Sysctl { key, value, .. } if nic_settings::is_one(key) => {
+                one(format!("echo {value} > {key}"))
+            }
             Step::Sysctl { key, value, .. } => {
                 one(format!("sysctl -q {}={value}", forwarding::sysctl_name(key)))
             }
@@ -385,6 +389,7 @@ fn before_of_others(interface: &InterfaceName, key: &str) -> Option<String> {
 }
 
 fn sysctl_path(key: &str) -> PathBuf {
+    // Of a whole path nothing stands before it.
     PathBuf::from("/proc/sys").join(key)
 }
 

@@ -274,6 +274,8 @@ pub struct Xdp {
     pub mode: Option<Spanned<Mode>>,
     /// How many queues of each NIC, at least 1; `None`: all. This version does not follow it.
     pub queues: Option<Spanned<u32>>,
+    /// Whether threads ask the NICs for packets themselves while they have work.
+    pub busy_poll: bool,
     /// Whether rules of the host's firewall that XDP goes round may stay without effect.
     pub bypass_firewall: bool,
 }

@@ -9,6 +9,7 @@ use ipnet::IpNet;
 use wg_common::map::{HEARTBEATS_LEN, QUEUES_LEN};
 use zeroize::Zeroizing;
 
+use super::instructions::BUSY_POLL;
 use super::instructions::read::meant;
 use super::keys::Key;
 use super::lines::Text;
@@ -375,10 +376,18 @@ pub(super) fn workers(value: Text<'_>) -> Result<usize, Mistake> {
 pub(super) fn xdp(value: Text<'_>) -> Result<Xdp, Mistake> {
     const FORM: &str = "write `#! Xdp = eth0,eth1`, and `mode=auto`, `native` or `udp` after it";
     const MODES: [&str; 4] = ["auto", "zerocopy", "native", "udp"];
-    let mut xdp = Xdp { interfaces: Vec::new(), mode: None, queues: None, bypass_firewall: false };
+    let mut xdp = Xdp {
+        interfaces: Vec::new(),
+        mode: None,
+        queues: None,
+        busy_poll: false,
+        bypass_firewall: false,
+    };
     for word in words(value) {
         if word.raw.eq_ignore_ascii_case("bypass-firewall") {
             xdp.bypass_firewall = true;
+        } else if word.raw.eq_ignore_ascii_case(BUSY_POLL) {
+            xdp.busy_poll = true;
         } else if let Some((name, option)) = word.split_once('=') {
             match (&*name.raw.to_ascii_lowercase(), &*option.raw.to_ascii_lowercase()) {
                 ("mode", _) if xdp.mode.is_some() => {
@@ -409,7 +418,7 @@ pub(super) fn xdp(value: Text<'_>) -> Result<Xdp, Mistake> {
                 _ => {
                     let mistake = Mistake::new(format!("unknown option `{}`", name.quoted()))
                         .at(name.span(), "not an option of `Xdp`");
-                    return Err(meant(mistake, name, &["mode", "queues"], FORM));
+                    return Err(meant(mistake, name, &["mode", "queues", BUSY_POLL], FORM));
                 }
             }
         } else if !is_interface_name(word.raw) {

@@ -78,6 +78,8 @@ pub struct Options {
     pub by_socket: Vec<(String, String)>,
     /// Which back end to use.
     pub mode: Mode,
+    /// Whether threads ask those NICs for packets themselves while they have work.
+    pub busy_poll: bool,
     /// Which back end seals and opens.
     pub aead: AeadChoice,
     /// Number of workers; the CPUs this process may run on if not given.

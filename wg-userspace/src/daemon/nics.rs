@@ -237,6 +237,7 @@ impl Nics {
     /// Has an XSK bound to each queue of a NIC. Some bring the pool of a UMEM that those after them share.
     fn bind(&self, named: &NamedNic) -> Result<Vec<(WorkerId, XskPort, Option<Pool>)>, Error> {
         let (mut ports, mut held, mut bound) = (Vec::new(), Vec::new(), Vec::new());
+        let busy_polls = matches!(&named.plan, Plan::Xsk(XskPlan { busy_poll: Some(Ok(())), .. }));
         let may_send = matches!(&named.plan, Plan::Xsk(XskPlan { by_socket: None, .. }));
         for queue in 0..named.queue_count {
             let Some(kind) = Kind::of(named, queue, self.crew.thread_count()) else { break };
@@ -253,7 +254,8 @@ impl Nics {
                     if transmits {
                         self.crew.note_transmits();
                     }
-                    let port = XskPort::new(xsk, named.ifindex, transmits);
+                    let mut port = XskPort::new(xsk, named.ifindex, transmits);
+                    port.busy_polls = busy_polls;
                     ports.push((kind.worker, port, pool));
                 }
                 Err(error) => {

@@ -111,6 +111,8 @@ pub struct XskPort {
     pub dropped: [u64; 2],
     /// Whether packets leave by it, too. Else sockets send.
     pub transmits: bool,
+    /// Whether this thread looks for packets in the kernel's place while it has work.
+    pub busy_polls: bool,
     /// What is known of its tx ring.
     pub(super) tx: TxState,
 }
@@ -119,7 +121,8 @@ impl XskPort {
     /// An XSK that is bound on the NIC with this index.
     pub fn new(mut xsk: Xsk, ifindex: u32, transmits: bool) -> Self {
         xsk.set_apart_to_send(if transmits { TX_CHUNKS } else { 0 });
-        Self { xsk, ifindex, dropped: [0; 2], transmits, tx: TxState::default() }
+        let tx = TxState::default();
+        Self { xsk, ifindex, dropped: [0; 2], transmits, busy_polls: false, tx }
     }
 }
 
@@ -310,6 +313,10 @@ impl WorkerThread {
 
     /// Takes frames from an XSK, at most [`BATCHES_MAX`] batches. Says whether there may be more.
     fn receive_frames(&mut self, port: usize, now: Now) -> bool {
+        let XskPort { xsk, busy_polls, .. } = &mut self.ports.ports[port];
+        if *busy_polls {
+            xsk.poll_nic();
+        }
         let mut costly = 0;
         for _ in 0..BATCHES_MAX {
             let (is_full, count) = self.receive_batch(port, now);

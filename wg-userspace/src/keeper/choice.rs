@@ -36,6 +36,8 @@ pub struct Facts {
     pub attached: Option<Result<(), String>>,
     /// Why sockets are to send in any case, if they are.
     pub by_socket: Option<String>,
+    /// Whether threads are to ask it for packets, and why they cannot, if they cannot; nothing if nobody wants that.
+    pub busy_poll: Option<Result<(), String>>,
 }
 
 /// Why no queues are set apart for our ports.
@@ -91,6 +93,8 @@ pub struct XskPlan {
     pub chunk_size: u32,
     /// Why sockets are to send in any case, if they are.
     pub by_socket: Option<String>,
+    /// As [`Facts::busy_poll`].
+    pub busy_poll: Option<Result<(), String>>,
     /// Why it is so.
     pub reason: String,
 }
@@ -189,7 +193,8 @@ fn xsk_plan(asked: Mode, facts: &Facts) -> XskPlan {
             &format!("; packets longer than {takes} bytes (MTU {}) pass to the socket", facts.mtu);
     }
     let (must, by_socket) = (asked == Mode::ZeroCopy, facts.by_socket.clone());
-    XskPlan { zero_copy, must, chunk_size, by_socket, reason }
+    let busy_poll = facts.busy_poll.clone();
+    XskPlan { zero_copy, must, chunk_size, by_socket, busy_poll, reason }
 }
 
 /// The chunk in which packets of an interface with this MTU have room, or the largest; and the longest
@@ -234,6 +239,11 @@ pub fn choice(plan: &Plan, bound: &[Bound]) -> Choice {
     }
     if let Some(why) = by_socket {
         reason += &format!("; sockets send: {why}");
+    }
+    match &plan.busy_poll {
+        None => {}
+        Some(Ok(())) => reason += "; polled by threads that have work",
+        Some(Err(why)) => reason += &format!("; no busy polling: {why}"),
     }
     Choice { receive: by, transmit, reason }
 }
@@ -341,6 +351,7 @@ mod tests {
             apart: Ok(BTreeSet::from([3])),
             attached: Some(Ok(())),
             by_socket: None,
+            busy_poll: None,
         }
     }
 
@@ -501,6 +512,20 @@ mod tests {
         // Where they would not send anyway, there is nothing to tell.
         let chosen = with(&[const { Bound::Copy }; 4]);
         assert!(chosen.transmit == By::Socket && !chosen.reason.contains("a rule"));
+    }
+
+    #[test]
+    fn what_comes_of_busy_polling_is_said() {
+        let with = |busy_poll: Option<Result<(), &str>>| {
+            let busy_poll = busy_poll.map(|can| can.map_err(str::to_owned));
+            choice(&plan(Mode::Native, &Facts { busy_poll, ..facts() }), &[Bound::Copy]).reason
+        };
+        assert_eq!(with(None), "native XDP, as asked for");
+        assert_eq!(
+            with(Some(Ok(()))),
+            "native XDP, as asked for; polled by threads that have work"
+        );
+        assert_eq!(with(Some(Err("no"))), "native XDP, as asked for; no busy polling: no");
     }
 
     fn rule(port: Option<u16>, target: RuleTarget) -> Rule {

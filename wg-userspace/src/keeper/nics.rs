@@ -12,12 +12,14 @@ use super::protocol::NamedNic;
 use crate::bpf::{Steer, SteerOptions};
 use crate::daemon::{Error, Mode, Options};
 use crate::host::{Host, Link, xdp_features};
-use crate::sys::ethtool;
+use crate::sys::{ethtool, xdp};
 use crate::xsk::{self, BindMode, XskError, XskOptions};
 
 /// The NICs that were named, and the kernel side.
 pub struct Nics {
     mode: Mode,
+    /// Whether threads are to ask NICs for packets, and why this kernel cannot, if it cannot.
+    busy_poll: Option<Result<(), String>>,
     /// The kernel side, if it was wanted and loads.
     pub steer: Option<Steer>,
     /// Why it does not load.
@@ -79,8 +81,17 @@ impl Nics {
             bound: BTreeSet::new(),
         };
         let named = options.xdp.iter().map(nic).collect();
-        let mut nics =
-            Self { mode: options.mode, steer: None, not_loaded: None, named, generation: 0 };
+        let busy_poll = options.busy_poll.then(|| {
+            xdp::can_busy_poll().map_err(|error| format!("the kernel refuses it: {error}"))
+        });
+        let mut nics = Self {
+            mode: options.mode,
+            busy_poll,
+            steer: None,
+            not_loaded: None,
+            named,
+            generation: 0,
+        };
         if options.mode != Mode::Udp && !options.xdp.is_empty() {
             let log = tracing::enabled!(target: "wg_ebpf", tracing::Level::DEBUG);
             match Steer::load(SteerOptions { log, ..SteerOptions::new(indexes) }) {
@@ -148,7 +159,14 @@ impl Nics {
         let ours = self.steer.as_ref().and_then(Steer::program_id);
         let foreign = link.and_then(|link| link.xdp_program).filter(|&id| Some(id) != ours);
         let by_socket = &nic.by_socket;
-        let facts = link.map(|link| Facts { by_socket: by_socket.clone(), ..facts(link, ports) });
+        let facts = link.map(|link| Facts {
+            by_socket: by_socket.clone(),
+            busy_poll: self.busy_poll.clone().map(|can| {
+                let of_veth = "nothing interrupts for a veth: who sends brings its packets in";
+                if link.is_veth { Err(of_veth.to_owned()) } else { can }
+            }),
+            ..facts(link, ports)
+        });
         let same_place = (nic.ifindex, nic.foreign) == (ifindex, foreign);
         let same_facts = match (&nic.facts, &facts) {
             (Some(before), Some(now)) => {
@@ -261,8 +279,12 @@ impl Nics {
             }
         }?;
         // What it is, not what it was asked to be.
-        let is_zero_copy =
-            crate::sys::xdp::is_zero_copy(socket).map_err(|error| refused(&error))?;
+        let is_zero_copy = xdp::is_zero_copy(socket).map_err(|error| refused(&error))?;
+        if plan.busy_poll == Some(Ok(()))
+            && let Err(error) = xdp::prefer_busy_poll(socket)
+        {
+            tracing::warn!(nic = self.named[at].name, queue, %error, "no busy polling");
+        }
         let Some(steer) = &mut self.steer else {
             return Err(refused(&"there is no steer program"));
         };
@@ -277,7 +299,7 @@ impl Nics {
 
 /// Whether an XSK is; nothing if it is none.
 fn is_zero_copy(socket: &OwnedFd) -> Option<bool> {
-    crate::sys::xdp::is_zero_copy(socket).ok()
+    xdp::is_zero_copy(socket).ok()
 }
 
 fn options(plan: &XskPlan) -> XskOptions {
@@ -299,6 +321,7 @@ fn facts(link: &Link, ports: &[u16]) -> Facts {
         apart: set_apart(name, queue_count, ports),
         attached: None,
         by_socket: None,
+        busy_poll: None,
     }
 }
 

@@ -1,7 +1,7 @@
 //! The calls behind AF_XDP sockets. What the shared memory means is `xsk`'s.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 
 use rustix::net::xdp::{
     SocketAddrXdp, SocketAddrXdpFlags, SocketAddrXdpWithSharedUmem, XDP_PGOFF_RX_RING,
@@ -197,6 +197,39 @@ pub fn bind_sharing(
 pub fn is_zero_copy(socket: impl AsFd) -> io::Result<bool> {
     let options = sockopt::xdp_options(socket)?;
     Ok(options.contains(XdpOptionsFlags::XDP_OPTIONS_ZEROCOPY))
+}
+
+/// Whether the kernel lets who has a socket run the NIC's side of it ([`prefer_busy_poll`]).
+///
+/// # Errors
+/// `ENOPROTOOPT` on one that does not, or before Linux 5.11; `EPERM` without `CAP_NET_ADMIN`.
+pub fn can_busy_poll() -> io::Result<()> {
+    let flags = SocketFlags::CLOEXEC;
+    prefer_busy_poll(socket_with(AddressFamily::INET, SocketType::DGRAM, flags, None)?)
+}
+
+/// Has each call that looks for packets on the socket, [`wake_rx`] and [`wake_tx`] for an XSK, do what the NIC's
+/// interrupt would have done, for at most [`POLLED_PER_CALL`] packets. Interrupts stay off as long as such calls come
+/// often enough, if the NIC was told to put them off (`napi_defer_hard_irqs`, `gro_flush_timeout`).
+///
+/// # Errors
+/// As [`can_busy_poll`].
+pub fn prefer_busy_poll(socket: impl AsFd) -> io::Result<()> {
+    set_option(&socket, libc::SO_PREFER_BUSY_POLL, 1)?;
+    // Not to be 0; how long a call that may wait would look.
+    set_option(&socket, libc::SO_BUSY_POLL, 20)?;
+    set_option(&socket, libc::SO_BUSY_POLL_BUDGET, POLLED_PER_CALL)
+}
+
+/// Packets that a call looks at on a NIC that is polled: a driver's usual share.
+const POLLED_PER_CALL: libc::c_int = 64;
+
+fn set_option(socket: &impl AsFd, name: libc::c_int, value: libc::c_int) -> io::Result<()> {
+    let (len, value) = (size_of_val(&value) as libc::socklen_t, &raw const value);
+    let socket = socket.as_fd().as_raw_fd();
+    // SAFETY: the kernel reads `len` bytes of an integer that outlives the call.
+    let outcome = unsafe { libc::setsockopt(socket, libc::SOL_SOCKET, name, value.cast(), len) };
+    if outcome == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// What the kernel counts for an XSK (`XDP_STATISTICS`).

@@ -528,6 +528,15 @@ impl Xsk {
         frames.len() - before
     }
 
+    /// Looks for packets in the kernel's place, unless some wait already, if the socket
+    /// [prefers that](xdp::prefer_busy_poll).
+    pub fn poll_nic(&mut self) {
+        if self.rx.is_empty() {
+            // An interface that is down has none.
+            let _ = self.backing.wake_rx();
+        }
+    }
+
     /// Takes a frame back that is of no more use; its chunk will be received into again.
     ///
     /// The kernel hears of it from time to time, and at the latest with the last frame.
@@ -973,6 +982,19 @@ mod tests {
         // Without anything to send there is nothing to say.
         xsk.xsk.kick().unwrap();
         assert_eq!(kernel.wakes(), [2, 2]);
+    }
+
+    #[test]
+    fn a_nic_is_polled_unless_packets_wait() {
+        let (mut xsk, mut kernel) = pair(1, 0, SMALL);
+        xsk.xsk.poll_nic();
+        assert_eq!(kernel.wakes(), [1, 0]);
+        assert!(kernel.deliver(b"packet"));
+        xsk.xsk.poll_nic();
+        assert_eq!(kernel.wakes(), [1, 0]);
+        assert_eq!(receive(&mut xsk).len(), 1);
+        xsk.xsk.poll_nic();
+        assert_eq!(kernel.wakes(), [2, 0]);
     }
 
     #[test]
@@ -1463,6 +1485,24 @@ mod tests {
     }
 
     #[test]
+    fn who_polls_the_nic_gets_what_comes_in_order() {
+        require_root!();
+        if let Err(error) = xdp::can_busy_poll() {
+            let test = "who_polls_the_nic_gets_what_comes_in_order";
+            return crate::sys::netns::report_skipped(test, &error.to_string());
+        }
+        let wire = Wire::new(12);
+        let (_redirect, mut xsks) = wire.steer();
+        xsks.iter().for_each(|xsk| xdp::prefer_busy_poll(&xsk.xsk).unwrap());
+        for round in 0..4_u8 {
+            let sent: Vec<_> = (0..1000).map(|i: usize| vec![round; i % 1400 + 1]).collect();
+            wire.send_from_far(sent.iter().cloned());
+            xsks.iter_mut().for_each(|xsk| xsk.xsk.poll_nic());
+            assert_eq!(payloads(&mut xsks, 1000), sent);
+        }
+    }
+
+    #[test]
     fn a_bound_xsk_is_rebuilt_with_what_waits_in_its_rings() {
         require_root!();
         let wire = Wire::new(1);
@@ -1620,13 +1660,18 @@ mod tests {
         require_root!();
         // Two NICs; of the first both queues.
         let (wire, other) = (Wire::new(7), Wire::new(8));
-        let (mut pool, first, mut places) = bind_first(&wire, 0, 3);
+        let (mut pool, first, mut places) = bind_first(&wire, 0, 4);
         let mut place = || places.pop().unwrap();
         let second = bind_beside(&wire, 1, place(), &first).unwrap();
         // Sockets belong to namespaces; UMEMs do not.
         let third = bind_beside(&other, 0, place(), &first).unwrap();
-        let mut xsks = vec![first, second, third];
-        xsks.iter_mut().for_each(|xsk| pool.admit(xsk));
+        // Which queue a flow comes by is the kernel's to say.
+        let fourth = bind_beside(&other, 1, place(), &first).unwrap();
+        let mut xsks = vec![first, second, third, fourth];
+        for xsk in &mut xsks {
+            xsk.set_apart_to_send(40);
+            pool.admit(xsk);
+        }
         assert!(xsks.iter().all(|xsk| !xsk.is_zero_copy().unwrap()));
         // Copies leave by calls only; those that share have what the first asked for.
         assert!(xsks.iter().all(|xsk| xsk.tx.needs_wakeup()));
@@ -1635,6 +1680,7 @@ mod tests {
         redirects[0].set(0, &xsks[0]).unwrap();
         redirects[0].set(1, &xsks[1]).unwrap();
         redirects[1].set(0, &xsks[2]).unwrap();
+        redirects[1].set(1, &xsks[3]).unwrap();
         for round in 0..10_u8 {
             for wire in [&wire, &other] {
                 let mut sent: Vec<_> = (0..1000).map(|i| vec![round; i % 1400 + 1]).collect();
@@ -1646,7 +1692,7 @@ mod tests {
             }
         }
         // And by each something leaves.
-        for (at, wire) in [(0, &wire), (1, &wire), (2, &other)] {
+        for (at, wire) in [(0, &wire), (1, &wire), (2, &other), (3, &other)] {
             let socket = wire.far_socket();
             socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
             for i in 0..200 {

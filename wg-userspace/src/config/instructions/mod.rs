@@ -100,6 +100,8 @@ pub struct Limit {
 
 /// The word that lets packets go round the firewall.
 const BYPASS_FIREWALL: &str = "bypass-firewall";
+/// The word that has threads ask NICs for packets.
+pub(super) const BUSY_POLL: &str = "busy-poll";
 
 /// What a switch says.
 const ON: &str = "on";
@@ -267,6 +269,9 @@ impl fmt::Display for Xdp {
         }
         if let Some(queues) = &self.queues {
             write!(f, " queues={}", queues.value)?;
+        }
+        if self.busy_poll {
+            write!(f, " {BUSY_POLL}")?;
         }
         write_bypass(f, self.bypass_firewall)
     }

@@ -45,7 +45,7 @@ fn all_forms_are_read_whatever_their_case_and_blanks() {
         #! Allow = 10.9.0.2->0.0.0.0/0 udp\n\
         #! Allow = fd09::/64 -> fd20::/64\n\
         #! Allow = fd09::/64 -> fd20::/64 ICMP\n\
-        #! Xdp = eth0 ,eth1 queues=4 Bypass-Firewall mode=ZeroCopy\n\
+        #! Xdp = eth0 ,eth1 queues=4 Bypass-Firewall Busy-Poll mode=ZeroCopy\n\
         #! Workers = 4\n\
         #! mssclamp = Off # for a reason\n\
         #!CopyDscp=ON";
@@ -60,7 +60,7 @@ fn all_forms_are_read_whatever_their_case_and_blanks() {
         "#! Allow = 10.9.0.2/32 -> 0.0.0.0/0 udp",
         "#! Allow = fd09::/64 -> fd20::/64",
         "#! Allow = fd09::/64 -> fd20::/64 icmp",
-        "#! Xdp = eth0,eth1 mode=zerocopy queues=4 bypass-firewall",
+        "#! Xdp = eth0,eth1 mode=zerocopy queues=4 busy-poll bypass-firewall",
         "#! Workers = 4",
         "#! MssClamp = off",
         "#! CopyDscp = on",
@@ -412,11 +412,12 @@ fn any_allow() -> impl Strategy<Value = Allow> {
 fn any_xdp() -> impl Strategy<Value = Xdp> {
     let modes = prop::sample::select(vec![Mode::Auto, Mode::ZeroCopy, Mode::Native, Mode::Udp]);
     let interfaces = btree_set(any_interface(), 1..4);
-    (interfaces, option::of(modes), option::of(1..=512_u32), any::<bool>()).prop_map(
-        |(interfaces, mode, queues, bypass_firewall)| Xdp {
+    (interfaces, option::of(modes), option::of(1..=512_u32), any::<bool>(), any::<bool>()).prop_map(
+        |(interfaces, mode, queues, busy_poll, bypass_firewall)| Xdp {
             interfaces: interfaces.into_iter().map(nowhere).collect(),
             mode: mode.map(nowhere),
             queues: queues.map(nowhere),
+            busy_poll,
             bypass_firewall,
         },
     )
