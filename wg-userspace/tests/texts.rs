@@ -45,6 +45,12 @@ const ARGUMENTS: &[&str] = &[
     "tidegate check ./none.conf",
     "tidegate check ./none.conf ./other.conf ./tgt0.conf",
     "tidegate strip ./none.conf",
+    "tidegate trace tgt0 10.9.0.0/24 192.0.2.1",
+    "tidegate trace tgt0 10.9.0 192.0.2.1",
+    "tidegate trace tgt0 10.9.0.2 192.0.2.1:443",
+    "tidegate trace tgt0 10.9.0.2 192.0.2.1:443/sctp",
+    "tidegate trace tgt0 10.9.0.2 192.0.2.1:443/icmp",
+    "tidegate trace tgt0 10.9.0.2 2001:db8::1",
     "tidegate pubkey < /dev/null",
     "echo SECRET! | tidegate pubkey",
     "tidegate peer add ./none.conf phone",
@@ -73,6 +79,7 @@ const ARGUMENTS: &[&str] = &[
 /// What goes wrong with a host, in the order in which it is tried.
 const HOST: &[&str] = &[
     "tidegate show tg9",
+    "tidegate trace tg9 10.9.0.2 192.0.2.1",
     "tidegate down tg9",
     "tidegate down outer",
     "tidegate reload ./tg9.conf",

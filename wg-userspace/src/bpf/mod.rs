@@ -40,7 +40,7 @@ pub use self::error::{AttachError, BpfError, NatAttachError};
 pub use self::log::LogReader;
 pub use self::nat::{
     Attachment, FlowPages, MappingPages, Nat, NatCounters, NatHook, NatIds, NatOptions, NatRun,
-    NatVerdict, NatView,
+    NatTables, NatVerdict, NatView,
 };
 pub use self::socket_steering::SocketSteering;
 pub use self::tun_steering::TunSteering;

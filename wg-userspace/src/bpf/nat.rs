@@ -2,6 +2,7 @@
 //! `Nat`, `Forward` or `Allow` line has them of its own. What they do stands in [`wg_common::nat`].
 
 mod pages;
+mod tables;
 
 use std::collections::HashMap as StdHashMap;
 use std::net::IpAddr;
@@ -28,6 +29,7 @@ use wg_common::nat::map::{
 use wg_common::outcome::{DropReason, NAT_COUNTER_COUNT, NatEvent};
 
 pub use self::pages::{FlowPages, MappingPages, NatIds, NatView};
+pub use self::tables::NatTables;
 use super::error::NatAttachError;
 use super::{BpfError, NOT_OF_NAT, OBJECT, absent_is_fine, take, words};
 use crate::sys::{SharedWords, link};
@@ -96,6 +98,7 @@ pub struct Nat {
     owners_v6: LpmTrie<MapData, [u8; 16], u32>,
     counters: PerCpuArray<MapData, u64>,
     allow_counters: PerCpuArray<MapData, u64>,
+    early_ids: pages::EarlyIds,
     ebpf: Ebpf,
 }
 
@@ -141,19 +144,23 @@ impl Nat {
             return Err(BpfError::Stale(NAT_COUNTERS));
         }
         let rules = ebpf.take_map(RULES).ok_or(BpfError::Missing(RULES))?;
+        let (free_ports, port_rings) =
+            (words(&mut ebpf, FREE_PORTS)?, words(&mut ebpf, PORT_RINGS)?);
+        let early_ids = pages::EarlyIds::of(&rules, &free_ports.fd, &port_rings.fd)?;
         let nat = Self {
             attached: StdHashMap::new(),
             rules: rules.try_into().map_err(|error| BpfError::map(RULES, error))?,
             flows: take(&mut ebpf, FLOWS)?,
             mappings: take(&mut ebpf, MAPPINGS)?,
             slots: take(&mut ebpf, SLOTS)?,
-            free_ports: words(&mut ebpf, FREE_PORTS)?.words,
-            port_rings: words(&mut ebpf, PORT_RINGS)?.words,
+            free_ports: free_ports.words,
+            port_rings: port_rings.words,
             owner: words(&mut ebpf, OWNER)?.words,
             owners_v4: take(&mut ebpf, OWNERS_V4)?,
             owners_v6: take(&mut ebpf, OWNERS_V6)?,
             counters,
             allow_counters: take(&mut ebpf, ALLOW_COUNTERS)?,
+            early_ids,
             ebpf,
         };
         nat.owner[0].store(OWNER_BY_LINK, Ordering::Relaxed);
@@ -330,22 +337,12 @@ impl Nat {
         self.slots.set(index, ended, 0).map_err(|error| BpfError::map(SLOTS, error))
     }
 
-    /// All flows, in no order. What comes or goes meanwhile may be there or not, and some may come twice.
-    pub fn flows(&self) -> impl Iterator<Item = Result<(FlowKey, Flow), BpfError>> + '_ {
-        self.flows.iter().map(|entry| entry.map_err(|error| BpfError::map(FLOWS, error)))
-    }
-
     /// Ends a flow; one that is not there is no error.
     ///
     /// # Errors
     /// If the kernel refuses.
     pub fn remove_flow(&mut self, key: &FlowKey) -> Result<(), BpfError> {
         absent_is_fine(self.flows.remove(key)).map_err(|error| BpfError::map(FLOWS, error))
-    }
-
-    /// All mappings, as [`Nat::flows`].
-    pub fn mappings(&self) -> impl Iterator<Item = Result<(MappingKey, Mapping), BpfError>> + '_ {
-        self.mappings.iter().map(|entry| entry.map_err(|error| BpfError::map(MAPPINGS, error)))
     }
 
     /// Ends a mapping; one that is not there is no error.

@@ -11,7 +11,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 use wg_common::map::HEARTBEATS_LEN;
 
-use super::{init::Shape, name::InterfaceName, peer};
+use super::{init::Shape, name::InterfaceName, peer, trace};
 use crate::{
     config::Directives,
     daemon::{AeadChoice, DEVICE_COUNT_MAX, Mode},
@@ -20,7 +20,7 @@ use crate::{
 /// The numbers of [`Code`](super::Code), for people.
 pub const EXIT_CODES: &str = "Exit codes: 0 ok · 1 it failed while it ran · 2 wrong usage · \
     3 error in a config file · 4 missing privilege · 5 not found, or there already · \
-    6 works, but not as well as was asked for";
+    6 works, but not as well as was asked for · 7 the packet would be dropped (trace)";
 
 /// A gateway that speaks the WireGuard protocol, with an AF_XDP data path.
 #[derive(Debug, Parser)]
@@ -78,6 +78,9 @@ pub enum Command {
     /// Show interfaces, their peers and what is wrong with them, and the data path in use
     #[command(visible_alias = "status")]
     Show(Show),
+    /// Say step by step what would become of a packet: its peer and worker, the kernel's route, NAT, the rule that
+    /// lets it pass, the way out. Nothing is sent or changed; the kernel's own firewall is not asked
+    Trace(Trace),
     /// End all keys of an interface and make none until it is resumed: for a snapshot of this machine
     Quiesce(Quiesce),
     /// Write commented config files for all ends of a new tunnel, with new keys
@@ -259,6 +262,32 @@ pub struct Show {
     /// name, `nat` for its flows, ports and rules
     #[arg(value_name = "IF")]
     pub interfaces: Vec<String>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `trace`.
+#[derive(Args, Debug)]
+pub struct Trace {
+    /// Name of the interface
+    #[arg(value_name = "IF")]
+    pub interface: InterfaceName,
+    /// From whom: an address, with a port if it matters, such as 10.9.0.2, 10.9.0.2:40000, [fd09::2]:40000. If
+    /// it does not matter, the latest flow says which one
+    #[arg(value_name = "SRC[:PORT]", value_parser = trace::source)]
+    pub source: trace::Source,
+    /// To whom: an address, and what is sent there, such as 192.0.2.1:443/tcp, [2001:db8::1]:53/udp,
+    /// 192.0.2.1/icmp. With the address alone it is the latest flow, or else an echo request
+    #[arg(value_name = "DST[:PORT/PROTO]", value_parser = trace::destination)]
+    pub destination: trace::Destination,
+    /// By which interface it comes in: IF itself if it comes out of the tunnel [default: the one by which
+    /// this host reaches SRC]
+    #[arg(long, value_name = "LINK")]
+    pub by: Option<String>,
+    /// Bytes of the packet, its IP header included [default: no data]
+    #[arg(long, value_name = "BYTES")]
+    pub len: Option<u16>,
     /// Print JSON
     #[arg(long)]
     pub json: bool,
@@ -489,6 +518,11 @@ mod tests {
             "tidegate peer add wg0 no#1",
             "tidegate peer remove wg0",
             "tidegate peer list",
+            "tidegate trace",
+            "tidegate trace wg0 10.9.0.2",
+            "tidegate trace a/b 10.9.0.2 192.0.2.1",
+            "tidegate trace wg0 10.9.0.2 192.0.2.1:443",
+            "tidegate trace wg0 10.9.0.2 192.0.2.1 --len 70000",
             "tidegate quiesce",
             "tidegate quiesce a/b",
             "tidegate quiesce wg0 wg1",

@@ -25,6 +25,8 @@ pub enum Code {
     Existence = 5,
     /// It works, but not as well as was asked for.
     Degraded = 6,
+    /// The packet that was asked about would be dropped.
+    Dropped = 7,
 }
 
 impl From<Code> for ExitCode {

@@ -40,7 +40,7 @@ const VARIABLES: [(&str, &[&str], &str); 4] = [
     ("WG_HIDE_KEYS", &["show"], "If `never`, secret keys are shown."),
     (
         "WG_COLOR_MODE",
-        &["show", "check"],
+        &["show", "check", "trace"],
         "`always`, `never` or `auto`: whether output has colours.",
     ),
 ];

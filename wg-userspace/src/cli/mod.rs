@@ -49,6 +49,7 @@ mod steps;
 mod strip;
 mod tables;
 mod text;
+mod trace;
 mod troubles;
 mod up;
 
@@ -83,6 +84,7 @@ pub fn main() -> ExitCode {
         Command::Strip { what } => strip::strip(&what),
         Command::Check(arguments) => check::check(&arguments),
         Command::Show(arguments) => show::show(&arguments),
+        Command::Trace(arguments) => trace::trace(&arguments),
         Command::Quiesce(arguments) => quiesce::quiesce(&arguments),
         Command::Init(shape) => init::init(&shape),
         Command::Genkey => keys::genkey(),

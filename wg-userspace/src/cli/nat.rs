@@ -38,8 +38,6 @@ use crate::{
 
 /// The kernel may look at programs for some seconds before it takes them.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
-/// Flows that are read at a time.
-const PAGE: usize = 4096;
 /// Flows and talkers that are shown as text.
 const FLOWS_SHOWN: usize = 50;
 const TALKERS_SHOWN: usize = 10;
@@ -122,7 +120,7 @@ fn ask(interface: &InterfaceName, asked: &Asked) -> Result<Option<Told>, Failure
 /// `show IF nat`
 pub fn show(interface: &InterfaceName, as_json: bool) -> Result<Code, Failure> {
     let Some(state) = state(interface)? else { return Err(show::not_found(interface)) };
-    let report = Report::read(interface, state).map_err(|failure| failure.within(interface))?;
+    let report = NatShown::read(interface, state).map_err(|failure| failure.within(interface))?;
     if as_json {
         let json = serde_json::to_string_pretty(&report).context("writing JSON")?;
         print(&format!("{json}\n"))?;
@@ -132,16 +130,21 @@ pub fn show(interface: &InterfaceName, as_json: bool) -> Result<Code, Failure> {
     Ok(Code::Ok)
 }
 
-/// What is shown.
+/// What `tidegate show IF nat --json` prints.
 #[derive(Debug, Default, Serialize)]
-struct Report {
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct NatShown {
+    /// The name of the interface.
     interface: String,
     /// Lines as in the file.
     lines: Vec<String>,
     /// Interfaces with a program.
     attached: Vec<AttachedReport>,
+    /// How many flows there are.
     flow_count: usize,
+    /// How many there may be.
     flow_count_max: usize,
+    /// Addresses that stand for inner ones.
     externals: Vec<ExternalReport>,
     /// By inner address, who has most bytes first.
     talkers: Vec<Talker>,
@@ -155,16 +158,23 @@ struct Report {
     flows: Vec<FlowReport>,
 }
 
+/// Where a program is.
 #[derive(Debug, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 struct AttachedReport {
+    /// The interface; `tunnel` for the one that was asked about.
     interface: String,
     /// `tcx`, or `clsact` on kernels before 6.6.
     by: &'static str,
 }
 
+/// An external address.
 #[derive(Debug, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 struct ExternalReport {
+    /// The address; nothing if the NIC has none of this family at present.
     address: Option<IpAddr>,
+    /// The NIC that has it.
     nic: String,
     /// Ports in use, by protocol.
     used: BTreeMap<&'static str, u32>,
@@ -172,40 +182,66 @@ struct ExternalReport {
     ports: BTreeMap<&'static str, u32>,
 }
 
+/// An `Allow` line.
 #[derive(Debug, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 struct AllowReport {
+    /// As in the file.
     line: String,
+    /// How many flows it let begin.
     flows: u64,
 }
 
+/// Somebody inside the tunnel.
 #[derive(Debug, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 struct Talker {
+    /// The address.
     inner: IpAddr,
+    /// How many flows it has.
     flow_count: usize,
+    /// Bytes of them from inside.
     bytes_out: u64,
+    /// Bytes of them from outside.
     bytes_in: u64,
 }
 
+/// A flow.
 #[derive(Clone, Debug, Serialize)]
-struct FlowReport {
-    protocol: String,
-    inner: SocketAddr,
-    remote: SocketAddr,
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct FlowReport {
+    /// `tcp`, `udp`, `echo`, or the number of another protocol.
+    pub protocol: String,
+    /// The end inside the tunnel; the port of an echo is its identifier.
+    #[cfg_attr(test, schemars(with = "String"))]
+    pub inner: SocketAddr,
+    /// The other end; port 0 of an echo.
+    #[cfg_attr(test, schemars(with = "String"))]
+    pub remote: SocketAddr,
     /// The external end, if it is translated.
-    external: Option<SocketAddr>,
-    kind: &'static str,
-    state: String,
-    age_s: u64,
-    idle_s: u64,
-    packets_out: u64,
-    packets_in: u64,
-    bytes_out: u64,
-    bytes_in: u64,
+    #[cfg_attr(test, schemars(with = "Option<String>"))]
+    pub external: Option<SocketAddr>,
+    /// `source` (by a `Nat` line) or `forward`; `plain` or `plain_inbound` (begun outside) if it is not translated.
+    pub kind: &'static str,
+    /// Of TCP its state; else whether it was answered.
+    pub state: String,
+    /// Seconds since its first packet.
+    pub age_s: u64,
+    /// Seconds since its last packet.
+    pub idle_s: u64,
+    /// Packets from inside.
+    pub packets_out: u64,
+    /// Packets from outside.
+    pub packets_in: u64,
+    /// Bytes from inside, IP headers included.
+    pub bytes_out: u64,
+    /// Bytes from outside, likewise.
+    pub bytes_in: u64,
 }
 
 const PROTOCOLS: [&str; 3] = ["tcp", "udp", "echo"];
 
-impl Report {
+impl NatShown {
     fn read(interface: &InterfaceName, state: State) -> Result<Self, Failure> {
         let State { lines, ids, flow_count_max, externals, attached } = state;
         let mut report = Self {
@@ -244,15 +280,12 @@ impl Report {
 
     fn read_flows(&mut self, view: &mut NatView) -> Result<(), Failure> {
         let now_ns = clock::boot_now().boot_ns();
+        // One may come twice.
         let mut found: HashMap<FlowKey, Flow> = HashMap::new();
-        let mut page = Vec::new();
-        loop {
-            page.clear();
-            let more = view.flows().next(PAGE, &mut page).context("reading the flows of NAT")?;
-            // One may come twice.
-            found.extend(page.drain(..).filter(|(key, _)| !is_permit(key)));
-            if !more {
-                break;
+        for entry in view.flows().each() {
+            let (key, flow) = entry.context("reading the flows of NAT")?;
+            if !is_permit(&key) {
+                found.insert(key, flow);
             }
         }
         self.flow_count = found.len();
@@ -361,7 +394,8 @@ impl ExternalReport {
 }
 
 impl FlowReport {
-    fn new(key: &FlowKey, flow: &Flow, now_ns: u64) -> Self {
+    /// A flow as it is at `now_ns`, which is boot time.
+    pub fn new(key: &FlowKey, flow: &Flow, now_ns: u64) -> Self {
         let seconds = |then_ns: u64| now_ns.saturating_sub(then_ns) / 1_000_000_000;
         let end = |at, port: u16| SocketAddr::new(address(at), u16::from_be(port));
         let is_translated =
@@ -408,43 +442,57 @@ pub fn lines_of(config: &crate::config::Config) -> String {
 mod tests {
     use super::*;
 
+    impl NatShown {
+        /// One with something in every field.
+        pub fn full() -> Self {
+            let mut report = NatShown {
+                interface: "wg0".to_owned(),
+                lines: vec!["#! Nat = masquerade out=eth0".to_owned()],
+                attached: vec![AttachedReport { interface: "eth0".to_owned(), by: "tcx" }],
+                flow_count: 1,
+                flow_count_max: 262_144,
+                externals: vec![ExternalReport::new(ExternalState {
+                    address: Some([192, 0, 2, 1].into()),
+                    nic: "eth0".to_owned(),
+                    ports: [(1, 8192), (0, 8192), (0, 8192)],
+                })],
+                ..NatShown::default()
+            };
+            report.drops.insert("no_port", 3);
+            let flow = FlowReport {
+                protocol: "tcp".to_owned(),
+                inner: "10.9.0.2:40000".parse().unwrap(),
+                remote: "198.51.100.7:443".parse().unwrap(),
+                external: Some("192.0.2.1:5000".parse().unwrap()),
+                kind: "source",
+                state: "Established".to_owned(),
+                age_s: 9,
+                idle_s: 2,
+                packets_out: 3,
+                packets_in: 4,
+                bytes_out: 300,
+                bytes_in: 2048,
+            };
+            report.flows = vec![flow; FLOWS_SHOWN + 1];
+            report.talkers = vec![Talker {
+                inner: [10, 9, 0, 2].into(),
+                flow_count: 1,
+                bytes_out: 300,
+                bytes_in: 0,
+            }];
+            report
+                .allows
+                .push(AllowReport { line: "#! Allow = 10.9.0.0/24 -> ::/0".to_owned(), flows: 1 });
+            report.events.insert("passed_allowed", 1);
+            report
+        }
+    }
+
     #[test]
     fn a_report_reads_well() {
-        let mut report = Report {
-            interface: "wg0".to_owned(),
-            lines: vec!["#! Nat = masquerade out=eth0".to_owned()],
-            attached: vec![AttachedReport { interface: "eth0".to_owned(), by: "tcx" }],
-            flow_count: 1,
-            flow_count_max: 262_144,
-            externals: vec![ExternalReport::new(ExternalState {
-                address: Some([192, 0, 2, 1].into()),
-                nic: "eth0".to_owned(),
-                ports: [(1, 8192), (0, 8192), (0, 8192)],
-            })],
-            ..Report::default()
-        };
-        report.drops.insert("no_port", 3);
-        let flow = FlowReport {
-            protocol: "tcp".to_owned(),
-            inner: "10.9.0.2:40000".parse().unwrap(),
-            remote: "198.51.100.7:443".parse().unwrap(),
-            external: Some("192.0.2.1:5000".parse().unwrap()),
-            kind: "source",
-            state: "Established".to_owned(),
-            age_s: 9,
-            idle_s: 2,
-            packets_out: 3,
-            packets_in: 4,
-            bytes_out: 300,
-            bytes_in: 2048,
-        };
-        report.flows = vec![flow; FLOWS_SHOWN + 1];
-        report.talkers = vec![Talker {
-            inner: [10, 9, 0, 2].into(),
-            flow_count: 1,
-            bytes_out: 300,
-            bytes_in: 0,
-        }];
+        let mut report = NatShown::full();
+        report.allows.clear();
+        report.events.clear();
         let text = report.text(Paint { is_on: false });
         let lines: Vec<&str> = text.lines().collect();
         assert_eq!(
@@ -469,6 +517,6 @@ mod tests {
              idle for 2 s"
         );
         assert_eq!(lines.last().unwrap(), &"  … and 1 more; `--json` has all");
-        assert!(Report::default().text(Paint { is_on: false }).contains("no `#! Nat`"));
+        assert!(NatShown::default().text(Paint { is_on: false }).contains("no `#! Nat`"));
     }
 }

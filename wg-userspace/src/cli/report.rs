@@ -72,6 +72,8 @@ pub struct Peer {
     pub tx_bytes: u64,
     /// Seconds between persistent keepalives.
     pub persistent_keepalive_s: Option<u16>,
+    /// The worker at which it is at home, if it has keys and the daemon is Tidegate's.
+    pub worker: Option<u16>,
     /// What is wrong with it, the most urgent first.
     pub troubles: Vec<Trouble>,
 }
@@ -256,6 +258,7 @@ impl Peer {
             rx_bytes: 0,
             tx_bytes: 0,
             persistent_keepalive_s: None,
+            worker: None,
             troubles: Vec::new(),
         }
     }
@@ -275,6 +278,7 @@ impl Peer {
             "rx_bytes" => self.rx_bytes = value.parse().ok()?,
             "tx_bytes" => self.tx_bytes = value.parse().ok()?,
             "persistent_keepalive_interval" => self.persistent_keepalive_s = nonzero(value)?,
+            "tidegate_worker" => self.worker = Some(value.parse().ok()?),
             _ => {}
         }
         Some(())

@@ -1,37 +1,58 @@
-//! `docs/show.schema.json` describes what `tidegate show --json` prints.
+//! `docs/show.schema.json` describes what `tidegate show --json` prints, and so do the files beside it for other
+//! commands.
 
 use std::path::Path;
 
-use schemars::generate::SchemaSettings;
+use schemars::{JsonSchema, generate::SchemaSettings};
 use serde_json::Value;
 
 use super::{
+    nat::NatShown,
     report::{DataPath, Interface, Nic, Quiesced, Report, Steering},
+    trace::TraceReport,
     troubles::Trouble,
 };
 
 /// Set to write the file anew.
 const RENEW: &str = "TIDEGATE_RENEW_SCHEMA";
 
-fn schema() -> Value {
+fn schema<T: JsonSchema>() -> Value {
     let settings = SchemaSettings::draft2020_12().for_serialize();
-    let schema = settings.into_generator().into_root_schema_for::<Report>();
+    let schema = settings.into_generator().into_root_schema_for::<T>();
     serde_json::to_value(schema).unwrap()
 }
 
 #[test]
-fn the_schema_in_the_repository_is_that_of_the_types() {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/show.schema.json");
-    let text = format!("{}\n", serde_json::to_string_pretty(&schema()).unwrap());
-    if std::env::var_os(RENEW).is_some() {
-        std::fs::write(&path, &text).unwrap();
+fn the_schemas_in_the_repository_are_those_of_the_types() {
+    for (name, schema) in [
+        ("show", schema::<Report>()),
+        ("show-nat", schema::<NatShown>()),
+        ("trace", schema::<TraceReport>()),
+    ] {
+        let file = format!("docs/{name}.schema.json");
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(&file);
+        let text = format!("{}\n", serde_json::to_string_pretty(&schema).unwrap());
+        if std::env::var_os(RENEW).is_some() {
+            std::fs::write(&path, &text).unwrap();
+        }
+        let written = std::fs::read_to_string(&path).unwrap_or_default();
+        assert!(
+            written == text,
+            "{file} is not what the types say; write it anew by\n    \
+             {RENEW}=1 cargo test -p wg-userspace --lib schema"
+        );
     }
-    let written = std::fs::read_to_string(&path).unwrap_or_default();
-    assert!(
-        written == text,
-        "docs/show.schema.json is not what the types say; write it anew by\n    \
-         {RENEW}=1 cargo test -p wg-userspace --lib schema"
-    );
+}
+
+#[test]
+fn what_is_printed_of_nat_and_of_packets_has_the_fields_of_its_schema() {
+    let fits = |printed: Value, schema: Value| {
+        assert_eq!(schema["$schema"], "https://json-schema.org/draft/2020-12/schema");
+        assert_fits(&printed, &schema, &schema);
+    };
+    fits(serde_json::to_value(NatShown::full()).unwrap(), schema::<NatShown>());
+    fits(serde_json::to_value(TraceReport::full()).unwrap(), schema::<TraceReport>());
+    fits(serde_json::to_value(TraceReport::default()).unwrap(), schema::<TraceReport>());
 }
 
 #[test]
@@ -53,12 +74,12 @@ fn what_is_printed_has_the_fields_of_the_schema_and_no_others() {
     interface.troubles.push(Trouble::default());
     interface.peers[0].troubles.push(Trouble::default());
     let printed = serde_json::to_value(Report { interfaces: vec![interface] }).unwrap();
-    let schema = schema();
+    let schema = schema::<Report>();
     assert_eq!(schema["$schema"], "https://json-schema.org/draft/2020-12/schema");
     assert_fits(&printed, &schema, &schema);
 }
 
-/// A small part of JSON Schema: references, alternatives, fields, items.
+/// A small part of JSON Schema: references, alternatives, words, fields, items.
 fn assert_fits(value: &Value, schema: &Value, root: &Value) {
     if let Some(reference) = schema.get("$ref").and_then(Value::as_str) {
         let target = root.pointer(reference.strip_prefix('#').unwrap()).unwrap();
@@ -67,6 +88,10 @@ fn assert_fits(value: &Value, schema: &Value, root: &Value) {
     if let Some(any) = schema.get("anyOf").and_then(Value::as_array) {
         let of_value = any.iter().find(|schema| (schema["type"] == "null") == value.is_null());
         return assert_fits(value, of_value.unwrap(), root);
+    }
+    if let Some(words) = schema.get("oneOf").and_then(Value::as_array) {
+        assert!(words.iter().any(|word| &word["const"] == value), "{value} is not as {schema}");
+        return;
     }
     match value {
         Value::Object(fields) if schema.get("properties").is_some() => {

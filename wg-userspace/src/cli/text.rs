@@ -26,6 +26,11 @@ impl Paint {
         if self.is_on { format!("{codes}{text}{RESET}") } else { text.to_owned() }
     }
 
+    /// A word that names what follows.
+    pub fn bold(self, word: &str) -> String {
+        self.on(BOLD, word)
+    }
+
     /// `interface: wg0` and `peer: KEY`.
     fn heading(self, colour: &str, word: &str, name: &str) -> String {
         let word = self.on(&format!("{colour}{BOLD}"), word);

@@ -402,6 +402,7 @@ impl uapi::Handler for Control {
         uapi::format_get_part(cursor, &device, port, &|peer| {
             let Some(cell) = self.handshakes.cell(peer) else { return PeerStatus::default() };
             let endpoint = cell.hot.endpoint.load().as_ref().map(|endpoint| endpoint.remote);
+            let keypairs = cell.hot.keypairs.load();
             let has_led = |to| self.names.borrow().has_led(&cell.hot.public_key, to);
             PeerStatus {
                 endpoint,
@@ -409,6 +410,7 @@ impl uapi::Handler for Control {
                 last_handshake: cell.last_handshake(),
                 rx_bytes: cell.hot.transfer.rx_bytes(),
                 tx_bytes: cell.hot.transfer.tx_bytes(),
+                worker: keypairs.current.as_ref().map(|is| self.shared.worker_of(is.home())),
             }
         })
     }

@@ -10,6 +10,7 @@
 //! peer is: it is told names, prefixes and numbers.
 
 mod address_watch;
+mod ask_route;
 mod clone_watch;
 mod forwarding;
 mod link_watch;
@@ -39,6 +40,7 @@ use serde::{Deserialize, Serialize};
 use wg_common::headers::PROTOCOL_UDP;
 
 pub use address_watch::{AddressChange, AddressWatch};
+pub use ask_route::{AskedRoute, FoundRoute, NoWay, RouteTo};
 pub use clone_watch::CloneWatch;
 pub use forwarding::ForwardingLink;
 pub use link_watch::{AnyLinkWatch, LinkChange, LinkWatch};

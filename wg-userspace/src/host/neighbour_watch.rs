@@ -113,9 +113,19 @@ impl NeighbourWatch {
     }
 
     async fn list(&self) -> Result<HashMap<NeighbourOf, Neighbour>, HostError> {
+        self.host.neighbours().await
+    }
+}
+
+impl Host {
+    /// All neighbours to whom frames can be sent.
+    ///
+    /// # Errors
+    /// When the kernel does not answer.
+    pub async fn neighbours(&self) -> Result<HashMap<NeighbourOf, Neighbour>, HostError> {
         let mut listed = HashMap::new();
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
-            let query = self.host.handle.neighbours().get().set_address_family(family);
+            let query = self.handle.neighbours().get().set_address_family(family);
             let found: Vec<NeighbourMessage> = query
                 .execute()
                 .try_collect()
@@ -129,7 +139,9 @@ impl NeighbourWatch {
         }
         Ok(listed)
     }
+}
 
+impl NeighbourWatch {
     /// Takes a complete list for the truth and gives the differences.
     fn replace(&mut self, listed: HashMap<NeighbourOf, Neighbour>) -> Vec<NeighbourChange> {
         let before = std::mem::replace(&mut self.known, listed);

@@ -7,7 +7,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use std::vec;
 
 use ipnet::IpNet;
-use wg_common::id::PeerId;
+use wg_common::id::{PeerId, WorkerId};
 use zeroize::Zeroizing;
 
 use crate::config::NAME_LEN_MAX;
@@ -26,6 +26,8 @@ pub struct PeerStatus {
     pub rx_bytes: u64,
     /// Bytes of messages to it.
     pub tx_bytes: u64,
+    /// The worker at which it is at home, if it has a keypair.
+    pub worker: Option<WorkerId>,
 }
 
 /// Most bytes of an answer that are made at once.
@@ -148,6 +150,9 @@ fn write_peer(text: &mut String, peer: &Peer, live: &PeerStatus) -> fmt::Result 
     if live.is_by_name {
         writeln!(text, "tidegate_by_name=true")?;
     }
+    if let Some(worker) = live.worker {
+        writeln!(text, "tidegate_worker={}", worker.0)?;
+    }
     Ok(())
 }
 
@@ -173,7 +178,8 @@ const PEER_LEN_MAX: usize = (11 + 64 + 1)
     + "tidegate_name=\n".len()
     + NAME_LEN_MAX
     + "tidegate_pulled=true\n".len()
-    + "tidegate_by_name=true\n".len();
+    + "tidegate_by_name=true\n".len()
+    + "tidegate_worker=65535\n".len();
 const ALLOWED_IP_LEN_MAX: usize =
     11 + "1111:1111:1111:1111:1111:1111:255.255.255.255/128".len() + 1;
 const _: () = assert!(DEVICE_LEN_MAX + PEER_LEN_MAX + ALLOWED_IP_LEN_MAX <= PART_LEN_MAX);
@@ -217,6 +223,7 @@ mod tests {
                 rx_bytes: u64::MAX,
                 tx_bytes: u64::MAX,
                 is_by_name: true,
+                worker: Some(WorkerId(u16::MAX)),
             },
             _ => PeerStatus::default(),
         };
@@ -230,6 +237,7 @@ mod tests {
              last_handshake_time_sec=1700000000\nlast_handshake_time_nsec=999999999\n\
              tx_bytes=18446744073709551615\nrx_bytes=18446744073709551615\n\
              persistent_keepalive_interval=65535\ntidegate_name={}\ntidegate_by_name=true\n\
+             tidegate_worker=65535\n\
              allowed_ip=10.0.0.0/8\n\
              allowed_ip=1111:1111:1111:1111:1111:1111:ffff:ffff/128\n\
              public_key={}\npreshared_key={}\nprotocol_version=1\n\

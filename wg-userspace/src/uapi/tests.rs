@@ -39,6 +39,7 @@ impl Handler for Bare {
             last_handshake: Some(UNIX_EPOCH + Duration::from_secs(1_700_000_000)),
             rx_bytes: 148,
             tx_bytes: 92,
+            worker: None,
         })
     }
 

@@ -1,14 +1,15 @@
 //! What reads the tables of NAT as a whole: the sweeper, a page at a time, and `show`, in a process of its own.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering;
 
 use aya::maps::{IterableMap as _, Map, MapData, MapInfo, PerCpuArray};
 use serde::{Deserialize, Serialize};
-use wg_common::map::AddressKey;
+use wg_common::map::{AddressKey, OWNERS_V4, OWNERS_V6};
 use wg_common::nat::map::{
-    ALLOW_COUNTERS, FLOWS, Flow, FlowKey, MAPPINGS, Mapping, MappingKey, NAT_COUNTERS, PORTS_LEN,
-    TcpWindow, slot_index,
+    ALLOW_COUNTERS, FLOWS, FREE_PORTS, Flow, FlowKey, MAPPINGS, Mapping, MappingKey, NAT_COUNTERS,
+    PORT_RINGS, PORTS_LEN, RULES, SLOTS, TcpWindow, slot_index,
 };
 
 use super::{BpfError, Nat, NatCounters, sum_of};
@@ -17,9 +18,23 @@ use crate::sys::bpf_pages::HashPages;
 /// The kernel's numbers of the maps of NAT, by which another process of root's opens them.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct NatIds {
-    flows: u32,
-    counters: u32,
-    allowed: u32,
+    pub(super) flows: u32,
+    pub(super) counters: u32,
+    pub(super) allowed: u32,
+    pub(super) mappings: u32,
+    pub(super) slots: u32,
+    pub(super) owners_v4: u32,
+    pub(super) owners_v6: u32,
+    #[serde(flatten)]
+    pub(super) early: EarlyIds,
+}
+
+/// The numbers of maps of which no handle is kept that tells them.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub(super) struct EarlyIds {
+    pub(super) rules: u32,
+    pub(super) free_ports: u32,
+    pub(super) port_rings: u32,
 }
 
 /// A walk through the flows.
@@ -41,13 +56,15 @@ impl Nat {
     /// # Errors
     /// If the kernel does not tell them.
     pub fn ids(&self) -> Result<NatIds, BpfError> {
-        let id = |map: &MapData, name| {
-            map.info().map(|info: MapInfo| info.id()).map_err(|error| BpfError::map(name, error))
-        };
         Ok(NatIds {
-            flows: id(self.flows.map(), FLOWS)?,
-            counters: id(self.counters.map(), NAT_COUNTERS)?,
-            allowed: id(self.allow_counters.map(), ALLOW_COUNTERS)?,
+            flows: map_id(self.flows.map(), FLOWS)?,
+            counters: map_id(self.counters.map(), NAT_COUNTERS)?,
+            allowed: map_id(self.allow_counters.map(), ALLOW_COUNTERS)?,
+            mappings: map_id(self.mappings.map(), MAPPINGS)?,
+            slots: map_id(self.slots.map(), SLOTS)?,
+            owners_v4: map_id(self.owners_v4.map(), OWNERS_V4)?,
+            owners_v6: map_id(self.owners_v6.map(), OWNERS_V6)?,
+            early: self.early_ids,
         })
     }
 
@@ -68,6 +85,26 @@ impl Nat {
         use std::os::fd::AsFd as _;
         let map = self.mappings.map().fd().as_fd();
         HashPages::new(map, size_of::<MappingKey>(), size_of::<Mapping>()).map(MappingPages)
+    }
+
+    /// All flows, in no order. What comes or goes meanwhile may be there or not, and some may come twice.
+    pub fn flows(&self) -> impl Iterator<Item = Result<(FlowKey, Flow), BpfError>> + '_ {
+        let mut pages = self.flow_pages();
+        let entries = each(move |into| match &mut pages {
+            Ok(pages) => pages.next(PAGE, into),
+            Err(error) => Err(error.kind().into()),
+        });
+        entries.map(|entry| entry.map_err(|error| BpfError::map(FLOWS, io_error(error))))
+    }
+
+    /// All mappings, as [`Nat::flows`].
+    pub fn mappings(&self) -> impl Iterator<Item = Result<(MappingKey, Mapping), BpfError>> + '_ {
+        let mut pages = self.mapping_pages();
+        let entries = each(move |into| match &mut pages {
+            Ok(pages) => pages.next(PAGE, into),
+            Err(error) => Err(error.kind().into()),
+        });
+        entries.map(|entry| entry.map_err(|error| BpfError::map(MAPPINGS, io_error(error))))
     }
 
     /// What a flow is now, if it is there.
@@ -106,12 +143,61 @@ impl Nat {
     }
 }
 
-fn absent<T>(outcome: Result<T, aya::maps::MapError>) -> Result<Option<T>, aya::maps::MapError> {
+impl EarlyIds {
+    pub(super) fn of(
+        rules: &Map,
+        free_ports: &OwnedFd,
+        port_rings: &OwnedFd,
+    ) -> Result<Self, BpfError> {
+        let Map::ArrayOfMaps(rules) = rules else { return Err(BpfError::Stale(RULES)) };
+        let id = |fd: &OwnedFd, name| {
+            let again = fd.try_clone().map_err(|error| BpfError::map(name, io_error(error)))?;
+            let map = MapData::from_fd(again).map_err(|error| BpfError::map(name, error))?;
+            map_id(&map, name)
+        };
+        Ok(Self {
+            rules: map_id(rules, RULES)?,
+            free_ports: id(free_ports, FREE_PORTS)?,
+            port_rings: id(port_rings, PORT_RINGS)?,
+        })
+    }
+}
+
+/// The kernel's number of a map.
+pub(super) fn map_id(map: &MapData, name: &'static str) -> Result<u32, BpfError> {
+    map.info().map(|info: MapInfo| info.id()).map_err(|error| BpfError::map(name, error))
+}
+
+pub(super) fn absent<T>(
+    outcome: Result<T, aya::maps::MapError>,
+) -> Result<Option<T>, aya::maps::MapError> {
     match outcome {
         Ok(value) => Ok(Some(value)),
         Err(aya::maps::MapError::KeyNotFound) => Ok(None),
         Err(error) => Err(error),
     }
+}
+
+/// Entries that are read at a time.
+const PAGE: usize = 4096;
+
+/// The entries that `next_page` gives, one by one, until it says that there are no more, or fails.
+fn each<T>(
+    mut next_page: impl FnMut(&mut Vec<T>) -> io::Result<bool>,
+) -> impl Iterator<Item = io::Result<T>> {
+    let (mut page, mut has_more) = (Vec::new(), true);
+    std::iter::from_fn(move || {
+        while page.is_empty() && has_more {
+            match next_page(&mut page) {
+                Ok(is_more) => has_more = is_more,
+                Err(error) => {
+                    has_more = false;
+                    return Some(Err(error));
+                }
+            }
+        }
+        page.pop().map(Ok)
+    })
 }
 
 impl FlowPages {
@@ -127,6 +213,12 @@ impl FlowPages {
     /// Begins with the first one again.
     pub fn rewind(&mut self) {
         self.0.rewind();
+    }
+
+    /// All flows, from the first one on, each at least once; what comes and goes meanwhile may be there or not.
+    pub fn each(&mut self) -> impl Iterator<Item = io::Result<(FlowKey, Flow)>> + '_ {
+        self.rewind();
+        each(|into| self.next(PAGE, into))
     }
 
     /// Adds up to `count` further flows, and at least 64 if there are; false if these were the last.
@@ -210,7 +302,7 @@ impl NatView {
     }
 }
 
-fn io_error(error: io::Error) -> aya::maps::MapError {
+pub(super) fn io_error(error: io::Error) -> aya::maps::MapError {
     aya::sys::SyscallError { call: "bpf_map_lookup_batch", io_error: error }.into()
 }
 
