@@ -56,6 +56,17 @@ pub trait Bytes {
     /// The `N` bytes from `offset` on, or `None` if the packet ends before them.
     fn read<const N: usize>(&self, offset: usize) -> Option<[u8; N]>;
 
+    /// The sum of the words of 16 bits, in the order of memory, of the first `len` bytes, a multiple of four; it is to
+    /// be folded still. `None` if the packet ends before.
+    #[inline(always)]
+    fn sum(&self, len: u32) -> Option<u64> {
+        let mut sum = 0;
+        for at in (0..len as usize).step_by(4) {
+            sum += u32::from_ne_bytes(self.read(at)?) as u64;
+        }
+        Some(sum)
+    }
+
     /// The `u16` in network byte order at `offset`.
     #[inline(always)]
     fn be16(&self, offset: usize) -> Option<u16> {

@@ -132,6 +132,11 @@ reasons! {
     HopLimit = "hop_limit",
     /// The kernel did not let the packet be changed.
     NotChanged = "not_changed",
+    /// Too large, or its TTL or hop limit is used up, and as many such packets were answered as may be.
+    AnswerLimited = "answer_limited",
+    /// It is to be translated, is of no known flow, and cannot begin one: an echo reply, or TCP that is neither a SYN
+    /// nor from the midst of a connection.
+    BeginsNothing = "begins_nothing",
 }
 
 macro_rules! events {

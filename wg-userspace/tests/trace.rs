@@ -11,7 +11,7 @@ mod common;
 
 use std::{
     fs::File,
-    net::{SocketAddr, UdpSocket},
+    net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::fd::OwnedFd,
     path::PathBuf,
     process::Output,
@@ -45,7 +45,8 @@ const INNER: &str = "10.9.0.2";
 const LINES: &str = "#! Nat = masquerade out=lan bypass-firewall\n\
                      #! Forward = udp lan:8080 -> 10.9.0.2:5000 bypass-firewall\n\
                      #! Allow = 10.9.0.0/24 -> 192.168.77.0/24 udp 7000-7999\n\
-                     #! Allow = 10.9.0.0/24 -> 198.51.100.0/24 udp";
+                     #! Allow = 10.9.0.0/24 -> 198.51.100.0/24 udp\n\
+                     #! Allow = 10.9.0.0/24 -> 192.168.77.0/24 tcp 7000-7999";
 /// Exit codes.
 const GETS_THROUGH: i32 = 0;
 const DROPPED: i32 = 7;
@@ -133,8 +134,8 @@ fn tunnel<'a>(site: &'a Site, lines: &str) -> [Tunnel<'a>; 2] {
     let key = |byte: u8| PrivateKey::from_bytes([byte; 32]);
     let (client, gateway) = (key(0x33), key(0x44));
     let gateway_text = format!(
-        "[Interface]\nPrivateKey = {}\nListenPort = 51820\nAddress = 10.9.0.1/24\nLINES\n\
-         [Peer]\n#! Name = laptop\nPublicKey = {}\nAllowedIPs = 10.9.0.2/32\n",
+        "[Interface]\nPrivateKey = {}\nListenPort = 51820\nAddress = 10.9.0.1/24, fd09::1/64\nLINES\n\
+         [Peer]\n#! Name = laptop\nPublicKey = {}\nAllowedIPs = 10.9.0.2/32, fd09::2/128\n",
         gateway.to_base64().as_str(),
         client.public_key(),
     );
@@ -226,6 +227,21 @@ fn what_is_said_of_a_packet_is_what_becomes_of_it() {
     host.send_to(b"two", from).unwrap();
     assert_eq!(received(&client), Some(host.local_addr().unwrap()));
 
+    // So is one of TCP, in its midst.
+    let listener = inside(site.space("host"), || TcpListener::bind((HOST, 7100)).unwrap());
+    let stream = inside(site.space("client"), || {
+        TcpStream::connect_timeout(&listener.local_addr().unwrap(), LIMIT).unwrap()
+    });
+    let (_accepted, seen) = listener.accept().unwrap();
+    let said = gateway.trace(INNER, "192.168.77.2:7100/tcp", &[], GETS_THROUGH);
+    assert_eq!(said["nat"]["flow"]["state"], "Established", "{said}");
+    let port = u64::from(stream.local_addr().unwrap().port());
+    assert_eq!(said["packet"]["ends"]["source_port"], port, "{said}");
+    assert_eq!(said["rule"]["flows"], 1, "{said}");
+    assert_eq!(said["becomes"]["source_port"], u64::from(seen.port()), "{said}");
+    let said = gateway.trace("192.168.77.2:7100", "192.168.77.1/tcp", &[], GETS_THROUGH);
+    assert_eq!(said["becomes"]["destination_port"], port, "{said}");
+
     // What stands at another port of the same host may answer, a stranger may not.
     let said = gateway.trace("192.168.77.99:1", &format!("192.168.77.1:{next}/udp"), &[], DROPPED);
     assert_eq!(said["verdict"]["reason"], "unsolicited", "{said}");
@@ -274,6 +290,15 @@ fn what_is_said_of_a_packet_is_what_becomes_of_it() {
     let said = gateway.trace("10.9.0.2:9", "192.168.77.2:7000/udp", &long, DROPPED);
     assert_eq!(said["verdict"]["reason"], "too_large", "{said}");
     assert_eq!(said["egress"]["fits"], false, "{said}");
+
+    // By IPv6 as well.
+    let said = gateway.trace("fd09::1", "[fd09::2]:53/udp", &[], GETS_THROUGH);
+    assert_eq!(said["comes"], "from_host", "{said}");
+    assert_eq!(said["to_peer"]["prefix"], "fd09::2/128", "{said}");
+    assert_eq!(said["egress"]["interface"], gateway.interface.as_str(), "{said}");
+    let said = gateway.trace("fd09::2", "2001:db8::1/icmp", &[], DROPPED);
+    assert_eq!(said["from_peer"]["name"], "laptop", "{said}");
+    assert!(!said["route"]["missing"].is_null(), "{said}");
 
     // Without lines it is the kernel's way.
     gateway.reload("");

@@ -6,14 +6,15 @@
 
 use crate::headers::{PROTOCOL_TCP, PROTOCOL_UDP};
 use crate::map::AddressKey;
-use crate::nat::error::Error;
+use crate::nat::error::{self, Error, HEAD_LEN_MAX, HEAD_LEN_V4};
+use crate::nat::limit;
 use crate::nat::map::{
     ALLOW_RULES_LEN, AllowRule, EXTERNALS_LEN, External, FORWARD_RULES_LEN, Flow, FlowKey,
     FlowKind, ForwardRule, FragmentEntry, FragmentKey, Mapping, MappingKey, NAT_RULES_LEN, NO_RULE,
-    NO_SLOT, NatRule, PORTS_LEN, Protocol, RuleSet, SEEN_IN, SEEN_OUT, Slot, TcpWindow,
+    NO_SLOT, NatRule, PORTS_LEN, Prefix, Protocol, RuleSet, SEEN_IN, SEEN_OUT, Slot, TcpWindow,
     fragment_verdict, ring, rule_flags, slot_index,
 };
-use crate::nat::packet::Skb;
+use crate::nat::packet::{Room, Skb};
 use crate::nat::rewrite::{Change, End, decrement_ttl, translate, translate_error};
 use crate::nat::tcp::{self, From, Segment};
 use crate::nat::tuple::{Kind, Tuple};
@@ -46,7 +47,7 @@ pub enum Verdict {
     Out,
     /// Into the tunnel.
     In,
-    /// Its sender is told in the name of who it was sent to; it is unchanged.
+    /// Its sender is to be told in the name of who it was sent to, by [`answer`]; it is unchanged.
     Answer(Error),
 }
 
@@ -126,6 +127,10 @@ pub struct Work {
     fragments: FragmentKey,
     entry: FragmentEntry,
     change: Change,
+    /// Of an answer.
+    head: [u8; HEAD_LEN_MAX],
+    /// The rule that lets the packet begin a flow, or [`NO_RULE`].
+    allowed: u32,
 }
 
 impl Work {
@@ -146,6 +151,8 @@ impl Work {
             padding: 0,
         },
         change: Change { end: End::Source, address: AddressKey([0; 4]), port: 0 },
+        head: [0; HEAD_LEN_MAX],
+        allowed: NO_RULE,
     };
 
     /// The packet's tuple, once it was judged.
@@ -161,6 +168,7 @@ const NO_TUPLE: Tuple = Tuple {
     destination_port: 0,
     protocol: 0,
     kind: Kind::Broken,
+    tos: 0,
     ttl: 0,
     is_v4: true,
     dont_fragment: false,
@@ -200,7 +208,7 @@ pub trait Tables {
     fn slot(&mut self, index: u32) -> Option<Slot>;
     /// Takes a free slot, whose port was just taken from its ring: its generation.
     fn take_slot(&mut self, index: u32, inner: &AddressKey, inner_port: u16) -> Option<u32>;
-    /// Says that a flow of this slot began now.
+    /// Says that a flow of this slot began now, or lives.
     fn touch_slot(&mut self, index: u32);
     /// Takes a port, counted from [`RuleSet::port_first`], from a ring.
     fn take_port(&mut self, ring: u32) -> Option<u32>;
@@ -229,6 +237,9 @@ pub trait Tables {
     fn fragments(&mut self, key: &FragmentKey) -> Option<FragmentEntry>;
     /// Says so.
     fn put_fragments(&mut self, key: &FragmentKey, entry: &FragmentEntry);
+    /// Whether one more error of one of [`limit::KINDS`] may be sent to an address: a token is taken from the
+    /// buckets of [`limit`] then.
+    fn may_answer(&mut self, to: &AddressKey, kind: u32) -> bool;
     /// Index of the device by which the packet came.
     fn ifindex(&self) -> u32;
     /// Whether it is a super-packet.
@@ -254,7 +265,7 @@ pub fn from_tunnel<S: Skb, T: Tables>(
         Kind::Error => error_from_tunnel(packet, tables, rules, work),
         Kind::LaterFragment => fragment_from_tunnel(packet, tables, rules, work),
         _ if has_flow(&work.tuple) => flow_from_tunnel(packet, tables, rules, work),
-        _ => other_from_tunnel(tables, rules, work),
+        _ => other_from_tunnel(tables, rules, work, false),
     })
 }
 
@@ -284,6 +295,80 @@ pub fn from_nic<S: Skb, T: Tables>(
     })
 }
 
+/// Makes the packet of a [`Verdict::Answer`] the ICMP error that its sender is to get, in the name of who it was sent to:
+/// so outside nobody learns of an address inside. It goes by the way that leads to the sender, as the kernel's errors
+/// do, which need not be that by which the packet came.
+#[inline(always)]
+pub fn answer<S: Room, T: Tables>(
+    packet: &mut S,
+    tables: &mut T,
+    rules: &RuleSet,
+    work: &mut Work,
+    error: Error,
+) -> Verdict {
+    let code = match error {
+        Error::TimeExceeded => TIME_EXCEEDED,
+        Error::TooBig(mtu) => Code::too_big(mtu),
+    };
+    Verdict::of(answer_by(packet, tables, rules, work, code))
+}
+
+/// As above, with the error as a code.
+#[inline(never)]
+fn answer_by<S: Room, T: Tables>(
+    packet: &mut S,
+    tables: &mut T,
+    rules: &RuleSet,
+    work: &mut Work,
+    code: Code,
+) -> Code {
+    let (kind, reason) = match code.0 >> Code::SHIFT {
+        Code::TOO_BIG => (limit::TOO_BIG, DropReason::TooLarge),
+        _ => (limit::TIME_EXCEEDED, DropReason::HopLimit),
+    };
+    if !error::may_be_answered(&work.tuple) {
+        return Code::drop(reason);
+    }
+    // Before the costly part.
+    if !tables.may_answer(&work.tuple.source, kind) {
+        return Code::drop(DropReason::AnswerLimited);
+    }
+    work.quoted = error::answer_tuple(&work.tuple);
+    let Route::Out(to) = tables.route(&work.quoted, 0) else {
+        return Code::drop(DropReason::NoRoute);
+    };
+    let len = write_head(packet, work, code);
+    if len == 0 {
+        return Code::drop(reason);
+    }
+    if put_head(packet, work, len) {
+        if to == rules.tun { GO_IN } else { GO_OUT }
+    } else {
+        Code::drop(DropReason::NotChanged)
+    }
+}
+
+/// Writes the head of the answer: how much of the packet it quotes, or 0 if there can be none.
+#[inline(never)]
+fn write_head<S: Skb>(packet: &S, work: &mut Work, code: Code) -> u32 {
+    let error = match code.0 >> Code::SHIFT {
+        Code::TOO_BIG => Error::TooBig(code.0 & Code::VALUE),
+        _ => Error::TimeExceeded,
+    };
+    let (tuple, head) = (&work.tuple, &mut work.head);
+    error::write_head(packet, tuple, error, &tuple.destination, head).unwrap_or(0)
+}
+
+/// Puts the head before what is quoted of the packet.
+#[inline(never)]
+fn put_head<S: Room>(packet: &mut S, work: &Work, len: u32) -> bool {
+    let is_put = match work.head.first_chunk::<HEAD_LEN_V4>() {
+        Some(head) if work.tuple.is_v4 => packet.put_before(head, len),
+        _ => packet.put_before(&work.head, len),
+    };
+    is_put.is_some()
+}
+
 /// Reads what the packet is; `false` if it is none of IP.
 #[inline(never)]
 fn read<S: Skb>(packet: &S, tuple: &mut Tuple) -> bool {
@@ -296,13 +381,14 @@ fn read<S: Skb>(packet: &S, tuple: &mut Tuple) -> bool {
     }
 }
 
-/// Reads the packet that an ICMP error is about.
+/// Reads the packet that an ICMP error is about, if the error goes to who sent that: else a flow of somebody's would let
+/// it reach anybody.
 #[inline(never)]
 fn read_quoted<S: Skb>(packet: &S, tuple: &Tuple, quoted: &mut Tuple) -> bool {
     match tuple.quoted(packet) {
         Some(read) => {
             *quoted = read;
-            true
+            difference(&quoted.source, &tuple.destination) == 0
         }
         None => false,
     }
@@ -323,6 +409,10 @@ fn flow_from_tunnel<S: Skb, T: Tables>(
             BEGUN => {}
             // Not by the judge: calls of calls share a stack.
             WANTS_SLOT => {
+                if !may_begin(packet, &work.tuple) {
+                    return Code::drop(DropReason::BeginsNothing);
+                }
+                count_allowed(tables, rules, work.allowed);
                 let code = map_source(tables, rules, work);
                 if !code.is_none() {
                     return code;
@@ -352,7 +442,71 @@ fn flow_from_tunnel<S: Skb, T: Tables>(
         pass_fragments(tables, work);
         return Code::pass(NatEvent::PassedAllowed);
     }
-    out_of_tunnel(packet, tables, rules, work, kind == FlowKind::Source as u8)
+    let code = out_of_tunnel(packet, tables, rules, work, kind == FlowKind::Source as u8);
+    if code != TURNS_BACK {
+        return code;
+    }
+    // In pieces: calls of calls share a stack.
+    let external = turn(tables, rules, work);
+    if external == NO_RULE {
+        return FOREIGN;
+    }
+    let code = match find_mapped(tables, rules, work, external) {
+        FOUND => account(packet, tables, &work.tuple, From::Outside),
+        Code::NONE => FOREIGN,
+        code => code,
+    };
+    if code.is_none() { turned(packet, tables, work) } else { code }
+}
+
+/// Makes the tuple of a packet of the found flow, which goes to an address of this host, what it would be had it gone out
+/// and come back: from the flow's external address and port, which are in `work.change` then. Gives the external
+/// address to which it goes, or [`NO_RULE`].
+#[inline(never)]
+fn turn<T: Tables>(tables: &mut T, rules: &RuleSet, work: &mut Work) -> u32 {
+    let Some(nic) = tables.found(|flow| flow.nic) else { return NO_RULE };
+    let external = external_at(tables, rules, &work.tuple.destination, nic);
+    if external == NO_RULE || work.tuple.is_echo() {
+        return NO_RULE;
+    }
+    work.change.end = End::Source;
+    let change = &mut work.change;
+    tables.found(|flow| (change.address, change.port) = (flow.external, flow.external_port));
+    work.quoted = work.tuple;
+    work.tuple.source = work.change.address;
+    work.tuple.source_port = work.change.port;
+    external
+}
+
+/// Sends a packet of which [`turn`] was asked to who is inside, by `work.key`: both ends get their external addresses
+/// (RFC 4787 REQ-9), of which the second is translated back at once.
+#[inline(never)]
+fn turned<S: Skb, T: Tables>(packet: &mut S, tables: &mut T, work: &mut Work) -> Code {
+    work.tuple = work.quoted;
+    if work.tuple.ttl <= 1 {
+        return TIME_EXCEEDED;
+    }
+    let len = packet_len(packet, tables, &work.tuple);
+    if let Some(mtu) = tables.tunnel_mtu_below(len) {
+        return Code::too_big(mtu);
+    }
+    let source = work.change.address;
+    if translate(packet, &work.tuple, &work.change).is_none() {
+        return Code::drop(DropReason::NotChanged);
+    }
+    work.change =
+        Change { end: End::Destination, address: work.key.inner, port: work.key.inner_port };
+    if translate(packet, &work.tuple, &work.change).is_none()
+        || decrement_ttl(packet, &work.tuple).is_none()
+    {
+        return Code::drop(DropReason::NotChanged);
+    }
+    if work.tuple.is_fragment {
+        work.entry.source = source;
+        work.entry.destination = work.key.inner;
+        note_fragments(tables, work, fragment_verdict::IN);
+    }
+    GO_IN
 }
 
 /// Sends a packet of the found flow, which is translated, to where it goes.
@@ -364,11 +518,15 @@ fn out_of_tunnel<S: Skb, T: Tables>(
     work: &mut Work,
     keeps_nic: bool,
 ) -> Code {
+    let len = packet_len(packet, tables, &work.tuple);
+    let route = tables.route(&work.tuple, len);
+    if keeps_nic && route == Route::Local {
+        return TURNS_BACK;
+    }
     if work.tuple.ttl <= 1 {
         return Code::pass(NatEvent::PassedToRefuse);
     }
-    let len = packet_len(packet, tables, &work.tuple);
-    let to = match tables.route(&work.tuple, len) {
+    let to = match route {
         Route::Out(to) => to,
         // The kernel refuses what must not be fragmented, and tells its sender in the words in which he sent it.
         Route::TooBig if work.tuple.dont_fragment => return Code::pass(NatEvent::PassedToRefuse),
@@ -427,6 +585,15 @@ fn flow_from_nic<S: Skb, T: Tables>(
     }
 }
 
+/// Whether a packet from inside can begin a flow: only then does it get a port.
+#[inline(never)]
+fn may_begin<S: Skb>(packet: &S, tuple: &Tuple) -> bool {
+    match tuple.kind {
+        Kind::Tcp => Segment::of(packet, tuple).is_some_and(|segment| segment.may_begin()),
+        kind => kind as u8 != Kind::EchoReply as u8,
+    }
+}
+
 /// Whether a packet has ports, or an identifier, by which its flow is known.
 #[inline(always)]
 const fn has_flow(tuple: &Tuple) -> bool {
@@ -458,6 +625,20 @@ fn packet_len<S: Skb, T: Tables>(packet: &S, tables: &T, tuple: &Tuple) -> u32 {
     match tables.segments().len {
         0 => tuple.len,
         len => tuple.segment_len(packet, len).unwrap_or(tuple.len),
+    }
+}
+
+/// How many packets it is.
+#[inline(always)]
+fn segment_count<S: Skb, T: Tables>(packet: &S, tables: &T, tuple: &Tuple) -> u64 {
+    match tables.segments() {
+        // Nobody has counted those of a super-packet from a TUN device yet.
+        Segments { len, count: 0 } if len != 0 => {
+            let whole = tuple.segment_len(packet, len).unwrap_or(len);
+            let payload = (packet.len() as u32).saturating_sub(whole - len);
+            payload.div_ceil(len).max(1).into()
+        }
+        Segments { count, .. } => count.max(1).into(),
     }
 }
 
@@ -537,7 +718,7 @@ fn is_still_wanted<T: Tables>(tables: &mut T, rules: &RuleSet, key: &FlowKey) ->
 #[inline(never)]
 fn account<S: Skb, T: Tables>(packet: &S, tables: &mut T, tuple: &Tuple, from: From) -> Code {
     let now_ns = tables.now_ns();
-    let (count, len) = (tables.segments().count.max(1) as u64, packet.len() as u64);
+    let (count, len) = (segment_count(packet, tables, tuple), packet.len() as u64);
     let is_tcp = tuple.kind as u8 == Kind::Tcp as u8;
     let mut last_seen_ns = now_ns;
     tables.found(|flow| {
@@ -562,6 +743,12 @@ fn account<S: Skb, T: Tables>(packet: &S, tables: &mut T, tuple: &Tuple, from: F
     // Once in about a second.
     if last_seen_ns >> 30 != now_ns >> 30 {
         tables.refresh_next_hop();
+        // Else control might take the slot of a flow that wakes up while it is judged.
+        if let Some(slot) = tables.found(|flow| flow.slot)
+            && slot != NO_SLOT
+        {
+            tables.touch_slot(slot);
+        }
     }
     if is_tcp { follow_tcp(packet, tables, tuple, from) } else { Code::NONE }
 }
@@ -590,6 +777,8 @@ const WANTS_SLOT: Code = Code(0x14 << Code::SHIFT);
 const ANSWER: Code = Code(0x11 << Code::SHIFT);
 /// It goes to a port that is forwarded; the value is the rule.
 const HAIRPIN: Code = Code(0x12 << Code::SHIFT);
+/// It goes to an address of this host, which may stand for somebody inside.
+const TURNS_BACK: Code = Code(0x15 << Code::SHIFT);
 /// It is of the flow that is the found one.
 const FOUND: Code = Code(0x13 << Code::SHIFT);
 
@@ -604,13 +793,17 @@ fn judge_from_tunnel<T: Tables>(tables: &mut T, rules: &RuleSet, work: &mut Work
         return Code(HAIRPIN.0 | hairpin & Code::VALUE);
     }
     let denies = rules.flags & rule_flags::DENY != 0;
-    let nic = match tables.route(&work.tuple, 0) {
-        Route::Out(nic) => nic,
+    let (nic, turns_back) = match tables.route(&work.tuple, 0) {
+        Route::Out(nic) => (nic, false),
         Route::Unknown if rules.nat_count != 0 || denies => {
             return Code::drop(DropReason::NoRoute);
         }
+        Route::Local => (mapped_at(tables, rules, work), true),
         _ => return FOREIGN,
     };
+    if turns_back && (nic == 0 || nat_rule(tables, rules, &work.tuple.source, nic) == NO_RULE) {
+        return FOREIGN;
+    }
     if denies && nic == rules.tun && is_answer_of_peer(tables, rules, work) {
         return ANSWER;
     }
@@ -624,18 +817,37 @@ fn judge_from_tunnel<T: Tables>(tables: &mut T, rules: &RuleSet, work: &mut Work
         return FOREIGN;
     }
     if work.tuple.ttl <= 1 {
-        return Code::pass(NatEvent::PassedToRefuse);
+        return if turns_back { TIME_EXCEEDED } else { Code::pass(NatEvent::PassedToRefuse) };
     }
     work.flow = new_flow(tables.now_ns(), rules.version);
     work.flow.nic = nic;
     work.flow.rule = allowed;
-    count_allowed(tables, rules, allowed);
+    work.allowed = allowed;
     if rule != NO_RULE {
         work.flow.rule = rule;
         work.flow.kind = FlowKind::Source as u8;
         return WANTS_SLOT;
     }
+    count_allowed(tables, rules, allowed);
     if tables.put_flow(&work.key, &work.flow) { BEGUN } else { Code::drop(DropReason::FlowsFull) }
+}
+
+/// The NIC with the external address and port to which a packet from inside goes, if somebody inside has them; else 0.
+#[inline(never)]
+fn mapped_at<T: Tables>(tables: &mut T, rules: &RuleSet, work: &mut Work) -> u32 {
+    let Some(protocol) = work.tuple.slots() else { return 0 };
+    *tables.rule() = NO_RULE;
+    let query = ExternalAnywhere { address: &work.tuple.destination };
+    tables.search(rules, rules.external_count, &query);
+    let external = *tables.rule();
+    if external == NO_RULE || work.tuple.is_echo() {
+        return 0;
+    }
+    work.other_key = work.tuple.flow_from_outside();
+    if !name_inner(tables, rules, &mut work.other_key, external, protocol) {
+        return 0;
+    }
+    external_with(rules, external).nic
 }
 
 /// Begins the flow of `work`, which has a slot.
@@ -778,7 +990,8 @@ const fn is_none(address: &AddressKey) -> bool {
 #[inline(always)]
 const fn spread(address: &AddressKey) -> u32 {
     let mixed = address.0[0] ^ address.0[1].rotate_left(8) ^ address.0[2].rotate_left(16);
-    (mixed ^ address.0[3]).wrapping_mul(0x9e37_79b1) >> 1
+    // What a product's low bits tell is in its factor's low bits; the high ones know of all.
+    (mixed ^ address.0[3]).wrapping_mul(0x9e37_79b1).swap_bytes() >> 1
 }
 
 /// Which external address a slot is of.
@@ -906,7 +1119,8 @@ fn allow_rule<T: Tables>(
 ) -> u32 {
     *tables.rule() = NO_RULE;
     let port = u16::from_be(port) as u32;
-    let query = Allows { from, to, protocol: one_icmp(protocol as u32), port };
+    let (family, protocol) = (Prefix::family(from), one_icmp(protocol as u32));
+    let query = Allows { from, to, family, protocol, port };
     tables.search(rules, rules.allow_count, &query);
     *tables.rule()
 }
@@ -927,6 +1141,17 @@ impl Search for ExternalAt<'_> {
     fn is_met(&self, rules: &RuleSet, index: u32) -> bool {
         let external = external_with(rules, index);
         difference(&external.address, self.address) | (external.nic ^ self.nic) == 0
+    }
+}
+
+struct ExternalAnywhere<'a> {
+    address: &'a AddressKey,
+}
+
+impl Search for ExternalAnywhere<'_> {
+    #[inline(always)]
+    fn is_met(&self, rules: &RuleSet, index: u32) -> bool {
+        difference(&external_with(rules, index).address, self.address) == 0
     }
 }
 
@@ -964,6 +1189,8 @@ impl Search for Forwards<'_> {
 struct Allows<'a> {
     from: &'a AddressKey,
     to: &'a AddressKey,
+    /// As [`Prefix::family`] has it.
+    family: u32,
     protocol: u32,
     port: u32,
 }
@@ -975,7 +1202,11 @@ impl Search for Allows<'_> {
         // The sign bit of a difference that is below 0.
         let below = self.port.wrapping_sub(rule.port_first as u32) >> 31;
         let above = (rule.port_last as u32).wrapping_sub(self.port) >> 31;
-        let miss = rule.from.distance(self.from) | rule.to.distance(self.to) | below | above;
+        let miss = rule.from.distance_within(self.from)
+            | rule.to.distance_within(self.to)
+            | rule.from.distance_from(self.family)
+            | below
+            | above;
         miss == 0 && (rule.protocol == 0 || one_icmp(rule.protocol) == self.protocol)
     }
 }
@@ -1105,9 +1336,15 @@ fn find_forwarded<T: Tables>(tables: &mut T, rules: &RuleSet, work: &mut Work, r
     FOUND
 }
 
-/// Judges what comes out of the tunnel and has no flow of its own, by where it goes.
+/// Judges what comes out of the tunnel and has no flow of its own, by where it goes. `is_related`: it is an error about a
+/// flow that passes untranslated.
 #[inline(never)]
-fn other_from_tunnel<T: Tables>(tables: &mut T, rules: &RuleSet, work: &mut Work) -> Code {
+fn other_from_tunnel<T: Tables>(
+    tables: &mut T,
+    rules: &RuleSet,
+    work: &mut Work,
+    is_related: bool,
+) -> Code {
     let kind = work.tuple.kind as u8;
     // Errors about what cannot be delivered come in the name of who it was sent to.
     if kind != Kind::Error as u8 && !tables.is_owned(&work.tuple.source) {
@@ -1130,6 +1367,9 @@ fn other_from_tunnel<T: Tables>(tables: &mut T, rules: &RuleSet, work: &mut Work
     };
     if nic != rules.tun && nat_rule(tables, rules, &work.tuple.source, nic) != NO_RULE {
         return Code::drop(reason);
+    }
+    if is_related {
+        return Code::pass(NatEvent::PassedAllowed);
     }
     if !denies {
         return FOREIGN;
@@ -1228,15 +1468,20 @@ fn error_from_tunnel<S: Skb, T: Tables>(
     work: &mut Work,
 ) -> Code {
     if !read_quoted(packet, &work.tuple, &mut work.quoted) {
-        return other_from_tunnel(tables, rules, work);
+        return other_from_tunnel(tables, rules, work, false);
     }
     // It was sent to who is inside.
     work.key = work.quoted.flow_from_outside();
     if !is_known(tables, rules, &work.key) {
-        return other_from_tunnel(tables, rules, work);
+        return other_from_tunnel(tables, rules, work, false);
     }
     if tables.found(|flow| is_plain(flow.kind)) != Some(false) {
-        return Code::pass(NatEvent::PassedAllowed);
+        // Who has the flow may be seen as he is by who he has it with; another, on the way to him, if no rule wants to give
+        // him another address.
+        if difference(&work.tuple.source, &work.key.inner) == 0 {
+            return Code::pass(NatEvent::PassedAllowed);
+        }
+        return other_from_tunnel(tables, rules, work, true);
     }
     if work.tuple.ttl <= 1 {
         return Code::drop(DropReason::HopLimit);
@@ -1330,7 +1575,7 @@ fn fragment_from_tunnel<S: Skb, T: Tables>(
     work: &mut Work,
 ) -> Code {
     match fragment_from_nic(packet, tables, rules, work) {
-        Code::NONE => other_from_tunnel(tables, rules, work),
+        Code::NONE => other_from_tunnel(tables, rules, work, false),
         code => code,
     }
 }
@@ -1408,6 +1653,3 @@ fn pass_fragments<T: Tables>(tables: &mut T, work: &mut Work) {
         note_fragments(tables, work, fragment_verdict::PASS);
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -5,11 +5,13 @@ use std::collections::HashMap;
 
 use proptest::prelude::*;
 
-use super::engine::{Route, Segments, Tables, Verdict, Work, from_nic, from_tunnel};
+use super::engine::{self, Route, Segments, Tables, Verdict, Work, from_nic, from_tunnel};
+use super::limit;
 use super::map::*;
 use super::model::{self, Content, Finish, Packet, key, sum};
-use super::packet::{Buffer, Sums};
+use super::packet::{Buffer, Difference, Room, Skb, Summed, Sums};
 use super::tuple::Tuple;
+use crate::headers::Bytes;
 use crate::map::AddressKey;
 use crate::nat::error::Error;
 use crate::outcome::{DropReason, NatEvent};
@@ -44,7 +46,13 @@ struct Memory {
     flows_max: usize,
     segments: Option<Segments>,
     allowed: Vec<u32>,
+    events: Vec<NatEvent>,
     rule: u32,
+    /// What was asked of the last way.
+    way: Option<Tuple>,
+    /// How many answers may still be sent, and those that were asked about.
+    answers: usize,
+    asked: Vec<(AddressKey, u32)>,
 }
 
 const NO_SLOT_YET: Slot =
@@ -118,18 +126,17 @@ impl Tables for Memory {
     }
 
     fn route(&mut self, tuple: &Tuple, len: u32) -> Route {
-        if self.mtu != 0 && len > self.mtu {
-            return Route::TooBig;
-        }
+        self.way = Some(*tuple);
         let [first, second, ..] = if tuple.is_v4 {
             tuple.destination.0[3].to_ne_bytes()
         } else {
             tuple.destination.0[0].to_ne_bytes()
         };
         match (tuple.is_v4, first, second) {
+            (true, 203, _) | (true, 224.., _) | (false, 0xff, _) => Route::Local,
+            _ if self.mtu != 0 && len > self.mtu => Route::TooBig,
             (true, 10, 9) | (false, 0xfd, _) => Route::Out(TUN),
             (true, 172, _) => Route::Out(OTHER_NIC),
-            (true, 203, _) | (true, 224.., _) | (false, 0xff, _) => Route::Local,
             _ => Route::Out(NIC),
         }
     }
@@ -152,6 +159,11 @@ impl Tables for Memory {
         self.fragments.insert(*key, *entry);
     }
 
+    fn may_answer(&mut self, to: &AddressKey, kind: u32) -> bool {
+        self.asked.push((*to, kind));
+        self.asked.len() <= self.answers
+    }
+
     fn ifindex(&self) -> u32 {
         self.ifindex
     }
@@ -160,10 +172,70 @@ impl Tables for Memory {
         self.segments.unwrap_or(Segments { len: 0, count: 1 })
     }
 
-    fn count(&mut self, _: NatEvent) {}
+    fn count(&mut self, event: NatEvent) {
+        self.events.push(event);
+    }
 
     fn count_allowed(&mut self, counter: u32) {
         self.allowed.push(counter);
+    }
+}
+
+/// A packet that can grow, as the kernel's can.
+struct Owned {
+    bytes: Vec<u8>,
+    sums: Sums,
+}
+
+impl Owned {
+    fn change<R>(&mut self, change: impl FnOnce(&mut Buffer<'_>) -> R) -> R {
+        let mut buffer = Buffer { bytes: &mut self.bytes, sums: self.sums };
+        let result = change(&mut buffer);
+        self.sums = buffer.sums;
+        result
+    }
+}
+
+impl Bytes for Owned {
+    fn len(&self) -> usize {
+        self.bytes.len()
+    }
+
+    fn read<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
+        self.bytes.read(offset)
+    }
+}
+
+impl Skb for Owned {
+    fn store<const N: usize>(&mut self, offset: usize, bytes: [u8; N]) -> Option<()> {
+        self.change(|buffer| buffer.store(offset, bytes))
+    }
+
+    fn store_uncovered<const N: usize>(&mut self, offset: usize, bytes: [u8; N]) -> Option<()> {
+        self.change(|buffer| buffer.store_uncovered(offset, bytes))
+    }
+
+    fn replace_l3(&mut self, offset: usize, difference: Difference) -> Option<()> {
+        self.change(|buffer| buffer.replace_l3(offset, difference))
+    }
+
+    fn replace_l4(
+        &mut self,
+        offset: usize,
+        difference: Difference,
+        summed: Summed,
+        zero_is_none: bool,
+    ) -> Option<()> {
+        self.change(|buffer| buffer.replace_l4(offset, difference, summed, zero_is_none))
+    }
+}
+
+impl Room for Owned {
+    fn put_before<const N: usize>(&mut self, head: &[u8; N], len: u32) -> Option<()> {
+        assert!(len as usize <= self.bytes.len(), "it becomes shorter");
+        self.bytes.truncate(len as usize);
+        self.bytes.splice(..0, *head);
+        Some(())
     }
 }
 
@@ -183,7 +255,6 @@ impl World {
         let rules = RuleSet {
             version: 1,
             tun: TUN,
-            mark: 0,
             port_first: PORT_FIRST,
             flags: 0,
             nat_count: 0,
@@ -211,7 +282,7 @@ impl World {
             externals: [External { address: AddressKey([0; 4]), nic: 0, generation: 0 };
                 EXTERNALS_LEN],
         };
-        let memory = Memory { now_ns: 1, flows_max: 1000, ..Memory::default() };
+        let memory = Memory { now_ns: 1, flows_max: 1000, answers: 1000, ..Memory::default() };
         Self { memory, rules: Box::new(rules) }
     }
 
@@ -264,22 +335,41 @@ impl World {
         self
     }
 
-    fn tunnel(&mut self, bytes: &[u8]) -> Outcome {
-        self.memory.ifindex = TUN;
-        let mut bytes = bytes.to_vec();
+    fn judge(&mut self, ifindex: u32, bytes: &[u8], answers: bool) -> Outcome {
+        self.memory.ifindex = ifindex;
+        let mut packet = Owned { bytes: bytes.to_vec(), sums: Sums::Finished };
         let mut work = Work::EMPTY;
-        let mut buffer = Buffer { bytes: &mut bytes, sums: Sums::Finished };
-        let verdict = from_tunnel(&mut buffer, &mut self.memory, &self.rules, &mut work);
-        (verdict, bytes)
+        let (memory, rules) = (&mut self.memory, &self.rules);
+        let verdict = match ifindex {
+            TUN => from_tunnel(&mut packet, memory, rules, &mut work),
+            _ => from_nic(&mut packet, memory, rules, &mut work),
+        };
+        let verdict = match verdict {
+            Verdict::Answer(error) if answers => {
+                assert_eq!(packet.bytes, bytes, "it is unchanged");
+                engine::answer(&mut packet, memory, rules, &mut work, error)
+            }
+            verdict => verdict,
+        };
+        (verdict, packet.bytes)
+    }
+
+    fn tunnel(&mut self, bytes: &[u8]) -> Outcome {
+        self.judge(TUN, bytes, false)
     }
 
     fn nic(&mut self, bytes: &[u8]) -> Outcome {
-        self.memory.ifindex = NIC;
-        let mut bytes = bytes.to_vec();
-        let mut work = Work::EMPTY;
-        let mut buffer = Buffer { bytes: &mut bytes, sums: Sums::Finished };
-        let verdict = from_nic(&mut buffer, &mut self.memory, &self.rules, &mut work);
-        (verdict, bytes)
+        self.judge(NIC, bytes, false)
+    }
+
+    /// As [`World::tunnel`], whole and right packets.
+    fn out(&mut self, packet: &Packet) -> Outcome {
+        self.tunnel(&packet.bytes(Finish::Full))
+    }
+
+    /// As [`World::nic`].
+    fn back(&mut self, packet: &Packet) -> Outcome {
+        self.nic(&packet.bytes(Finish::Full))
     }
 
     /// A packet that must go out, translated: as whom it goes.
@@ -470,6 +560,60 @@ fn errors_come_to_who_sent_the_packet() {
     }
 }
 
+#[test]
+fn errors_go_to_who_sent_the_packet_and_to_nobody_else() {
+    let mut world = World::masquerade();
+    let sent = world.sent(&udp((ANNE, 5000), (REMOTE, 53)));
+    // Bert would reach a stranger by what Anne has with the remote; and somebody outside the host itself.
+    let back = world.delivered(&answer(&sent));
+    let (verdict, _) = world.out(&about(ANNE, STRANGER, &back));
+    assert_eq!(verdict, Verdict::Drop(DropReason::UnrelatedError));
+    let astray = about(STRANGER, BERT, &sent).bytes(Finish::Full);
+    assert_eq!(world.nic(&astray), (Verdict::Pass(NatEvent::PassedForeign), astray.clone()));
+}
+
+#[test]
+fn who_has_another_address_does_not_show_his_own_by_an_error_about_somebody_elses_flow() {
+    // Bert is translated, and Anne is not.
+    let mut world = World::masquerade().allowing();
+    world.rules.nat[0].from = Prefix::new(key(&BERT), 128);
+    let sent = udp((ANNE, 5000), (REMOTE, 53));
+    assert_eq!(world.out(&sent).0, Verdict::Pass(NatEvent::PassedAllowed));
+    let back = answer(&sent);
+    assert_eq!(world.back(&back).0, Verdict::Pass(NatEvent::PassedAllowed));
+    assert_eq!(world.out(&about(ANNE, REMOTE, &back)).0, Verdict::Pass(NatEvent::PassedAllowed));
+    let (verdict, _) = world.out(&about(BERT, REMOTE, &back));
+    assert_eq!(verdict, Verdict::Drop(DropReason::UnrelatedError));
+}
+
+#[test]
+fn a_rule_for_all_of_ipv6_is_none_for_ipv4() {
+    let all_of_v6 = Prefix::new(AddressKey([0; 4]), 0);
+    let mut world = World::masquerade();
+    // As `snat out=NIC to=` an address of IPv6 alone.
+    world.rules.nat[0] =
+        NatRule { from: all_of_v6, out: NIC, external_first: 1, external_count: 1 };
+    world.rules.nat_count = 1;
+    let packet = udp((ANNE, 5000), (REMOTE, 53));
+    assert_eq!(world.out(&packet).0, Verdict::Pass(NatEvent::PassedForeign));
+    let mut world = World::empty().allowing();
+    (world.rules.allow[0].from, world.rules.allow[0].to) = (all_of_v6, all_of_v6);
+    assert_eq!(world.out(&packet).0, Verdict::Drop(DropReason::NotAllowed));
+}
+
+#[test]
+fn segments_that_nobody_has_counted_are_counted() {
+    let mut world = World::masquerade();
+    world.memory.segments = Some(Segments { len: 1000, count: 0 });
+    for (len, count) in [(3000, 3), (3001, 4), (1, 1)] {
+        let data = vec![7; usize::from(len)];
+        let content = Content::Udp { ports: [5000, len], has_checksum: true, data };
+        world.sent(&packet(ANNE, REMOTE, content));
+        let flow = world.memory.flows.iter().find(|(key, _)| key.remote_port == len.to_be());
+        assert_eq!(flow.expect("it began").1.packets, [count, 0], "{len} bytes");
+    }
+}
+
 /// RFC 4787 REQ-14.
 #[test]
 fn fragments_follow_the_first_one() {
@@ -523,6 +667,85 @@ fn a_forwarded_port_is_reached_from_inside_too() {
     assert_eq!(verdict, Verdict::In);
     let back = expect_one_hop(&back, &bytes, 0);
     assert_eq!((&back.addresses[0][..], back.ports()[0]), (&GATEWAY[..], 80));
+}
+
+/// RFC 4787 REQ-9: with external address and port of who sent it; and REQ-8, filtering by address.
+#[test]
+fn a_mapping_is_reached_from_inside_by_who_was_sent_something() {
+    for is_tcp in [false, true] {
+        let first = |from, to| {
+            if is_tcp { tcp(from, to, 2, 1, 0) } else { udp(from, to) }
+        };
+        let mut world = World::masquerade();
+        let port = |sent: Packet| sent.ports()[0];
+        let anne = port(world.sent(&first((ANNE, 5000), (REMOTE, 53))));
+        let bert = port(world.sent(&first((BERT, 6000), (REMOTE, 53))));
+        let there = first((ANNE, 5000), (GATEWAY, bert));
+        let unsolicited = Verdict::Drop(DropReason::Unsolicited);
+        assert_eq!(world.out(&there), (unsolicited, there.bytes(Finish::Full)));
+        // Now Anne has sent something to the external address: what comes from there may pass.
+        let back = first((BERT, 6000), (GATEWAY, anne));
+        let came = first((GATEWAY, bert), (ANNE, 5000));
+        assert_eq!(world.out(&back), (Verdict::In, routed(&came)));
+        let came = first((GATEWAY, anne), (BERT, 6000));
+        for _ in 0..2 {
+            assert_eq!(world.out(&there), (Verdict::In, routed(&came)));
+        }
+        // Both flows know of both directions.
+        let key = |packet: &Packet| {
+            Tuple::of(&packet.bytes(Finish::Full)[..]).unwrap().flow_from_inside()
+        };
+        assert_eq!(world.memory.flows[&key(&there)].packets, [3, 1]);
+        assert_eq!(world.memory.flows[&key(&back)].packets, [1, 2]);
+
+        // Too old, too large: told in the name of the external address.
+        let old = Packet { ttl: 1, ..there.clone() };
+        let told = world.judge(TUN, &old.bytes(Finish::Full), true);
+        let expected = error_about(&old, Error::TimeExceeded).bytes(Finish::Full);
+        assert_eq!(told, (Verdict::In, expected));
+        world.memory.mtu = 100;
+        let large = long(there.clone(), 101);
+        let told = world.judge(TUN, &large.bytes(Finish::Full), true);
+        assert!(
+            matches!(told.0, Verdict::In | Verdict::Pass(NatEvent::PassedToRefuse)),
+            "{told:?}"
+        );
+        world.memory.mtu = 0;
+
+        // A port that nobody has is the host's, and so is one for who is not translated himself.
+        assert_eq!(world.out(&first((ANNE, 5000), (GATEWAY, 22))).0, FOREIGN);
+        assert_eq!(world.out(&first((ANNE, 5001), (GATEWAY, anne + 9))).0, FOREIGN);
+        world.rules.version += 1;
+        world.rules.nat[0].from = Prefix::new(model::key(&ANNE), 128);
+        assert_eq!(world.out(&back).0, FOREIGN);
+    }
+    let mut world = World::masquerade();
+    let id = world.sent(&echo(BERT, REMOTE, true, 5000)).ports()[0];
+    assert_eq!(world.out(&echo(ANNE, GATEWAY, true, id)).0, FOREIGN, "the host answers itself");
+}
+
+#[test]
+fn fragments_reach_a_mapping_from_inside() {
+    let mut world = World::masquerade();
+    let bert = world.sent(&udp((BERT, 6000), (REMOTE, 53))).ports()[0];
+    let anne = world.sent(&udp((ANNE, 5000), (REMOTE, 53))).ports()[0];
+    world.out(&udp((BERT, 6000), (GATEWAY, anne)));
+    let first = Packet { fragment: Some((0, true)), ..udp((ANNE, 5000), (GATEWAY, bert)) };
+    let came = first.clone().with(0, &GATEWAY, anne).with(1, &BERT, 6000);
+    assert_eq!(world.out(&first), (Verdict::In, routed(&came)));
+    let later = Content::Later { protocol: 17, data: vec![9; 30] };
+    let later = Packet { fragment: Some((2, false)), ..packet(ANNE, GATEWAY, later) };
+    let came = later.clone().with(0, &GATEWAY, 0).with(1, &BERT, 0);
+    assert_eq!(world.out(&later), (Verdict::In, routed(&came)));
+}
+
+/// `Allow` is asked by the address to which it was sent.
+#[test]
+fn what_nobody_allows_does_not_reach_a_mapping_from_inside() {
+    let mut world = World::masquerade().allowing();
+    world.sent(&udp((ANNE, 5000), (REMOTE, 53)));
+    let denied = Verdict::Drop(DropReason::NotAllowed);
+    assert_eq!(world.out(&udp((BERT, 6000), (GATEWAY, OUTER.1))).0, denied);
 }
 
 #[test]
@@ -651,6 +874,326 @@ fn what_is_too_large_or_too_old_does_not_get_through() {
     assert_eq!(world.nic(&back).0, Verdict::In);
     world.memory.segments = Some(Segments { len: 6, count: 9 });
     assert_eq!(world.nic(&back).0, Verdict::Answer(Error::TooBig(33)));
+}
+
+/// The same packet one router on.
+fn routed(packet: &Packet) -> Vec<u8> {
+    Packet { ttl: packet.ttl - 1, ..packet.clone() }.bytes(Finish::Full)
+}
+
+const INNER: ([u8; 4], u16) = (ANNE, 4000);
+const SERVER: ([u8; 4], u16) = (REMOTE, 53);
+const OUTER: ([u8; 4], u16) = (GATEWAY, PORT_FIRST as u16);
+const FOREIGN: Verdict = Verdict::Pass(NatEvent::PassedForeign);
+
+#[test]
+fn a_packet_goes_out_translated_and_its_answer_comes_back() {
+    let mut world = World::masquerade();
+    assert_eq!(world.out(&udp(INNER, SERVER)), (Verdict::Out, routed(&udp(OUTER, SERVER))));
+    assert_eq!(world.back(&udp(SERVER, OUTER)), (Verdict::In, routed(&udp(SERVER, INNER))));
+}
+
+#[test]
+fn a_mapping_is_the_same_for_all_remotes_and_filters_by_address() {
+    let mut world = World::masquerade();
+    world.out(&udp(INNER, SERVER));
+    let other = (STRANGER, 53);
+    assert_eq!(world.back(&udp(other, OUTER)).0, Verdict::Drop(DropReason::Unsolicited));
+    assert_eq!(world.out(&udp(INNER, other)).1, routed(&udp(OUTER, other)));
+    // Another port of an address that was sent to.
+    let other = (other.0, 9);
+    assert_eq!(world.back(&udp(other, OUTER)), (Verdict::In, routed(&udp(other, INNER))));
+    // Another inner port has another external one.
+    let second = world.out(&udp((INNER.0, 4001), SERVER)).1;
+    assert_eq!(second, routed(&udp((OUTER.0, OUTER.1 + 1), SERVER)));
+}
+
+#[test]
+fn ports_are_used_up_and_those_of_sockets_left_alone() {
+    let mut world = World::masquerade();
+    world.memory.sockets = vec![OUTER.1];
+    let from = |port| udp((INNER.0, port), SERVER);
+    assert_eq!(world.out(&from(1)).1, routed(&udp((OUTER.0, OUTER.1 + 1), SERVER)));
+    assert_eq!(world.memory.events, [NatEvent::PortInUse]);
+    assert_eq!(world.out(&from(2)).0, Verdict::Out);
+    assert_eq!(world.out(&from(3)).0, Verdict::Drop(DropReason::NoPort));
+    assert_eq!(world.out(&from(1)).0, Verdict::Out, "who has one keeps it");
+    world.memory.flows_max = world.memory.flows.len();
+    let full = world.out(&udp((INNER.0, 1), (STRANGER, 53))).0;
+    assert_eq!(full, Verdict::Drop(DropReason::FlowsFull));
+}
+
+#[test]
+fn a_slot_that_was_taken_back_ends_flow_and_mapping() {
+    let mut world = World::masquerade();
+    world.out(&udp(INNER, SERVER));
+    let slot = slot_index(ring(0, Protocol::Udp), 0);
+    world.memory.slots.get_mut(&slot).unwrap().generation += 1;
+    assert_eq!(world.back(&udp(SERVER, OUTER)).0, FOREIGN);
+    let sent = udp((OUTER.0, OUTER.1 + 1), SERVER);
+    assert_eq!(world.out(&udp(INNER, SERVER)), (Verdict::Out, routed(&sent)));
+}
+
+#[test]
+fn what_is_covered_is_never_passed_on() {
+    let mut world = World::masquerade();
+    let mut options = udp(INNER, SERVER).bytes(Finish::Full);
+    options[0] = 0x46;
+    assert_eq!(world.tunnel(&options).0, Verdict::Drop(DropReason::Untranslatable));
+    let gre = packet(ANNE, REMOTE, Content::Later { protocol: 47, data: vec![1; 20] });
+    assert_eq!(world.out(&gre).0, Verdict::Drop(DropReason::Untranslatable));
+    let mut fragment = udp(INNER, SERVER).bytes(Finish::Full);
+    fragment[7] = 100;
+    assert_eq!(world.tunnel(&fragment).0, Verdict::Drop(DropReason::FragmentUnknown));
+    let spoofed = udp(([10, 8, 0, 2], 1), SERVER);
+    assert_eq!(world.out(&spoofed).0, Verdict::Drop(DropReason::SourceUnowned));
+    assert_eq!(world.out(&udp((ANNE, 0), SERVER)).0, Verdict::Drop(DropReason::Untranslatable));
+    // The host's own, and what goes to another peer, is not covered.
+    assert_eq!(world.out(&udp(INNER, (GATEWAY, 22))).0, FOREIGN);
+    assert_eq!(world.out(&udp(INNER, (BERT, 22))).0, FOREIGN);
+}
+
+#[test]
+fn later_fragments_keep_what_they_carry() {
+    let mut world = World::masquerade();
+    let first = Packet { fragment: Some((0, true)), ..udp(INNER, SERVER) };
+    assert_eq!(world.out(&first).0, Verdict::Out);
+    let later = Content::Later { protocol: 17, data: vec![3; 28] };
+    let later = Packet { fragment: Some((100, false)), ..packet(ANNE, REMOTE, later) };
+    let sent = later.clone().with(0, &GATEWAY, 0);
+    assert_eq!(world.out(&later), (Verdict::Out, routed(&sent)));
+}
+
+#[test]
+fn a_forwarded_port_is_reached_from_outside_and_from_inside() {
+    let mut world = World::forwarding();
+    let (outside, server) = ((GATEWAY, 80), (ANNE, 8080));
+    for (from, back) in [((REMOTE, 53), Verdict::Out), ((BERT, 53), Verdict::In)] {
+        let there = udp(from, outside);
+        let came = if from.0 == BERT { world.out(&there) } else { world.back(&there) };
+        assert_eq!(came, (Verdict::In, routed(&udp(from, server))));
+        assert_eq!(world.out(&udp(server, from)), (back, routed(&udp(outside, from))));
+    }
+}
+
+#[test]
+fn what_no_allow_rule_names_is_denied_and_answers_pass() {
+    let mut world = World::empty();
+    world.rules.flags = rule_flags::DENY;
+    world.rules.allow[0] = AllowRule {
+        from: Prefix::new(key(&ANNE), 96 + 24),
+        to: Prefix::new(key(&REMOTE), 128),
+        protocol: 17,
+        port_first: 50,
+        port_last: 53,
+        counter: 5,
+    };
+    world.rules.allow_count = 1;
+    let passed = Verdict::Pass(NatEvent::PassedAllowed);
+    let denied = Verdict::Drop(DropReason::NotAllowed);
+    assert_eq!(world.back(&udp(SERVER, INNER)).0, denied, "it answers nothing yet");
+    let there = udp(INNER, SERVER);
+    assert_eq!(world.out(&there), (passed, there.bytes(Finish::Full)));
+    assert_eq!(world.memory.allowed, [5]);
+    assert_eq!(world.back(&udp(SERVER, INNER)).0, passed);
+    assert_eq!(world.out(&udp(INNER, (REMOTE, 54))).0, denied);
+    assert_eq!(world.out(&udp(INNER, (REMOTE, 49))).0, denied);
+    assert_eq!(world.out(&udp(INNER, (BERT, 53))).0, denied, "to another peer");
+    assert_eq!(world.back(&udp(SERVER, (GATEWAY, 22))).0, FOREIGN, "the host's");
+    let mut options = udp(INNER, SERVER).bytes(Finish::Full);
+    options[0] = 0x46;
+    assert_eq!(world.tunnel(&options).0, Verdict::Drop(DropReason::Untranslatable));
+
+    // Other rules end what they do not want, both ways.
+    world.rules.version = 2;
+    world.rules.allow[0].port_last = 52;
+    assert_eq!(world.back(&udp(SERVER, INNER)).0, denied);
+    assert_eq!(world.out(&there).0, denied);
+    assert!(world.memory.flows.is_empty());
+}
+
+#[test]
+fn flows_that_new_rules_want_go_on() {
+    let mut world = World::masquerade();
+    world.out(&udp(INNER, SERVER));
+    world.rules.version = 2;
+    assert_eq!(world.back(&udp(SERVER, OUTER)).0, Verdict::In);
+    world.rules.version = 3;
+    world.rules.nat[0].from = Prefix::new(key(&BERT), 128);
+    assert_eq!(world.back(&udp(SERVER, OUTER)).0, Verdict::Drop(DropReason::Unsolicited));
+    assert_eq!(world.out(&udp(INNER, SERVER)).0, FOREIGN);
+}
+
+/// With this many bytes behind its header.
+fn long(mut packet: Packet, len: usize) -> Packet {
+    if let Content::Tcp { rest: data, .. }
+    | Content::Udp { data, .. }
+    | Content::Echo { data, .. } = &mut packet.content
+    {
+        *data = (0..len).map(|i| i as u8).collect();
+    }
+    packet
+}
+
+#[test]
+fn what_is_too_large_or_too_old_is_refused() {
+    let mut world = World::masquerade();
+    world.out(&udp(INNER, SERVER));
+    world.memory.mtu = 1500;
+    let large = long(udp(INNER, SERVER), 1600);
+    assert_eq!(world.out(&large).0, Verdict::Drop(DropReason::TooLarge));
+    let refused = Verdict::Pass(NatEvent::PassedToRefuse);
+    assert_eq!(world.out(&Packet { dont_fragment: true, ..large }).0, refused);
+    world.memory.mtu = 1420;
+    let large = long(udp(SERVER, OUTER), 1400);
+    assert_eq!(world.back(&large).0, Verdict::Answer(Error::TooBig(1420)));
+    assert_eq!(world.out(&Packet { ttl: 1, ..udp(INNER, SERVER) }).0, refused);
+    let old = Packet { ttl: 1, ..udp(SERVER, OUTER) };
+    assert_eq!(world.back(&old).0, Verdict::Answer(Error::TimeExceeded));
+}
+
+/// The error that the gateway should write about a packet.
+fn error_about(packet: &Packet, error: Error) -> Packet {
+    let is_v4 = packet.is_v4();
+    let (kind, code, rest) = match error {
+        Error::TimeExceeded => (if is_v4 { 11 } else { 3 }, 0, 0),
+        Error::TooBig(mtu) if is_v4 => (3, 4, mtu),
+        Error::TooBig(mtu) => (2, 0, mtu),
+    };
+    let most = if is_v4 { 576 - 28 } else { 1280 - 48 };
+    let quoted_len = packet.bytes(Finish::Full).len().min(most) & !3;
+    let content = Content::Error {
+        kind,
+        code,
+        rest: rest.to_be_bytes(),
+        quoted: Box::new(packet.clone()),
+        quoted_len,
+    };
+    Packet {
+        addresses: [packet.addresses[1].clone(), packet.addresses[0].clone()],
+        tos: if is_v4 { 0xc0 } else { 0 },
+        ttl: 64,
+        id: 0,
+        fragment: None,
+        dont_fragment: is_v4,
+        content,
+    }
+}
+
+/// RFC 4787 REQ-13, RFC 5508 REQ-9: the quoted packet is the one that its sender sent, and nobody hears of an
+/// address inside.
+#[test]
+fn senders_outside_are_told_that_a_packet_is_too_large_or_too_old() {
+    let (inner_v6, remote_v6) = ([&[0xfd][..], &[0; 14], &[2]].concat(), [0x2a; 16].to_vec());
+    for first in [
+        udp((ANNE, 5000), (REMOTE, 53)),
+        tcp((ANNE, 5000), (REMOTE, 443), 2, 1, 0),
+        echo(ANNE, REMOTE, true, 5000),
+    ] {
+        for is_v4 in [true, false] {
+            let mut first = first.clone();
+            if !is_v4 {
+                first.addresses = [inner_v6.clone(), remote_v6.clone()];
+            }
+            let mut world = World::masquerade();
+            let (verdict, sent) = world.out(&first);
+            assert_eq!(verdict, Verdict::Out);
+            let back = answer(&expect_one_hop(&first, &sent, 0));
+            for len in [1, 400, 1234, 1401] {
+                let back = long(back.clone(), len);
+                let old = Packet { ttl: 1, ..back.clone() };
+                let told = world.judge(NIC, &old.bytes(Finish::Full), true);
+                let expected = error_about(&old, Error::TimeExceeded);
+                assert_eq!(told, (Verdict::Out, expected.bytes(Finish::Full)), "{len}");
+                let way = world.memory.way.unwrap();
+                assert_eq!((way.source, way.destination), (old.key(1), old.key(0)));
+                assert_eq!((way.tos, way.protocol), (expected.tos, expected.protocol()));
+
+                world.memory.mtu = back.bytes(Finish::Full).len() as u32 - 1;
+                let error = Error::TooBig(world.memory.mtu);
+                let told = world.judge(NIC, &back.bytes(Finish::Full), true);
+                let expected = error_about(&back, error).bytes(Finish::Full);
+                assert_eq!(told, (Verdict::Out, expected), "{len}");
+                world.memory.mtu = 0;
+            }
+            let asked = [limit::TIME_EXCEEDED, limit::TOO_BIG];
+            let asked = asked.map(|kind| (back.key(0), kind)).repeat(4);
+            assert_eq!(world.memory.asked, asked);
+        }
+    }
+}
+
+#[test]
+fn senders_inside_are_told_in_the_name_of_the_forwarded_address() {
+    let mut world = World::forwarding();
+    let there = Packet { ttl: 1, ..udp((BERT, 6000), (GATEWAY, 80)) };
+    let told = world.judge(TUN, &there.bytes(Finish::Full), true);
+    let expected = error_about(&there, Error::TimeExceeded).bytes(Finish::Full);
+    assert_eq!(told, (Verdict::In, expected));
+    let there = long(udp((BERT, 6000), (GATEWAY, 80)), 200);
+    world.memory.mtu = 100;
+    let told = world.judge(TUN, &there.bytes(Finish::Full), true);
+    let expected = error_about(&there, Error::TooBig(100)).bytes(Finish::Full);
+    assert_eq!(told, (Verdict::In, expected));
+}
+
+#[test]
+fn answers_are_limited_and_what_may_not_be_answered_takes_none() {
+    let mut world = World::forwarding();
+    world.memory.answers = 1;
+    let there = Packet { ttl: 1, ..udp((REMOTE, 6000), (GATEWAY, 80)) };
+    let bytes = there.bytes(Finish::Full);
+    for source in [[224, 0, 0, 1], [255; 4], [127, 0, 0, 1], [0; 4]] {
+        let from_group = there.clone().with(0, &source, 6000).bytes(Finish::Full);
+        let dropped = Verdict::Drop(DropReason::HopLimit);
+        assert_eq!(world.judge(NIC, &from_group, true), (dropped, from_group));
+    }
+    assert_eq!(world.judge(NIC, &bytes, true).0, Verdict::Out);
+    let limited = Verdict::Drop(DropReason::AnswerLimited);
+    assert_eq!(world.judge(NIC, &bytes, true), (limited, bytes.clone()));
+    assert_eq!(world.memory.asked.len(), 2);
+    // No way leads to the sender.
+    world.memory.answers = 9;
+    let lost = there.with(0, &[203, 0, 113, 77], 6000).bytes(Finish::Full);
+    let dropped = Verdict::Drop(DropReason::NoRoute);
+    assert_eq!(world.judge(NIC, &lost, true), (dropped, lost));
+}
+
+#[test]
+fn what_cannot_begin_a_flow_takes_no_port() {
+    const FIN: u8 = 1;
+    const SYN: u8 = 2;
+    const RST: u8 = 4;
+    const ACK: u8 = 16;
+
+    let of = |flags| tcp((ANNE, 5000), (REMOTE, 443), flags, 7, 9);
+    let mut world = World::masquerade();
+    let flags = [0, RST, RST | ACK, SYN | ACK, FIN, FIN | ACK, SYN | FIN, SYN | RST];
+    for stray in flags.map(of).into_iter().chain([echo(ANNE, REMOTE, false, 5000)]) {
+        let bytes = stray.bytes(Finish::Full);
+        assert_eq!(world.tunnel(&bytes), (Verdict::Drop(DropReason::BeginsNothing), bytes));
+    }
+    assert!(world.memory.flows.is_empty() && world.memory.mappings.is_empty());
+    assert!(world.memory.slots.is_empty() && world.memory.rings.is_empty());
+    // Where no line covers them they are the kernel's.
+    let foreign = echo(ANNE, [172, 16, 0, 1], false, 5000);
+    assert_eq!(world.out(&foreign).0, FOREIGN);
+
+    // From the midst of a connection: what is known of it may have been lost.
+    let sent = world.sent(&of(ACK));
+    assert_eq!(sent.addresses[0], GATEWAY);
+    // A flow that is there has its end.
+    assert_eq!(world.sent(&of(FIN | ACK)).ports(), sent.ports());
+    assert_eq!(world.sent(&of(RST)).ports(), sent.ports());
+
+    // What was allowed is counted if it begins something.
+    let mut world = World::masquerade().allowing();
+    world.rules.allow[0].protocol = 0;
+    let stray = tcp((ANNE, 5000), (REMOTE, 53), RST, 7, 9);
+    assert_eq!(world.out(&stray).0, Verdict::Drop(DropReason::BeginsNothing));
+    assert!(world.memory.allowed.is_empty());
+    world.sent(&tcp((ANNE, 5000), (REMOTE, 53), SYN, 7, 0));
+    assert_eq!(world.memory.allowed, [4]);
 }
 
 /// A connection's state follows both sides, and a forger does not change it.
@@ -785,12 +1328,47 @@ proptest! {
         prop_assert!(inner_of.len() <= 3 * FREE as usize);
     }
 
+    /// Whatever is answered: what the error says is what a plain writer would say.
+    #[test]
+    fn answers_are_written_as_others_would_write_them(
+        packet in any::<bool>().prop_flat_map(model::packet), more in 0_usize..1500, too_old in any::<bool>(),
+    ) {
+        let mut world = World::forwarding();
+        let gateway = gateway(packet.is_v4());
+        for rule in &mut world.rules.forward[..2] {
+            rule.external = key(&gateway);
+            if !packet.is_v4() {
+                rule.to = key(&[&[0xfd][..], &[0; 14], &[2]].concat());
+            }
+        }
+        let from = if packet.is_v4() { REMOTE.to_vec() } else { [0x2a; 16].to_vec() };
+        let mut packet = packet.with(0, &from, 6000).with(1, &gateway, 80);
+        if let Content::Echo { .. } = packet.content {
+            packet.content = Content::Udp { ports: [6000, 80], has_checksum: false, data: Vec::new() };
+        }
+        if let Content::Tcp { rest: data, .. } | Content::Udp { data, .. } = &mut packet.content {
+            data.resize(data.len() + more, 0xa5);
+        }
+        // Headers that hold together.
+        if let Content::Tcp { middle, .. } = &mut packet.content {
+            middle[8] = 0x50;
+        }
+        packet.ttl = if too_old { 1 } else { 9 };
+        let bytes = packet.bytes(Finish::Full);
+        let error = if too_old { Error::TimeExceeded } else { Error::TooBig(bytes.len() as u32 - 1) };
+        if let Error::TooBig(mtu) = error {
+            world.memory.mtu = mtu;
+        }
+        let told = world.judge(NIC, &bytes, true);
+        prop_assert_eq!(told, (Verdict::Out, error_about(&packet, error).bytes(Finish::Full)));
+    }
+
     #[test]
     fn any_bytes_are_judged_without_harm(
         mut bytes in prop::collection::vec(any::<u8>(), 1..120), v4 in any::<bool>(), tunnel in any::<bool>(),
     ) {
         bytes[0] = if v4 { 0x45 } else { 0x60 };
         let mut world = World::forwarding().allowing();
-        let _ = if tunnel { world.tunnel(&bytes) } else { world.nic(&bytes) };
+        let _ = world.judge(if tunnel { TUN } else { NIC }, &bytes, true);
     }
 }

@@ -12,12 +12,13 @@ pub const HEAD_LEN_V4: usize = IPV4_LEN + ICMP_LEN;
 /// Bytes of those of an error about an IPv6 packet.
 pub const HEAD_LEN_V6: usize = IPV6_LEN + ICMP_LEN;
 
+/// Room for the headers of any error.
+pub const HEAD_LEN_MAX: usize = HEAD_LEN_V6;
+
 /// Longest quotation of an IPv4 packet: every host takes a datagram of 576 bytes (RFC 1812 §4.3.2.3).
 const QUOTED_MAX_V4: u32 = 576 - HEAD_LEN_V4 as u32;
 /// Longest one of an IPv6 packet: every link has an MTU of 1280 bytes (RFC 4443 §2.4 c).
-const QUOTED_MAX_V6: u32 = 1280 - HEAD_LEN_V6 as u32;
-/// Bytes that are summed up at a time.
-const BLOCK_LEN: usize = 16;
+pub const QUOTED_MAX_V6: u32 = 1280 - HEAD_LEN_V6 as u32;
 const TCP_CHECKSUM: usize = 16;
 /// TOS: precedence "internetwork control" (RFC 1812 §4.3.2.5).
 const TOS: u8 = 0xc0;
@@ -70,9 +71,7 @@ pub struct Answer {
 /// error is the one that is right then. That it is not finished is seen by its being the sum of the
 /// pseudo-header, which one finished checksum out of 65,536 is as well.
 ///
-/// `None` for what must not be answered (RFC 1122 §3.2.2, RFC 4443 §2.4 e): ICMP errors, and other ICMP messages
-/// than echoes; fragments other than the first; a source or destination that names no single host; what is broken
-/// or unfit.
+/// `None` for what must not be answered, as [`may_be_answered`] has it.
 #[inline(always)]
 pub fn answer<B: Bytes + ?Sized>(
     packet: &B,
@@ -80,13 +79,26 @@ pub fn answer<B: Bytes + ?Sized>(
     error: Error,
     from: &AddressKey,
 ) -> Option<Answer> {
-    let is_icmp = tuple.protocol == PROTOCOL_ICMP || tuple.protocol == PROTOCOL_ICMPV6;
-    let answers = match tuple.kind {
-        Kind::Tcp | Kind::Udp | Kind::EchoRequest | Kind::EchoReply => true,
-        Kind::Other => !is_icmp,
-        _ => false,
+    let mut head = [0; HEAD_LEN_MAX];
+    let quoted_len = write_head(packet, tuple, error, from, &mut head)?;
+    let head = match head.first_chunk() {
+        Some(head) if tuple.is_v4 => Head::V4(*head),
+        _ => Head::V6(head),
     };
-    if !answers || !is_single_host(&tuple.source) || !is_single_host(&tuple.destination) {
+    Some(Answer { head, quoted_len })
+}
+
+/// As [`answer`], with a `head` that is written where it stands, [`HEAD_LEN_V4`] or [`HEAD_LEN_V6`] bytes of it; gives
+/// [`Answer::quoted_len`].
+#[inline(always)]
+pub fn write_head<B: Bytes + ?Sized>(
+    packet: &B,
+    tuple: &Tuple,
+    error: Error,
+    from: &AddressKey,
+    head: &mut [u8; HEAD_LEN_MAX],
+) -> Option<u32> {
+    if !may_be_answered(tuple) {
         return None;
     }
     let quoted_max = if tuple.is_v4 { QUOTED_MAX_V4 } else { QUOTED_MAX_V6 };
@@ -96,89 +108,83 @@ pub fn answer<B: Bytes + ?Sized>(
     let rest = rest.to_be_bytes();
     let icmp = u16::from_ne_bytes(kind) as u64 + u32::from_ne_bytes(rest) as u64;
     let sum = quoted_sum(packet, tuple, quoted_len)? + icmp;
-    let head = if tuple.is_v4 {
-        let ip = v4_header(quoted_len, &tuple.source, from);
+    if tuple.is_v4 {
+        write_v4(head, quoted_len, &tuple.source, from);
         let [sum_0, sum_1] = (!fold(sum)).to_ne_bytes();
-        let mut head = [0; HEAD_LEN_V4];
-        put(&mut head, 0, ip);
-        put(&mut head, IPV4_LEN, [kind[0], kind[1], sum_0, sum_1]);
-        put(&mut head, IPV4_LEN + 4, rest);
-        Head::V4(head)
+        put(head, IPV4_LEN, [kind[0], kind[1], sum_0, sum_1]);
+        put(head, IPV4_LEN + 4, rest);
     } else {
         let len = (ICMP_LEN as u32 + quoted_len) as u16;
         let pseudo = sum_of(from) + sum_of(&tuple.source) + words(PROTOCOL_ICMPV6, len);
         let [sum_0, sum_1] = (!fold(sum + pseudo)).to_ne_bytes();
         let [len_high, len_low] = len.to_be_bytes();
-        let mut head = [0; HEAD_LEN_V6];
-        put(&mut head, 0, [0x60, 0, 0, 0, len_high, len_low, PROTOCOL_ICMPV6, TTL]);
-        put_address(&mut head, 8, from);
-        put_address(&mut head, 24, &tuple.source);
-        put(&mut head, IPV6_LEN, [kind[0], kind[1], sum_0, sum_1]);
-        put(&mut head, IPV6_LEN + 4, rest);
-        Head::V6(head)
+        put(head, 0, [0x60, 0, 0, 0, len_high, len_low, PROTOCOL_ICMPV6, TTL]);
+        put_address(head, 8, from);
+        put_address(head, 24, &tuple.source);
+        put(head, IPV6_LEN, [kind[0], kind[1], sum_0, sum_1]);
+        put(head, IPV6_LEN + 4, rest);
+    }
+    Some(quoted_len)
+}
+
+/// Whether a packet may be answered with an error (RFC 1122 §3.2.2, RFC 4443 §2.4 e). Not so: ICMP errors, and other
+/// ICMP messages than echoes; fragments other than the first; a source or destination that names no single host;
+/// what is broken or unfit.
+#[inline(always)]
+pub const fn may_be_answered(tuple: &Tuple) -> bool {
+    let is_icmp = tuple.protocol == PROTOCOL_ICMP || tuple.protocol == PROTOCOL_ICMPV6;
+    let is_meant = match tuple.kind {
+        Kind::Tcp | Kind::Udp | Kind::EchoRequest | Kind::EchoReply => true,
+        Kind::Other => !is_icmp,
+        _ => false,
     };
-    Some(Answer { head, quoted_len })
+    is_meant && is_single_host(&tuple.source) && is_single_host(&tuple.destination)
+}
+
+/// The addresses, protocol and TOS with which the answer to a packet goes, from who it was sent to: by them its way
+/// is looked up.
+#[inline(always)]
+pub const fn answer_tuple(to: &Tuple) -> Tuple {
+    Tuple {
+        source: to.destination,
+        destination: to.source,
+        source_port: 0,
+        destination_port: 0,
+        protocol: if to.is_v4 { PROTOCOL_ICMP } else { PROTOCOL_ICMPV6 },
+        kind: Kind::Error,
+        tos: if to.is_v4 { TOS } else { 0 },
+        ttl: TTL,
+        is_fragment: false,
+        ..*to
+    }
 }
 
 #[inline(always)]
-fn v4_header(quoted_len: u32, to: &AddressKey, from: &AddressKey) -> [u8; IPV4_LEN] {
+fn write_v4(head: &mut [u8; HEAD_LEN_MAX], quoted_len: u32, to: &AddressKey, from: &AddressKey) {
     let [len_high, len_low] = ((HEAD_LEN_V4 as u32 + quoted_len) as u16).to_be_bytes();
     // No id: it is never cut up (RFC 6864 §4.1).
-    let start = [0x45, TOS, len_high, len_low, 0, 0, DONT_FRAGMENT, 0, TTL, PROTOCOL_ICMP];
-    let mut header = [0; IPV4_LEN];
-    put(&mut header, 0, start);
-    put(&mut header, 12, from.0[3].to_ne_bytes());
-    put(&mut header, 16, to.0[3].to_ne_bytes());
     let pairs =
-        [[start[0], start[1]], [len_high, len_low], [DONT_FRAGMENT, 0], [TTL, PROTOCOL_ICMP]];
+        [[0x45, TOS], [len_high, len_low], [0, 0], [DONT_FRAGMENT, 0], [TTL, PROTOCOL_ICMP]];
     let mut sum = from.0[3] as u64 + to.0[3] as u64;
-    for pair in pairs {
-        sum += u16::from_ne_bytes(pair) as u64;
+    let mut at = 0;
+    while at < pairs.len() {
+        put(head, 2 * at, pairs[at]);
+        sum += u16::from_ne_bytes(pairs[at]) as u64;
+        at += 1;
     }
-    put(&mut header, 10, (!fold(sum)).to_ne_bytes());
-    header
+    put(head, 10, (!fold(sum)).to_ne_bytes());
+    put(head, 12, from.0[3].to_ne_bytes());
+    put(head, 16, to.0[3].to_ne_bytes());
 }
 
 /// The sum of the first `len` bytes of the packet, a multiple of four, as they are when they arrive.
 #[inline(always)]
 fn quoted_sum<B: Bytes + ?Sized>(packet: &B, tuple: &Tuple, len: u32) -> Option<u64> {
-    const BLOCKS_MAX: u32 = QUOTED_MAX_V6 / BLOCK_LEN as u32;
-    const WORDS_MAX: u32 = IPV6_LEN as u32 / 4 + 2;
-
-    let mut at = 0;
-    let mut sum = 0;
-    if let Some(seed) = partial_seed(packet, tuple)? {
+    match partial_seed(packet, tuple)? {
         // When it is finished, all that it covers sums up to 0, less what it began with.
-        sum = add_words(packet, 0, tuple.upper as u32, WORDS_MAX)?;
-        return Some(sum + (!seed) as u64);
+        Some(seed) => Some(packet.sum(tuple.upper as u32)? + (!seed) as u64),
+        None => packet.sum(len),
     }
-    for _ in 0..BLOCKS_MAX {
-        if at + BLOCK_LEN as u32 > len {
-            break;
-        }
-        let block: [u8; BLOCK_LEN] = packet.read(at as usize)?;
-        let (words, _) = block.as_chunks::<4>();
-        for word in words {
-            sum += u32::from_ne_bytes(*word) as u64;
-        }
-        at += BLOCK_LEN as u32;
-    }
-    Some(sum + add_words(packet, at, len, BLOCK_LEN as u32 / 4)?)
-}
-
-/// The sum of the words from `at` to `end`, no more than so many.
-#[inline(always)]
-fn add_words<B: Bytes + ?Sized>(packet: &B, at: u32, end: u32, most: u32) -> Option<u64> {
-    let mut at = at;
-    let mut sum = 0;
-    for _ in 0..most {
-        if at + 4 > end {
-            break;
-        }
-        sum += u32::from_ne_bytes(packet.read(at as usize)?) as u64;
-        at += 4;
-    }
-    Some(sum)
 }
 
 /// What the packet's checksum begins with, if it is not finished; `None` if the packet cannot be read.
@@ -211,16 +217,16 @@ const fn words(protocol: u8, len: u16) -> u64 {
 
 /// Writes `bytes` where there is room for them, by constants.
 #[inline(always)]
-fn put<const N: usize, const M: usize>(to: &mut [u8; N], at: usize, bytes: [u8; M]) {
+fn put<const M: usize>(to: &mut [u8; HEAD_LEN_MAX], at: usize, bytes: [u8; M]) {
     let mut i = 0;
-    while i < M && at + i < N {
+    while i < M && at + i < HEAD_LEN_MAX {
         to[at + i] = bytes[i];
         i += 1;
     }
 }
 
 #[inline(always)]
-fn put_address(to: &mut [u8; HEAD_LEN_V6], at: usize, address: &AddressKey) {
+fn put_address(to: &mut [u8; HEAD_LEN_MAX], at: usize, address: &AddressKey) {
     let [a, b, c, d] = address.0;
     put(to, at, a.to_ne_bytes());
     put(to, at + 4, b.to_ne_bytes());

@@ -34,13 +34,20 @@ pub const RING_TAIL: u32 = 8;
 pub const FRAGMENTS: &str = "NAT_FRAGMENTS";
 /// Most entries of [`FRAGMENTS`].
 pub const FRAGMENTS_LEN: u32 = 4096;
+/// Array of `u64`: the words of the [`Bucket::ALL`](crate::nat::limit::Bucket::ALL) of each kind of error.
+pub const ANSWERS: &str = "NAT_ANSWERS";
+/// LRU hash: [`receiver`](crate::nat::limit::receiver) → the words of its
+/// [`Bucket::ONE`](crate::nat::limit::Bucket::ONE) of each kind.
+pub const ANSWERED: &str = "NAT_ANSWERED";
+/// Most entries of [`ANSWERED`].
+pub const ANSWERED_LEN: u32 = 4096;
 /// Per-CPU array of `u64`: drop reasons, then [`NatEvent`](crate::outcome::NatEvent)s.
 pub const NAT_COUNTERS: &str = "NAT_COUNTERS";
 /// Per-CPU array of `u64`: packets that each of the [`RuleSet::allow`] rules let begin a flow, by its
 /// [`AllowRule::counter`].
 pub const ALLOW_COUNTERS: &str = "NAT_ALLOWED";
 /// Array, mapped, of one word: boot time in nanoseconds at which the owner last said that it lives. Where that
-/// is older than [`OWNER_STALE_NS`], programs that the owner left behind let everything pass.
+/// is older than [`OWNER_STALE_NS`] and [`RuleSet::tun`] is gone, programs that the owner left behind let everything pass.
 pub const OWNER: &str = "NAT_OWNER";
 /// Where programs die with their owner, their links are his: [`OWNER_BY_LINK`] stands there.
 pub const OWNER_BY_LINK: u64 = u64::MAX;
@@ -129,9 +136,29 @@ impl Prefix {
         prefix
     }
 
-    /// 0 if an address is in the prefix. A number, so that several such questions cost one branch.
+    /// 0 if an address is in the prefix. A number, so that several such questions cost one branch. A prefix of IPv6
+    /// has no address of IPv4 in it, as short as it may be.
     #[inline(always)]
     pub const fn distance(&self, of: &AddressKey) -> u32 {
+        self.distance_within(of) | self.distance_from(Self::family(of))
+    }
+
+    /// What [`Prefix::distance_from`] wants to know of an address: all ones for IPv4, else 0.
+    #[inline(always)]
+    pub const fn family(of: &AddressKey) -> u32 {
+        (of.is_v4() as u32).wrapping_neg()
+    }
+
+    /// 0 unless the address is of IPv4, and the prefix is not.
+    #[inline(always)]
+    pub const fn distance_from(&self, family: u32) -> u32 {
+        // The third word is what tells them apart, and part of all prefixes of IPv4.
+        family & !self.mask.0[2]
+    }
+
+    /// As [`Prefix::distance`], for an address of the prefix's family.
+    #[inline(always)]
+    pub const fn distance_within(&self, of: &AddressKey) -> u32 {
         (self.address.0[0] ^ of.0[0] & self.mask.0[0])
             | (self.address.0[1] ^ of.0[1] & self.mask.0[1])
             | (self.address.0[2] ^ of.0[2] & self.mask.0[2])
@@ -209,8 +236,6 @@ pub struct RuleSet {
     pub version: u32,
     /// Index of the TUN device.
     pub tun: u32,
-    /// Mark with which the ways of forwarded packets are looked up; 0: none. (That of outer datagrams has no say.)
-    pub mark: u32,
     /// The first port of each protocol's slots, in host byte order.
     pub port_first: u32,
     /// Bits of [`rule_flags`].
@@ -362,7 +387,7 @@ pub struct Mapping {
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 #[repr(C)]
 pub struct Slot {
-    /// Boot time in nanoseconds at which its last flow began.
+    /// Boot time in nanoseconds at which its last flow began, or one was last seen, to about a second.
     pub last_seen_ns: u64,
     /// The inner address.
     pub inner: AddressKey,
@@ -478,6 +503,7 @@ mod tests {
         assert_ne!(prefix.distance(&key("::10.9.1.2")), 0);
         assert_eq!(Prefix::new(key("0.0.0.0"), 96).distance(&key("192.0.2.1")), 0);
         assert_ne!(Prefix::new(key("0.0.0.0"), 96).distance(&key("2001:db8::1")), 0);
-        assert_eq!(Prefix::new(key("::"), 0).distance(&key("192.0.2.1")), 0);
+        assert_ne!(Prefix::new(key("::"), 0).distance(&key("192.0.2.1")), 0);
+        assert_eq!(Prefix::new(key("::"), 0).distance(&key("2001:db8::1")), 0);
     }
 }

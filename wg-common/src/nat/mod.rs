@@ -11,6 +11,7 @@ pub mod engine;
 #[cfg(test)]
 mod engine_tests;
 pub mod error;
+pub mod limit;
 pub mod map;
 #[cfg(test)]
 mod model;

@@ -32,6 +32,13 @@ pub trait Skb: Bytes {
     ) -> Option<()>;
 }
 
+/// A packet that can become shorter at its end and longer at its front.
+pub trait Room: Skb {
+    /// Cuts off what stands behind the first `len` bytes, and puts `head` before them. Of a super-packet nothing is
+    /// left to be cut into segments then. `None` as in [`Skb`].
+    fn put_before<const N: usize>(&mut self, head: &[u8; N], len: u32) -> Option<()>;
+}
+
 /// What a checksum of the upper layer covers that has changed.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Summed {

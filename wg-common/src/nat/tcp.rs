@@ -142,10 +142,12 @@ impl Segment {
         self.flags & (flags::SYN | flags::ACK | flags::RST | flags::FIN) == flags::SYN
     }
 
-    /// Whether a flow may begin with it: it opens a connection, or is one from the midst of one.
+    /// Whether a flow may begin with it: it opens a connection, or is one from the midst of one, so that connections
+    /// outlive what is known of them. With what ends one nothing begins.
     #[inline(always)]
     pub const fn may_begin(&self) -> bool {
-        self.opens() || self.flags & (flags::SYN | flags::ACK | flags::RST) == flags::ACK
+        let told = self.flags & (flags::SYN | flags::ACK | flags::RST | flags::FIN);
+        told == flags::SYN || told == flags::ACK
     }
 
     #[inline(always)]
@@ -577,6 +579,7 @@ mod tests {
             !segment(RST | ACK, 1, 0, 1).may_begin() && !segment(SYN | ACK, 1, 1, 1).may_begin()
         );
         assert!(!segment(0, 1, 1, 0).may_begin() && segment(SYN, 1, 1, 0).may_begin());
+        assert!(!segment(FIN, 1, 2, 0).may_begin() && !segment(FIN | ACK, 1, 2, 1).may_begin());
     }
 
     #[test]

@@ -80,6 +80,8 @@ pub struct Tuple {
     pub protocol: u8,
     /// What it is.
     pub kind: Kind,
+    /// TOS or traffic class.
+    pub tos: u8,
     /// TTL or hop limit.
     pub ttl: u8,
     /// Whether it is IPv4.
@@ -218,6 +220,7 @@ impl Tuple {
             destination_port: 0,
             protocol: 0,
             kind: Kind::Broken,
+            tos: 0,
             ttl: 0,
             is_v4,
             dont_fragment: !is_v4,
@@ -264,6 +267,7 @@ impl Tuple {
         );
         let word = u16::from_be_bytes([h[6], h[7]]);
         tuple.protocol = h[9];
+        tuple.tos = h[1];
         tuple.ttl = h[8];
         tuple.dont_fragment = word & V4_DONT_FRAGMENT != 0;
         tuple.is_fragment = word & V4_FRAGMENT != 0;
@@ -305,6 +309,8 @@ impl Tuple {
         let destination = AddressKey::v6(packet.read(AT + 24)?);
         let mut tuple = Self::without_ports(false, source, destination);
         [tuple.protocol, tuple.ttl] = packet.read(AT + 6)?;
+        let [high, low] = packet.read(AT)?;
+        tuple.tos = high << 4 | low >> 4;
         Some(tuple)
     }
 
@@ -483,6 +489,7 @@ mod tests {
             packet.ports()
         );
         prop_assert_eq!((tuple.protocol, tuple.ttl), (packet.protocol(), packet.ttl));
+        prop_assert_eq!(tuple.tos, packet.tos);
         prop_assert_eq!(tuple.is_v4, packet.is_v4());
         prop_assert_eq!(tuple.is_fragment, packet.fragment.is_some());
         prop_assert_eq!(tuple.dont_fragment, packet.dont_fragment || !packet.is_v4());

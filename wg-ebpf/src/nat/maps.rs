@@ -1,13 +1,17 @@
 //! The maps of [`wg_common::nat::map`].
 #![expect(unsafe_code, reason = "map values are shared with the user side and other CPUs")]
 
+use aya_ebpf::EbpfContext as _;
+use aya_ebpf::bindings::bpf_map_type::BPF_MAP_TYPE_ARRAY;
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, bpf_fib_lookup};
 use aya_ebpf::btf_maps;
-use aya_ebpf::helpers::bpf_ktime_get_boot_ns;
+use aya_ebpf::helpers::{bpf_check_mtu, bpf_ktime_get_boot_ns, bpf_map_lookup_elem};
 use aya_ebpf::macros::{btf_map, map};
 use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray};
+use aya_ebpf::programs::TcContext;
 use wg_common::map::AddressKey;
 use wg_common::nat::engine::Work;
+use wg_common::nat::limit::{Bucket, KINDS, receiver};
 use wg_common::nat::map::{
     Flow, FlowKey, FragmentEntry, FragmentKey, Mapping, MappingKey, OWNER_STALE_NS, PORTS_LEN,
     RING_TAIL, RING_WORDS, RuleSet, Slot, slot_index,
@@ -17,9 +21,18 @@ use wg_common::outcome::{DropReason, NAT_COUNTER_COUNT, NatEvent};
 // What the loader sizes has one entry here: each device's programs bring all maps of the object, and do with most
 // of them nothing.
 
+/// An array with one set of rules, as the loader reads it. By sizes and not by types: some kernels (6.1, for one) put a map
+/// without types, as control makes them, only where the first one had none.
+#[repr(C)]
+struct RulesArray {
+    r#type: *const [i32; BPF_MAP_TYPE_ARRAY as usize],
+    key_size: *const [i32; size_of::<u32>()],
+    value_size: *const [i32; size_of::<RuleSet>()],
+    max_entries: *const [i32; 1],
+}
+
 #[btf_map]
-static NAT_RULES: btf_maps::ArrayOfMaps<btf_maps::Array<RuleSet, 1>, 1> =
-    btf_maps::ArrayOfMaps::new();
+static NAT_RULES: btf_maps::ArrayOfMaps<RulesArray, 1> = btf_maps::ArrayOfMaps::new();
 
 #[map]
 static NAT_FLOWS: HashMap<FlowKey, Flow> = HashMap::with_max_entries(1, BPF_F_NO_PREALLOC);
@@ -38,6 +51,12 @@ static NAT_PORT_RINGS: Array<u64> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 
 #[map]
 static NAT_FRAGMENTS: LruHashMap<FragmentKey, FragmentEntry> = LruHashMap::with_max_entries(1, 0);
+
+#[map]
+static NAT_ANSWERS: Array<u64> = Array::with_max_entries(KINDS as u32, 0);
+
+#[map]
+static NAT_ANSWERED: LruHashMap<AddressKey, [u64; KINDS]> = LruHashMap::with_max_entries(1, 0);
 
 #[map]
 static NAT_COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(NAT_COUNTER_COUNT as u32, 0);
@@ -72,17 +91,49 @@ pub fn scratch() -> Option<&'static mut Scratch> {
     Some(unsafe { &mut *scratch })
 }
 
+/// Bytes that the kernel sums up at a time: no more than it did before 6.13.
+pub const SUMMED_LEN: usize = 512;
+
+#[map]
+static NAT_SUMMED: PerCpuArray<[u8; SUMMED_LEN]> = PerCpuArray::with_max_entries(1, 0);
+
+/// This CPU's memory for bytes of a packet that are summed up.
+#[inline(always)]
+pub fn summed() -> Option<&'static mut [u8; SUMMED_LEN]> {
+    let summed = NAT_SUMMED.get_ptr_mut(0)?;
+    // SAFETY: this CPU's own, which nobody else asks for while it is used.
+    Some(unsafe { &mut *summed })
+}
+
 /// What holds now: nothing where no rules were set, or where their owner is dead. Control puts another set in
 /// the place of this one, and never changes it.
+///
+/// An owner that is silent and has no TUN device any more is dead. One that only stands still has left rules
+/// that say what is not to pass.
 #[inline(always)]
-pub fn rules() -> Option<&'static RuleSet> {
+pub fn rules(context: &TcContext) -> Option<&'static RuleSet> {
     let owner = NAT_OWNER.get_ptr(0)?;
     // SAFETY: the word outlives the program, and is written in one piece.
     let alive_ns = unsafe { owner.read_volatile() };
-    if now_ns().saturating_sub(alive_ns) > OWNER_STALE_NS {
-        return None;
-    }
-    NAT_RULES.get_value(0, &0)
+    let array = core::ptr::from_ref(NAT_RULES.get(0)?).cast_mut();
+    // SAFETY: the kernel reads a key of four bytes, as the array has them, and gives null or its one element, which is a
+    // whole set of rules and stays until this run of the program is over.
+    let rules = unsafe {
+        let key = 0u32;
+        bpf_map_lookup_elem(array.cast(), (&raw const key).cast()).cast::<RuleSet>().as_ref()
+    }?;
+    let is_silent = now_ns().saturating_sub(alive_ns) > OWNER_STALE_NS;
+    (!is_silent || is_there(context, rules.tun)).then_some(rules)
+}
+
+/// Whether there is a device with this index where the packet is.
+#[inline(always)]
+fn is_there(context: &TcContext, ifindex: u32) -> bool {
+    const ENODEV: i64 = 19;
+    let mut mtu = 0;
+    // SAFETY: the kernel reads and writes one word.
+    let result = unsafe { bpf_check_mtu(context.as_ptr(), ifindex, &mut mtu, 0, 0) };
+    result != -ENODEV
 }
 
 /// Boot time in nanoseconds.
@@ -146,6 +197,51 @@ pub fn fragments(key: &FragmentKey) -> Option<FragmentEntry> {
 pub fn put_fragments(key: &FragmentKey, entry: &FragmentEntry) {
     // Without an entry they are dropped.
     let _ = NAT_FRAGMENTS.insert(key, entry, 0);
+}
+
+/// Takes the tokens of an error of this kind to an address, if there are any.
+#[inline(always)]
+pub fn may_answer(to: &AddressKey, kind: u32) -> bool {
+    let now_ns = now_ns();
+    let to = receiver(to);
+    let Some(all) = NAT_ANSWERS.get_ptr_mut(kind) else { return false };
+    let Some(one) = NAT_ANSWERED.get_ptr_mut(&to) else {
+        // Of two CPUs at once one forgets what the other took.
+        return take_token(all, Bucket::ALL, now_ns) && begin_answers(&to, kind, now_ns);
+    };
+    let one = one.cast::<u64>();
+    // SAFETY: the value has a word for each kind.
+    let one = if kind == 0 { one } else { unsafe { one.add(1) } };
+    // Its own first: who asks too often takes nothing from others.
+    take_token(one, Bucket::ONE, now_ns) && take_token(all, Bucket::ALL, now_ns)
+}
+
+/// Makes an address's buckets, and takes a token of one.
+#[inline(always)]
+fn begin_answers(to: &AddressKey, kind: u32, now_ns: u64) -> bool {
+    let word = Bucket::ONE.take(0, now_ns).unwrap_or(0);
+    let words = if kind == 0 { [word, 0] } else { [0, word] };
+    // Without an entry the bucket of all counts.
+    let _ = NAT_ANSWERED.insert(to, words, 0);
+    true
+}
+
+/// Takes a token from a bucket, if it has one.
+#[inline(always)]
+fn take_token(word: *mut u64, bucket: Bucket, now_ns: u64) -> bool {
+    const TRIES: usize = 4;
+
+    for _ in 0..TRIES {
+        // SAFETY: a word of an array, or of an element that the kernel keeps until this run of the program is over;
+        // aligned, and others write it in one piece.
+        let found = unsafe { word.read_volatile() };
+        let Some(next) = bucket.take(found, now_ns) else { return false };
+        // SAFETY: as above.
+        if unsafe { compare_exchange(word, found, next) } == found {
+            return true;
+        }
+    }
+    false
 }
 
 /// Whether some peer owns an address.

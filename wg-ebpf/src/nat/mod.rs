@@ -11,8 +11,7 @@ use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use aya_log_ebpf::debug;
 use wg_common::headers::{ETHERNET_LEN, ETHERTYPE_IPV4, ETHERTYPE_IPV6};
-use wg_common::nat::engine::{self, Verdict};
-use wg_common::nat::error::Error;
+use wg_common::nat::engine::{self, Verdict, Work};
 use wg_common::nat::map::RuleSet;
 use wg_common::outcome::{DropReason, NatEvent};
 
@@ -31,7 +30,7 @@ const SHOT: i32 = TC_ACT_SHOT;
 /// Where packets come out of the tunnel.
 #[classifier]
 fn tidegate_nat_tun(ctx: TcContext) -> i32 {
-    match maps::rules() {
+    match maps::rules(&ctx) {
         Some(rules) => from_tunnel(&ctx, rules),
         None => NEXT,
     }
@@ -40,7 +39,7 @@ fn tidegate_nat_tun(ctx: TcContext) -> i32 {
 /// Where packets come in by a NIC.
 #[classifier]
 fn tidegate_nat_nic(ctx: TcContext) -> i32 {
-    match maps::rules() {
+    match maps::rules(&ctx) {
         Some(rules) => from_nic(&ctx, rules),
         None => NEXT,
     }
@@ -49,27 +48,12 @@ fn tidegate_nat_nic(ctx: TcContext) -> i32 {
 #[inline(always)]
 fn from_tunnel(ctx: &TcContext, rules: &RuleSet) -> i32 {
     let link_len = LINK_LEN.load();
-    let is_v4 = ethertype(ctx) == Some(ETHERTYPE_IPV4);
     let mut packet = Packet { context: ctx, link_len };
     let Some(scratch) = maps::scratch() else { return NEXT };
+    let work = &mut scratch.work;
     let mut tables = Kernel::new(ctx, rules.tun, &mut scratch.fib, &mut scratch.rule);
-    match engine::from_tunnel(&mut packet, &mut tables, rules, &mut scratch.work) {
-        Verdict::Pass(event) => pass(event),
-        Verdict::Drop(reason) => shoot(ctx, reason),
-        Verdict::In => {
-            maps::count_event(NatEvent::TranslatedIn);
-            tables.send_in()
-        }
-        Verdict::Out => match tables.send_out(is_v4, link_len) {
-            Some(verdict) => {
-                maps::count_event(NatEvent::TranslatedOut);
-                verdict
-            }
-            None => shoot(ctx, DropReason::NotChanged),
-        },
-        Verdict::Answer(Error::TimeExceeded) => shoot(ctx, DropReason::HopLimit),
-        Verdict::Answer(Error::TooBig(_)) => shoot(ctx, DropReason::TooLarge),
-    }
+    let verdict = engine::from_tunnel(&mut packet, &mut tables, rules, work);
+    carry_out(&mut packet, &mut tables, rules, work, verdict)
 }
 
 #[inline(always)]
@@ -77,18 +61,44 @@ fn from_nic(ctx: &TcContext, rules: &RuleSet) -> i32 {
     let Some(ETHERTYPE_IPV4 | ETHERTYPE_IPV6) = ethertype(ctx) else { return NEXT };
     let mut packet = Packet { context: ctx, link_len: ETHERNET_LEN as u32 };
     let Some(scratch) = maps::scratch() else { return NEXT };
+    let work = &mut scratch.work;
     let mut tables = Kernel::new(ctx, rules.tun, &mut scratch.fib, &mut scratch.rule);
-    match engine::from_nic(&mut packet, &mut tables, rules, &mut scratch.work) {
+    let verdict = engine::from_nic(&mut packet, &mut tables, rules, work);
+    carry_out(&mut packet, &mut tables, rules, work, verdict)
+}
+
+/// Does what the engine says.
+#[inline(always)]
+fn carry_out(
+    packet: &mut Packet<'_>,
+    tables: &mut Kernel<'_>,
+    rules: &RuleSet,
+    work: &mut Work,
+    verdict: Verdict,
+) -> i32 {
+    let (verdict, there, back) = match verdict {
+        Verdict::Answer(error) => {
+            let verdict = engine::answer(packet, tables, rules, work, error);
+            (verdict, NatEvent::Answered, NatEvent::Answered)
+        }
+        verdict => (verdict, NatEvent::TranslatedOut, NatEvent::TranslatedIn),
+    };
+    match verdict {
         Verdict::Pass(event) => pass(event),
-        Verdict::Drop(reason) => shoot(ctx, reason),
         Verdict::In => {
-            maps::count_event(NatEvent::TranslatedIn);
+            maps::count_event(back);
             tables.send_in()
         }
-        // Nothing that comes in goes out at once.
-        Verdict::Out => shoot(ctx, DropReason::NoRoute),
-        Verdict::Answer(Error::TimeExceeded) => shoot(ctx, DropReason::HopLimit),
-        Verdict::Answer(Error::TooBig(_)) => shoot(ctx, DropReason::TooLarge),
+        Verdict::Out => match tables.send_out(work.tuple().is_v4, packet.link_len) {
+            Some(verdict) => {
+                maps::count_event(there);
+                verdict
+            }
+            None => shoot(packet.context, DropReason::NotChanged),
+        },
+        Verdict::Drop(reason) => shoot(packet.context, reason),
+        // An answer is not answered.
+        Verdict::Answer(_) => shoot(packet.context, DropReason::NotChanged),
     }
 }
 

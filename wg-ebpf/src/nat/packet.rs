@@ -1,12 +1,21 @@
 //! A packet at a TC hook, from its IP header on, and the kernel's calls that change it.
 #![expect(unsafe_code, reason = "the kernel's helpers")]
 
+use core::ptr;
+
 use aya_ebpf::EbpfContext as _;
+use aya_ebpf::bindings::bpf_adj_room_mode::BPF_ADJ_ROOM_MAC;
 use aya_ebpf::bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM};
-use aya_ebpf::helpers::{bpf_skb_load_bytes, bpf_skb_store_bytes};
+use aya_ebpf::helpers::{
+    bpf_csum_diff, bpf_skb_adjust_room, bpf_skb_change_tail, bpf_skb_load_bytes,
+    bpf_skb_store_bytes,
+};
 use aya_ebpf::programs::TcContext;
 use wg_common::headers::Bytes;
-use wg_common::nat::packet::{Difference, Skb, Summed};
+use wg_common::nat::error::QUOTED_MAX_V6;
+use wg_common::nat::packet::{Difference, Room, Skb, Summed};
+
+use super::maps::{self, SUMMED_LEN};
 
 /// A packet, and how many bytes of a link's header stand before its IP header.
 pub struct Packet<'a> {
@@ -36,6 +45,41 @@ impl Bytes for Packet<'_> {
             )
         };
         (result == 0).then_some(bytes)
+    }
+
+    #[inline(always)]
+    fn sum(&self, len: u32) -> Option<u64> {
+        const BLOCKS: u32 = QUOTED_MAX_V6.div_ceil(SUMMED_LEN as u32);
+        const _: () = assert!(SUMMED_LEN.is_power_of_two());
+
+        let block = maps::summed()?;
+        let (mut at, mut sum) = (0, 0);
+        for _ in 0..BLOCKS {
+            if at >= len {
+                break;
+            }
+            let left = len - at;
+            let left = if left < SUMMED_LEN as u32 { left } else { SUMMED_LEN as u32 };
+            // Says to the verifier that it is not 0, and not more.
+            let left = ((left - 1) & (SUMMED_LEN as u32 - 1)) + 1;
+            let context = self.context.as_ptr().cast();
+            // SAFETY: the kernel writes `left` bytes to `block`, which has as many, or says that there are not so many.
+            let result = unsafe {
+                bpf_skb_load_bytes(context, self.link_len + at, block.as_mut_ptr().cast(), left)
+            };
+            if result != 0 {
+                return None;
+            }
+            // SAFETY: the kernel reads as many bytes of `block`.
+            let summed =
+                unsafe { bpf_csum_diff(ptr::null_mut(), 0, block.as_mut_ptr().cast(), left, sum) };
+            if summed < 0 {
+                return None;
+            }
+            sum = summed as u32;
+            at += left;
+        }
+        Some(sum as u64)
     }
 }
 
@@ -75,6 +119,35 @@ impl Skb for Packet<'_> {
         let at = self.link_len as usize + offset;
         let difference = difference.folded().into();
         self.context.l4_csum_replace(at, 0, difference, (pseudo | zero).into()).ok()
+    }
+}
+
+impl Room for Packet<'_> {
+    #[inline(always)]
+    fn put_before<const N: usize>(&mut self, head: &[u8; N], len: u32) -> Option<()> {
+        let context = self.context.as_ptr().cast();
+        // This also takes away what makes it a super-packet. A checksum that is not finished stays so.
+        // SAFETY: the context is the one that this run of the program was given.
+        if unsafe { bpf_skb_change_tail(context, self.link_len + len, 0) } != 0 {
+            return None;
+        }
+        // Between the link's header and IP's, which are known to be elsewhere then: room that is made at the very front
+        // is a link's to the kernel, and taken off again on the way into a TUN device.
+        // SAFETY: as above.
+        if unsafe { bpf_skb_adjust_room(context, N as i32, BPF_ADJ_ROOM_MAC, 0) } != 0 {
+            return None;
+        }
+        // SAFETY: the kernel reads N bytes of `head`, and writes them into the packet or refuses.
+        let result = unsafe {
+            bpf_skb_store_bytes(
+                context,
+                self.link_len,
+                head.as_ptr().cast(),
+                N as u32,
+                BPF_F_RECOMPUTE_CSUM.into(),
+            )
+        };
+        (result == 0).then_some(())
     }
 }
 

@@ -31,6 +31,10 @@ use super::maps;
 
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
+/// `BPF_FIB_LOOKUP_MARK`: the way is looked up with a mark, which stands where the source's link address is put.
+const FIB_LOOKUP_MARK: u32 = 1 << 5;
+/// The kernel knows no such flag.
+const EINVAL: i64 = -22;
 
 /// The maps, for one packet.
 pub struct Kernel<'a> {
@@ -69,7 +73,9 @@ impl<'a> Kernel<'a> {
 
     /// Sends the packet, from its IP header on, out of the NIC by the way that was found last: the verdict, or
     /// `None` if that is not possible.
-    #[inline(always)]
+    // Not a part of the program itself: before 6.10 the kernel rounds the stacks of a chain of calls up to 32 bytes
+    // each, and the longest chain would be beyond 512.
+    #[inline(never)]
     pub fn send_out(&mut self, is_v4: bool, link_len: u32) -> Option<i32> {
         let context = self.context.as_ptr().cast();
         if link_len == 0 {
@@ -130,6 +136,14 @@ impl<'a> Kernel<'a> {
         // SAFETY: the helper has no preconditions.
         unsafe { bpf_redirect(self.tun, 0) as i32 }
     }
+}
+
+/// Asks the kernel for a way.
+#[inline(always)]
+fn ask(context: &TcContext, fib: &mut FibLookup, flags: u32) -> i64 {
+    let size = size_of::<FibLookup>() as i32;
+    // SAFETY: the kernel reads and writes a `bpf_fib_lookup` of this size.
+    unsafe { bpf_fib_lookup(context.as_ptr(), fib, size, flags) }
 }
 
 /// A search that is under way.
@@ -301,10 +315,18 @@ impl Tables for Kernel<'_> {
         // No length: the kernel would hold it against what routers have told of paths as well, which it does not when it
         // forwards a packet itself.
         fib.__bindgen_anon_1.tot_len = 0;
-        fib.__bindgen_anon_2.rt_metric = 0;
+        // The kernel takes what it knows of: in IPv4 the TOS without its last two bits, in IPv6 the traffic class, which
+        // stands in its header behind the version.
+        let class = (tuple.tos as u32) << 20;
+        fib.__bindgen_anon_2.flowinfo = if tuple.is_v4 { 0 } else { class.to_be() };
+        if tuple.is_v4 {
+            fib.__bindgen_anon_2.tos = tuple.tos;
+        }
         fib.__bindgen_anon_5.tbid = 0;
         // SAFETY: the context is the one that this run of the program was given.
-        fib.ifindex = unsafe { (*self.context.skb.skb).ifindex };
+        let (ifindex, mark) =
+            unsafe { ((*self.context.skb.skb).ifindex, (*self.context.skb.skb).mark) };
+        fib.ifindex = ifindex;
         if tuple.is_v4 {
             fib.__bindgen_anon_3.ipv4_src = tuple.source.0[3];
             fib.__bindgen_anon_4.ipv4_dst = tuple.destination.0[3];
@@ -312,9 +334,18 @@ impl Tables for Kernel<'_> {
             fib.__bindgen_anon_3.ipv6_src = tuple.source.0;
             fib.__bindgen_anon_4.ipv6_dst = tuple.destination.0;
         }
-        let size = size_of::<FibLookup>() as i32;
-        // SAFETY: the kernel reads and writes a `bpf_fib_lookup` of this size.
-        let result = unsafe { bpf_fib_lookup(self.context.as_ptr(), fib, size, 0) };
+        let result = if mark == 0 {
+            ask(self.context, fib, 0)
+        } else {
+            // Where the kernel takes the mark from.
+            let [a, b, c, d] = mark.to_ne_bytes();
+            fib.smac = [a, b, c, d, 0, 0];
+            match ask(self.context, fib, FIB_LOOKUP_MARK) {
+                // Kernels before 6.10 do not know of it, and look at nothing.
+                EINVAL => ask(self.context, fib, 0),
+                result => result,
+            }
+        };
         self.fib_result = result as u32;
         match self.fib_result {
             // That the whole packet is too large for the device says nothing: each segment is held against it.
@@ -344,6 +375,11 @@ impl Tables for Kernel<'_> {
     #[inline(always)]
     fn put_fragments(&mut self, key: &FragmentKey, entry: &FragmentEntry) {
         maps::put_fragments(key, entry);
+    }
+
+    #[inline(never)]
+    fn may_answer(&mut self, to: &AddressKey, kind: u32) -> bool {
+        maps::may_answer(to, kind)
     }
 
     #[inline(always)]

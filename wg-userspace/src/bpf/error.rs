@@ -153,6 +153,12 @@ pub enum NatAttachError {
     /// There is no such interface in this network namespace.
     #[error("there is no network interface {0}; `ip link` lists them")]
     UnknownInterface(String),
+    /// What comes by the interface has no Ethernet header, or is this host's own.
+    #[error(
+        "{0} is no Ethernet interface, which NAT needs; name another NIC, or translate there by a rule of nft in \
+         `PostUp`"
+    )]
+    NoEthernetHeader(String),
     /// The process lacks the capabilities.
     #[error("attaching a TC program: CAP_NET_ADMIN and CAP_BPF are needed; run it as root")]
     NotPermitted,
@@ -175,6 +181,13 @@ impl NatAttachError {
             Some(cause) if not_permitted(cause) => Self::NotPermitted,
             _ => Self::Refused { interface: interface.to_owned(), cause: chain(&error) },
         }
+    }
+
+    pub(super) fn of_system(interface: &str, error: &io::Error) -> Self {
+        if not_permitted(error) {
+            return Self::NotPermitted;
+        }
+        Self::Refused { interface: interface.to_owned(), cause: error.to_string() }
     }
 
     /// Whether the kernel does not know links of TC programs.

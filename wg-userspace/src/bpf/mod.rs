@@ -40,7 +40,7 @@ pub use self::error::{AttachError, BpfError, NatAttachError};
 pub use self::log::LogReader;
 pub use self::nat::{
     Attachment, FlowPages, MappingPages, Nat, NatCounters, NatHook, NatIds, NatOptions, NatRun,
-    NatTables, NatVerdict, NatView,
+    NatTables, NatVerdict, NatView, remove_left_overs,
 };
 pub use self::socket_steering::SocketSteering;
 pub use self::tun_steering::TunSteering;

@@ -1,6 +1,7 @@
 //! The programs of NAT: at a TUN device's ingress and at NICs' ingress, with their maps. Each device with a
 //! `Nat`, `Forward` or `Allow` line has them of its own. What they do stands in [`wg_common::nat`].
 
+mod clsact;
 mod pages;
 mod tables;
 
@@ -13,21 +14,20 @@ use std::time::Duration;
 use aya::maps::lpm_trie::Key;
 use aya::maps::{Array, ArrayOfMaps, HashMap, LpmTrie, MapData, PerCpuArray};
 use aya::programs::links::LinkOrder;
-use aya::programs::tc::{
-    NlOptions, SchedClassifierLink, TcAttachOptions, TcAttachType, TcHandle, qdisc_add_clsact,
-};
+use aya::programs::tc::{SchedClassifierLink, TcAttachOptions, TcAttachType};
 use aya::programs::{ProgramError, SchedClassifier, TestRun as _, TestRunOptions};
 use aya::{Ebpf, EbpfLoader};
 use wg_common::map::{LOG_GLOBAL, OWNERS_LEN, OWNERS_V4, OWNERS_V6};
 use wg_common::nat::map::{
-    ALLOW_COUNTERS, ALLOW_RULES_LEN, EXTERNALS_LEN, FLOWS, FLOWS_LEN, FRAGMENTS, FRAGMENTS_LEN,
-    FREE_PORTS, Flow, FlowKey, LINK_LEN_GLOBAL, MAPPINGS, MAPPINGS_LEN, Mapping, MappingKey,
-    NAT_COUNTERS, NIC_PROGRAM, OWNER, OWNER_BY_LINK, PORT_RINGS, PORTS_LEN, PROTOCOLS_LEN,
-    RING_TAIL, RING_WORDS, RULES, RuleSet, SLOTS, SLOTS_PER_EXTERNAL, Slot, TUN_PROGRAM,
-    slot_index,
+    ALLOW_COUNTERS, ALLOW_RULES_LEN, ANSWERED, ANSWERED_LEN, EXTERNALS_LEN, FLOWS, FLOWS_LEN,
+    FRAGMENTS, FRAGMENTS_LEN, FREE_PORTS, Flow, FlowKey, LINK_LEN_GLOBAL, MAPPINGS, MAPPINGS_LEN,
+    Mapping, MappingKey, NAT_COUNTERS, NIC_PROGRAM, OWNER, OWNER_BY_LINK, PORT_RINGS, PORTS_LEN,
+    PROTOCOLS_LEN, RING_TAIL, RING_WORDS, RULES, RuleSet, SLOTS, SLOTS_PER_EXTERNAL, Slot,
+    TUN_PROGRAM, slot_index,
 };
 use wg_common::outcome::{DropReason, NAT_COUNTER_COUNT, NatEvent};
 
+pub use self::clsact::remove_left_overs;
 pub use self::pages::{FlowPages, MappingPages, NatIds, NatView};
 pub use self::tables::NatTables;
 use super::error::NatAttachError;
@@ -77,16 +77,39 @@ impl NatHook {
 pub enum Attachment {
     /// By a link, first in the chain: it ends with this process.
     Tcx,
-    /// As a filter of the clsact qdisc, on kernels before 6.6: it outlives a process that is killed, and lets
-    /// everything pass when [`Nat::say_alive`] was not called for
-    /// [`OWNER_STALE_NS`](wg_common::nat::map::OWNER_STALE_NS).
+    /// As a filter of the clsact qdisc, on kernels before 6.6: it outlives a process that is killed. When
+    /// [`Nat::say_alive`] was not called for [`OWNER_STALE_NS`](wg_common::nat::map::OWNER_STALE_NS), and the TUN device
+    /// is gone, it lets everything pass, until [`remove_left_overs`] removes it.
     Clsact,
+}
+
+/// What keeps a program where it is.
+enum Kept {
+    Link(#[expect(dead_code, reason = "kept for its end")] SchedClassifierLink),
+    Filter(clsact::Attached),
+}
+
+impl Kept {
+    fn attachment(&self) -> Attachment {
+        match self {
+            Self::Link(_) => Attachment::Tcx,
+            Self::Filter(_) => Attachment::Clsact,
+        }
+    }
+
+    fn is_there(&self) -> bool {
+        match self {
+            // Nobody else can end it.
+            Self::Link(_) => true,
+            Self::Filter(filter) => filter.is_there(),
+        }
+    }
 }
 
 /// The programs of NAT in the kernel, with their maps. Dropping it detaches them everywhere.
 pub struct Nat {
     /// Interface index and hook → what keeps the program there.
-    attached: StdHashMap<(u32, NatHook), (Attachment, SchedClassifierLink)>,
+    attached: StdHashMap<(u32, NatHook), Kept>,
     rules: ArrayOfMaps<MapData, Array<MapData, RuleSet>>,
     flows: HashMap<MapData, FlowKey, Flow>,
     mappings: HashMap<MapData, MappingKey, Mapping>,
@@ -130,6 +153,7 @@ impl Nat {
             .map_max_entries(FREE_PORTS, rings * PORTS_LEN)
             .map_max_entries(PORT_RINGS, rings * RING_WORDS)
             .map_max_entries(FRAGMENTS, FRAGMENTS_LEN)
+            .map_max_entries(ANSWERED, ANSWERED_LEN)
             .map_max_entries(ALLOW_COUNTERS, ALLOW_RULES_LEN as u32)
             .map_max_entries(OWNERS_V4, OWNERS_LEN)
             .map_max_entries(OWNERS_V6, OWNERS_LEN)
@@ -176,30 +200,45 @@ impl Nat {
         self
     }
 
-    /// Attaches a program to an interface, first of those that are there; does nothing where it is attached.
-    /// Programs of others stay, and get what is none of ours.
+    /// Attaches a program to an interface, first of those that are there, for the TUN device with the index `tun`; does
+    /// nothing where it is attached. Programs of others stay, and get what is none of ours.
     ///
     /// # Errors
     /// Why it is not attached; everything is as before then.
-    pub fn attach(&mut self, interface: &str, hook: NatHook) -> Result<Attachment, NatAttachError> {
-        let ifindex = link::index(interface)
-            .map_err(|_| NatAttachError::UnknownInterface(interface.to_owned()))?;
-        if let Some((attachment, _)) = self.attached.get(&(ifindex, hook)) {
-            return Ok(*attachment);
+    pub fn attach(
+        &mut self,
+        interface: &str,
+        hook: NatHook,
+        tun: u32,
+    ) -> Result<Attachment, NatAttachError> {
+        let unknown = || NatAttachError::UnknownInterface(interface.to_owned());
+        let ifindex = link::index(interface).map_err(|_| unknown())?;
+        if hook == NatHook::Nic && !link::has_ethernet_header(interface).map_err(|_| unknown())? {
+            return Err(NatAttachError::NoEthernetHeader(interface.to_owned()));
+        }
+        match self.attached.get(&(ifindex, hook)) {
+            Some(kept) if kept.is_there() => return Ok(kept.attachment()),
+            // Its qdisc is not touched: it is another one by now.
+            Some(_) => drop(self.attached.remove(&(ifindex, hook))),
+            None => {}
         }
         let program = program(&mut self.ebpf, hook)?;
-        let attached = match attach_link(program, interface) {
-            Ok(link) => (Attachment::Tcx, link),
-            Err(error) if NatAttachError::is_unknown_link(&error) => {
-                let link = attach_filter(program, interface, ifindex)?;
-                // From now on somebody must say that he lives.
-                self.owner[0].store(0, Ordering::Relaxed);
-                (Attachment::Clsact, link)
+        let link = if has_links() { Some(attach_link(program, interface)) } else { None };
+        let kept = match link {
+            Some(Ok(link)) => Kept::Link(link),
+            Some(Err(error)) if !NatAttachError::is_unknown_link(&error) => {
+                return Err(NatAttachError::new(interface, error));
             }
-            Err(error) => return Err(NatAttachError::new(interface, error)),
+            _ => {
+                let filter = clsact::Attached::new(program, interface, ifindex, tun)?;
+                // From now on somebody must say that he lives.
+                let (by_link, relaxed) = (OWNER_BY_LINK, Ordering::Relaxed);
+                let _ = self.owner[0].compare_exchange(by_link, 0, relaxed, relaxed);
+                Kept::Filter(filter)
+            }
         };
-        let attachment = attached.0;
-        self.attached.insert((ifindex, hook), attached);
+        let attachment = kept.attachment();
+        self.attached.insert((ifindex, hook), kept);
         Ok(attachment)
     }
 
@@ -210,15 +249,13 @@ impl Nat {
 
     /// Where programs are attached, by interface index.
     pub fn attached(&self) -> impl Iterator<Item = (u32, NatHook, Attachment)> + '_ {
-        self.attached
-            .iter()
-            .map(|((ifindex, hook), (attachment, _))| (*ifindex, *hook, *attachment))
+        self.attached.iter().map(|((ifindex, hook), kept)| (*ifindex, *hook, kept.attachment()))
     }
 
     /// Says that the owner lives, at a boot time in nanoseconds; wanted once a second where a program is
     /// attached as [`Attachment::Clsact`], and of no effect elsewhere.
     pub fn say_alive(&self, now_ns: u64) {
-        if self.attached.values().any(|(attachment, _)| *attachment == Attachment::Clsact) {
+        if self.attached.values().any(|kept| kept.attachment() == Attachment::Clsact) {
             self.owner[0].store(now_ns, Ordering::Relaxed);
         }
     }
@@ -394,23 +431,9 @@ fn attach_link(
     program.take_link(id)
 }
 
-fn attach_filter(
-    program: &mut SchedClassifier,
-    interface: &str,
-    tun: u32,
-) -> Result<SchedClassifierLink, NatAttachError> {
-    let failed = |error| NatAttachError::new(interface, error);
-    // It may be there, whoever put it there.
-    let _ = qdisc_add_clsact(interface);
-    let options = NlOptions {
-        priority: 1,
-        handle: TcHandle::new((tun >> 16) as u16, tun as u16),
-        ..NlOptions::default()
-    };
-    let id = program
-        .attach_with_options(interface, TcAttachType::Ingress, TcAttachOptions::Netlink(options))
-        .map_err(failed)?;
-    program.take_link(id).map_err(failed)
+/// Whether to try links. A hook for tests: `TIDEGATE_TEST_CLSACT=1` does without, as with a kernel that has none.
+fn has_links() -> bool {
+    !(cfg!(debug_assertions) && std::env::var("TIDEGATE_TEST_CLSACT").is_ok_and(|it| it == "1"))
 }
 
 /// What the programs counted.

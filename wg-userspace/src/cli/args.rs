@@ -78,8 +78,7 @@ pub enum Command {
     /// Show interfaces, their peers and what is wrong with them, and the data path in use
     #[command(visible_alias = "status")]
     Show(Show),
-    /// Say step by step what would become of a packet: its peer and worker, the kernel's route, NAT, the rule that
-    /// lets it pass, the way out. Nothing is sent or changed; the kernel's own firewall is not asked
+    /// Say step by step what would become of a packet: peer, worker, route, NAT, rule, way out; nothing is sent
     Trace(Trace),
     /// End all keys of an interface and make none until it is resumed: for a snapshot of this machine
     Quiesce(Quiesce),

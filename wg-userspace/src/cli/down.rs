@@ -14,7 +14,7 @@ use super::{
     socket::{self, Socket},
     steps::{self, Context, Step},
 };
-use crate::{config::HookEvent, host::Host, keeper::nat, sys::clock};
+use crate::{bpf::remove_left_overs, config::HookEvent, host::Host, keeper::nat, sys::clock};
 
 /// How long a daemon may take to end.
 const END_TIMEOUT: Duration = Duration::from_secs(5);
@@ -30,6 +30,9 @@ pub fn down(what: &str) -> Result<Code, Failure> {
     let host = runtime.block_on(async { Host::new() })?;
     let done = runtime.block_on(take_down(&interface, &host));
     runtime.block_on(undo_left_overs(&host, &interface));
+    if let Err(error) = remove_left_overs(None) {
+        eprintln!("tidegate: warning: filters of processes that were killed may stay: {error}");
+    }
     done.map_err(|failure| failure.within(&interface))?;
     Ok(Code::Ok)
 }

@@ -16,9 +16,10 @@ use super::{
 };
 use crate::{
     check::{self, Finding, Rule, Severity, Subject},
-    config::{Config, ConfigErrors, Forward, Interface, Nat, Problem, Span},
+    config::{Config, ConfigErrors, Forward, Interface, Nat, Problem, Span, Spanned},
     host::Family,
     nat::Lines,
+    sys::link,
 };
 
 /// Lets the host forward packets of IPv4.
@@ -147,10 +148,8 @@ pub fn check(
         let errors = ConfigErrors::new(vec![refusal.problem(config)]);
         return errors.map_or(Ok(()), |errors| Err(Failure::config(errors)));
     }
-    if bypasses_firewall {
-        return Ok(());
-    }
-    let refusals = refusals(interface.as_str(), config);
+    let refusals =
+        if bypasses_firewall { unfit(config) } else { refusals(interface.as_str(), config) };
     match ConfigErrors::new(refusals.iter().map(|refusal| refusal.problem(config)).collect()) {
         Some(errors) => Err(Failure::of_host(errors)),
         None => Ok(()),
@@ -174,11 +173,31 @@ pub fn beyond(config: &Config) -> Option<Refusal> {
     })
 }
 
-/// Rules of this host's firewall round which lines of the file would send packets; one for each line.
+/// Links of this host that lines of the file name and NAT cannot use.
+fn unfit(config: &Config) -> Vec<Refusal> {
+    let nat = config.interface.nat.iter().map(|nat| ("Nat", &nat.out));
+    let forward = config.interface.forward.iter().map(|forward| ("Forward", &forward.interface));
+    // One that is not there yet may be anything.
+    let named = nat.chain(forward);
+    let unfit =
+        named.filter(|(_, nic)| link::has_ethernet_header(&nic.value).is_ok_and(|has| !has));
+    let refusal = |(line, nic): (&str, &Spanned<String>)| Refusal {
+        rule: Rule::Unsupported,
+        message: format!("{} is no Ethernet interface, which `#! {line}` needs", nic.value),
+        span: nic.span,
+        label: "`up` refuses this",
+        help: "name another NIC, or translate there by a rule of nft in `PostUp`".to_owned(),
+    };
+    unfit.map(refusal).collect()
+}
+
+/// Links that NAT cannot use, and rules of this host's firewall round which lines of the file would send packets; one
+/// for each line.
 pub fn refusals(interface: &str, config: &Config) -> Vec<Refusal> {
+    let unfit = unfit(config);
     let lines = lines(interface, config);
-    if lines.is_empty() {
-        return Vec::new();
+    if lines.is_empty() || !unfit.is_empty() {
+        return unfit;
     }
     let firewall = Firewall::of_this_host();
     let refusal = |line: &Line| {

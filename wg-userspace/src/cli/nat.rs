@@ -113,8 +113,22 @@ fn ask(interface: &InterfaceName, asked: &Asked) -> Result<Option<Told>, Failure
         }
         Ok(serde_json::from_slice(&text)?)
     };
-    let told = talk().with_context(|| format!("asking the keeper of {interface} about NAT"))?;
-    Ok(Some(told))
+    match talk() {
+        // It has ended meanwhile, and takes its socket away before it lets go of who waits there.
+        Err(error) if is_hung_up(&error) && UnixStream::connect(&path).is_err() => Ok(None),
+        told => {
+            let doing = || format!("asking the keeper of {interface} about NAT");
+            Ok(Some(told.with_context(doing)?))
+        }
+    }
+}
+
+/// Whether somebody hung up before he answered.
+fn is_hung_up(error: &anyhow::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionReset, NotConnected};
+    let kind = error.downcast_ref::<io::Error>().map(io::Error::kind);
+    matches!(kind, Some(BrokenPipe | ConnectionReset | NotConnected))
+        || error.downcast_ref::<serde_json::Error>().is_some_and(serde_json::Error::is_eof)
 }
 
 /// `show IF nat`

@@ -484,7 +484,8 @@ fn event(verdict: Verdict) -> Option<NatEvent> {
         Verdict::Pass(event) => Some(event),
         Verdict::Out => Some(NatEvent::TranslatedOut),
         Verdict::In => Some(NatEvent::TranslatedIn),
-        Verdict::Drop(_) | Verdict::Answer(_) => None,
+        Verdict::Answer(_) => Some(NatEvent::Answered),
+        Verdict::Drop(_) => None,
     }
 }
 

@@ -17,6 +17,8 @@ pub struct ForwardingLink {
     pub name: String,
     /// Whether it is Ethernet, and no part of another link.
     pub is_ethernet: bool,
+    /// Whether its packets have an Ethernet header.
+    pub has_ethernet_header: bool,
     /// Its addresses from which packets may leave, what the kernel would choose first. None of a link only.
     pub addresses: Vec<IpAddr>,
 }
@@ -70,8 +72,9 @@ impl ForwardingLink {
                 addresses.push(address);
             }
         }
-        let is_ethernet = link.header.link_layer_type == LinkLayerType::Ether && !is_part;
-        Self { index, name, is_ethernet, addresses }
+        let has_ethernet_header = link.header.link_layer_type == LinkLayerType::Ether;
+        let is_ethernet = has_ethernet_header && !is_part;
+        Self { index, name, is_ethernet, has_ethernet_header, addresses }
     }
 }
 
@@ -130,6 +133,7 @@ mod tests {
         assert_eq!(addresses, ["192.0.2.2", "2001:db8::6", "192.0.2.3", "2001:db8::4"]);
         assert!(found.is_ethernet);
         link.attributes.push(LinkAttribute::Controller(7));
-        assert!(!ForwardingLink::new(&link, &messages).is_ethernet);
+        let part = ForwardingLink::new(&link, &messages);
+        assert!(!part.is_ethernet && part.has_ethernet_header);
     }
 }

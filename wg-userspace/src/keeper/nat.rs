@@ -21,14 +21,17 @@ use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Notify, mpsc};
-use wg_common::headers::PROTOCOL_TCP;
+use wg_common::headers::{PROTOCOL_TCP, PROTOCOL_UDP};
 use wg_common::map::AddressKey;
 use wg_common::nat::map::{
     EXTERNALS_LEN, Flow, FlowKey, Mapping, MappingKey, PROTOCOLS_LEN, Protocol, RuleSet, Slot, ring,
 };
 use wg_common::nat::{tcp, timeout};
 
-use crate::bpf::{Attachment, BpfError, FlowPages, MappingPages, Nat, NatHook, NatIds, NatOptions};
+use crate::bpf::{
+    Attachment, BpfError, FlowPages, MappingPages, Nat, NatHook, NatIds, NatOptions,
+    remove_left_overs,
+};
 use crate::config;
 use crate::host::{AddressWatch, AnyLinkWatch, ForwardingLink, Host};
 use crate::nat::Lines;
@@ -41,12 +44,17 @@ use crate::sys::clock;
 const DIR: &str = "/run/tidegate";
 /// Blocks of ports that a device begins with. It takes more as it needs them.
 const BLOCKS_FIRST: usize = 2;
+/// Rounds of the sweeper begin so often while nothing is scarce.
+const ROUND_EVERY_NS: u64 = 5_000_000_000;
 /// Entries that are looked at in one step.
 const STEP: usize = 2048;
-/// Waits between steps, by what the last one left to do.
+/// Waits between steps, by what the last one left to do. The first one is longer after a step that took longer: half of
+/// a CPU is the most that sweeping takes.
 const WAIT_AT_ONCE: Duration = Duration::from_millis(1);
 const WAIT_SOON: Duration = Duration::from_millis(20);
-const WAIT_LATER: Duration = Duration::from_millis(500);
+const WAIT_LATER: Duration = Duration::from_millis(100);
+/// How often other devices are asked for ports that they have no use for any more.
+const ASK_FOR_BLOCKS_EVERY_NS: u64 = 1_000_000_000;
 /// Links that change all the time are looked at so often, and at the latest: nobody tells of some changes.
 const LOOK_BETWEEN: Duration = Duration::from_millis(50);
 const LOOK_EVERY: Duration = Duration::from_secs(5);
@@ -301,6 +309,11 @@ impl Service {
         let changed = Arc::new(Notify::new());
         watch(&changed)?;
         let socket = Socket::bind(&interface)?;
+        match remove_left_overs(Some(tun)) {
+            Ok(0) => {}
+            Ok(count) => tracing::info!(count, "removed filters of processes that were killed"),
+            Err(error) => tracing::warn!(%error, "filters of processes that were killed may stay"),
+        }
         let empty = Lines::default();
         let mut service = Self { interface, tun, host, shared, lines: empty, running: None };
         service.follow(lines).await.context("following the lines about NAT")?;
@@ -491,13 +504,17 @@ struct Running {
     facts: Facts,
     free: FreePorts,
     window: Window,
-    /// The blocks of ports that are ours, with their files.
-    blocks: Vec<(u32, File)>,
+    /// The blocks of ports that are ours.
+    blocks: Vec<Block>,
     /// Names of links by their indexes.
     names: Vec<(u32, String)>,
     /// Where the NIC's program is.
     nics: Vec<u32>,
     warned: u8,
+    /// Until then no more ports are asked for: others have them all.
+    no_block_until_ns: u64,
+    /// How long the longest round of the sweeper took.
+    round_max_ns: u64,
 }
 
 impl Running {
@@ -535,7 +552,7 @@ impl Running {
         let room = Room { flows: tables.flows.room(), mappings: tables.mappings.room() };
         let ring_count = tables.nat.external_count() * PROTOCOLS_LEN;
         let mut running = Self {
-            sweeper: Sweeper::new(LIFE, room, ring_count, window.port_first),
+            sweeper: Sweeper::new(life(), room, ring_count, window.port_first),
             tables,
             book,
             rules: rules.clone(),
@@ -546,6 +563,8 @@ impl Running {
             names: Vec::new(),
             nics: Vec::new(),
             warned: 0,
+            no_block_until_ns: 0,
+            round_max_ns: 0,
         };
         for _ in 0..BLOCKS_FIRST {
             running.take_block()?;
@@ -555,7 +574,7 @@ impl Running {
             "other devices have all the ports; free some by a smaller net.ipv4.ip_local_port_range"
         );
         running.hold(rules)?;
-        running.attach(lines, interface, links)?;
+        running.attach(lines, interface, links, tun)?;
         Ok(running)
     }
 
@@ -577,7 +596,7 @@ impl Running {
         let rules = self.book.rule_set(lines, &facts)?;
         self.hold(rules)?;
         self.facts = facts;
-        self.attach(lines, interface, links)
+        self.attach(lines, interface, links, tun)
     }
 
     fn look_again(
@@ -591,7 +610,7 @@ impl Running {
             tracing::info!(interface, "the addresses or links of NAT have changed");
             self.follow(lines, interface, links, tun)
         } else {
-            self.attach(lines, interface, links)
+            self.attach(lines, interface, links, tun)
         }
     }
 
@@ -613,7 +632,7 @@ impl Running {
             .collect();
         self.sweeper.keep_ports(&mut self.tables, kept);
         // A place that is new has no ports yet.
-        let blocks: Vec<u32> = self.blocks.iter().map(|(block, _)| *block).collect();
+        let blocks: Vec<u32> = self.blocks.iter().map(|block| block.number).collect();
         for ring in self.rings() {
             if self.sweeper.lent(ring) == 0 {
                 blocks.iter().for_each(|block| self.lend(ring, *block));
@@ -637,11 +656,11 @@ impl Running {
         if self.blocks.len() >= blocks_max() {
             return Ok(false);
         }
-        let is_ours = |block: u32| self.blocks.iter().any(|(ours, _)| *ours == block);
+        let is_ours = |block: u32| self.blocks.iter().any(|ours| ours.number == block);
         let others = self.window.blocks.iter().copied().filter(|block| !is_ours(*block));
         for block in others {
-            if let Some(file) = lock_block(block)? {
-                self.blocks.push((block, file));
+            if let Some(ours) = Block::take(block)? {
+                self.blocks.push(ours);
                 for ring in self.rings() {
                     if self.sweeper.lent(ring) != 0 {
                         self.lend(ring, block);
@@ -659,9 +678,10 @@ impl Running {
         lines: &Lines,
         interface: &str,
         links: &[ForwardingLink],
+        tun: u32,
     ) -> anyhow::Result<()> {
         let nat = &mut self.tables.nat;
-        nat.attach(interface, NatHook::Tun)
+        nat.attach(interface, NatHook::Tun, tun)
             .with_context(|| format!("attaching NAT to {interface}"))?;
         let named = lines.nics();
         // What may come into the tunnel is judged wherever it comes from.
@@ -679,10 +699,9 @@ impl Running {
         }
         let mut outcome = Ok(());
         for link in wanted {
-            if self.nics.contains(&link.index) {
-                continue;
-            }
-            match nat.attach(&link.name, NatHook::Nic) {
+            // Where it is attached by a filter, somebody may have removed that.
+            match nat.attach(&link.name, NatHook::Nic, tun) {
+                Ok(_) if self.nics.contains(&link.index) => {}
                 Ok(attachment) => {
                     let is_link = attachment == Attachment::Tcx;
                     tracing::info!(
@@ -716,20 +735,32 @@ impl Running {
                 return WAIT_LATER;
             }
         };
-        self.tell_scarce(interface);
+        self.tell_scarce(interface, now_ns);
+        let (round_ns, flows) = self.sweeper.latest_round();
+        if round_ns > self.round_max_ns {
+            self.round_max_ns = round_ns;
+            let ms = round_ns / 1_000_000;
+            tracing::debug!(interface, flows, ms, "sweeping NAT's tables took longer than before");
+        }
+        let took_ns = clock::boot_now().boot_ns().saturating_sub(now_ns);
         match next {
-            Next::AtOnce => WAIT_AT_ONCE,
+            Next::AtOnce => WAIT_AT_ONCE.max(Duration::from_nanos(took_ns)),
             Next::Soon => WAIT_SOON,
             Next::Later => WAIT_LATER,
         }
     }
 
-    fn tell_scarce(&mut self, interface: &str) {
-        let Scarce { mut ports, flows, mappings } = self.sweeper.scarce();
-        if ports {
-            match self.take_block() {
-                Ok(has_more) => ports = !has_more,
-                Err(error) => tracing::debug!(error = format!("{error:#}"), "no more ports"),
+    fn tell_scarce(&mut self, interface: &str, now_ns: u64) {
+        let Scarce { mut ports, ports_soon, flows, mappings } = self.sweeper.scarce();
+        // Sooner another port than that of a flow that has just ended.
+        if (ports || ports_soon) && now_ns >= self.no_block_until_ns {
+            let has_more = self.take_block().unwrap_or_else(|error| {
+                tracing::debug!(error = format!("{error:#}"), "no more ports");
+                false
+            });
+            ports &= !has_more;
+            if !has_more {
+                self.no_block_until_ns = now_ns + ASK_FOR_BLOCKS_EVERY_NS;
             }
         }
         if flows {
@@ -802,7 +833,8 @@ fn facts(lines: &Lines, links: &[ForwardingLink], tun: u32, port_first: u32) -> 
     let nics = links.map(|link| Nic {
         name: link.name.clone(),
         index: link.index,
-        addresses: link.addresses.clone(),
+        // What leaves by one that NAT cannot use finds no address, and is dropped.
+        addresses: if link.has_ethernet_header { link.addresses.clone() } else { Vec::new() },
     });
     Facts { tun, nics: nics.collect(), port_first }
 }
@@ -819,20 +851,61 @@ fn free_ports() -> FreePorts {
     free
 }
 
-/// Makes a block of ports ours, unless it is somebody else's: the file is locked as long as it is open.
-fn lock_block(block: u32) -> anyhow::Result<Option<File>> {
-    use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
-    let dir = Path::new(DIR).join("ports");
-    make_dir(&dir)?;
-    // Other namespaces have addresses of their own.
-    let namespace = fs::metadata("/proc/thread-self/ns/net")?.ino();
-    let path = dir.join(format!("{namespace}-{block}"));
-    let file = File::options().write(true).create(true).truncate(false).mode(0o600).open(&path);
-    let file = file.with_context(|| format!("opening {}", path.display()))?;
-    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(Some(file)),
-        Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
-        Err(error) => Err(error).with_context(|| format!("locking {}", path.display())),
+/// A block of ports that is ours: its file is there, and locked, as long as this is.
+struct Block {
+    number: u32,
+    path: PathBuf,
+    _file: File,
+}
+
+impl Block {
+    /// Makes a block of ports ours, unless it is somebody else's.
+    fn take(number: u32) -> anyhow::Result<Option<Self>> {
+        use std::os::unix::fs::MetadataExt as _;
+        let dir = Path::new(DIR).join("ports");
+        make_dir(&dir)?;
+        // Other namespaces have addresses of their own.
+        let namespace = fs::metadata("/proc/thread-self/ns/net")?.ino();
+        Self::take_at(number, dir.join(format!("{namespace}-{number}")))
+    }
+
+    fn take_at(number: u32, path: PathBuf) -> anyhow::Result<Option<Self>> {
+        use std::os::unix::fs::OpenOptionsExt as _;
+        loop {
+            let mut options = File::options();
+            let file = options.write(true).create(true).truncate(false).mode(0o600).open(&path);
+            let file = file.with_context(|| format!("opening {}", path.display()))?;
+            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => {}
+                Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
+                Err(error) => {
+                    return Err(error).with_context(|| format!("locking {}", path.display()));
+                }
+            }
+            // Who had it may have removed the file since it was opened: a lock on that keeps nobody away.
+            if is_at(&file, &path).with_context(|| format!("looking at {}", path.display()))? {
+                return Ok(Some(Self { number, path, _file: file }));
+            }
+        }
+    }
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        // While it is locked: who opens it now finds out, and makes another one. One of a process that was killed stays,
+        // and is used again.
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+/// Whether the open file is the one at this path.
+fn is_at(file: &File, path: &Path) -> io::Result<bool> {
+    use std::os::unix::fs::MetadataExt as _;
+    let identity = |of: fs::Metadata| (of.dev(), of.ino());
+    match fs::metadata(path) {
+        Ok(there) => Ok(identity(there) == identity(file.metadata()?)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
     }
 }
 
@@ -858,15 +931,36 @@ fn blocks_max() -> usize {
     if ports_for_a_test().is_some() { 1 } else { usize::MAX }
 }
 
+/// A hook for tests: what is idle lives for so small a part of its time, and is looked for as much more often, if
+/// `TIDEGATE_TEST_NAT_HASTE` says so.
+#[cfg(debug_assertions)]
+fn haste() -> u64 {
+    static HASTE: std::sync::LazyLock<u64> = std::sync::LazyLock::new(|| {
+        let text = std::env::var("TIDEGATE_TEST_NAT_HASTE").unwrap_or_default();
+        text.parse().unwrap_or(1).max(1)
+    });
+    *HASTE
+}
+
+#[cfg(not(debug_assertions))]
+const fn haste() -> u64 {
+    1
+}
+
 /// As the programs count.
-const LIFE: Life = Life {
-    timeout_ns: |key, flow| timeout::of(key, flow).as_nanos() as u64,
-    is_closed: |key, flow| {
-        key.protocol == PROTOCOL_TCP
-            && matches!(tcp::State::of(flow.state), tcp::State::TimeWait | tcp::State::Closed)
-    },
-    mapping_ns: |protocol| timeout::of_mapping(protocol).as_nanos() as u64,
-};
+fn life() -> Life {
+    Life {
+        timeout_ns: |key, flow| timeout::of(key, flow).as_nanos() as u64 / haste(),
+        is_closed: |key, flow| {
+            key.protocol == PROTOCOL_TCP
+                && matches!(tcp::State::of(flow.state), tcp::State::TimeWait | tcp::State::Closed)
+        },
+        mapping_ns: |protocol| timeout::of_mapping(protocol).as_nanos() as u64 / haste(),
+        // As that of UDP (RFC 4787 §4.3).
+        permit_ns: timeout::of_mapping(PROTOCOL_UDP).as_nanos() as u64 / haste(),
+        round_every_ns: ROUND_EVERY_NS / haste(),
+    }
+}
 
 /// The tables in the kernel, for the sweeper.
 struct KernelTables {
@@ -958,5 +1052,55 @@ impl Tables for KernelTables {
         // There is room for every port of a ring.
         let has_room = self.nat.free_port(ring, port);
         debug_assert!(has_room, "a port is in a ring once");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_block_is_one_ones_and_leaves_no_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("1-7");
+        let take = || Block::take_at(7, path.clone()).unwrap();
+        let block = take().unwrap();
+        assert!(take().is_none());
+        // Somebody opens it, and is slow.
+        let late = File::options().write(true).open(&path).unwrap();
+        drop(block);
+        assert!(!path.exists());
+        flock(&late, FlockOperation::NonBlockingLockExclusive).unwrap();
+        assert!(!is_at(&late, &path).unwrap());
+        let next = take().unwrap();
+        assert!(!is_at(&late, &path).unwrap() && is_at(&next._file, &path).unwrap());
+        // What a process that was killed has left.
+        std::mem::forget(next);
+        File::create(dir.path().join("1-8")).unwrap();
+        assert!(Block::take_at(8, dir.path().join("1-8")).unwrap().is_some());
+    }
+
+    #[test]
+    fn many_threads_never_have_a_block_at_the_same_time() {
+        use std::sync::atomic::AtomicU32;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("1-7");
+        let (holders, turns) = (AtomicU32::new(0), AtomicU32::new(0));
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    while turns.load(Ordering::Relaxed) < 400 {
+                        let Some(block) = Block::take_at(7, path.clone()).unwrap() else {
+                            continue;
+                        };
+                        assert_eq!(holders.fetch_add(1, Ordering::SeqCst), 0);
+                        turns.fetch_add(1, Ordering::Relaxed);
+                        holders.fetch_sub(1, Ordering::SeqCst);
+                        drop(block);
+                    }
+                });
+            }
+        });
+        assert!(!path.exists());
     }
 }

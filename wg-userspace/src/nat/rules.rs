@@ -297,7 +297,6 @@ pub fn empty() -> Box<RuleSet> {
     Box::new(RuleSet {
         version: 0,
         tun: 0,
-        mark: 0,
         port_first: 0,
         flags: 0,
         nat_count: 0,

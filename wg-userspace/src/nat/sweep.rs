@@ -10,6 +10,9 @@
 //!   there after the round did, it stays; and it must be without flows in two rounds in a row, for a walk through
 //!   a hash that changes may miss an entry.
 //! - A flow or mapping goes only if it is still what was judged.
+//! - Where ports are wanted faster than they come back by themselves, those of closed flows go first, as many as are
+//!   wanted. Flows that live are ended only where next to no port is left, and only those that were idle for a while;
+//!   if one wakes between being judged and being ended, an answer may find nobody.
 //! - A slot's generation is raised when it is given back, so that flows that were made at that moment are over.
 //!   They know another generation, and the next round removes them.
 
@@ -25,14 +28,20 @@ use wg_common::nat::map::{
 use wg_common::upper::{PROTOCOL_ICMP, PROTOCOL_ICMPV6};
 
 const SECOND_NS: u64 = 1_000_000_000;
-/// Rounds begin so often while nothing is scarce.
-const ROUND_EVERY_NS: u64 = 5 * SECOND_NS;
 /// Least time between the begins of two rounds.
-const ROUND_LEAST_NS: u64 = SECOND_NS / 20;
+const ROUND_LEAST_NS: u64 = SECOND_NS / 100;
+/// Two waits of who is told to look again [soon](Next::Soon).
+const SOON_NS: u64 = SECOND_NS / 25;
+/// Rounds that give nothing back, though something is scarce, are repeated no sooner than this, then twice as long, and
+/// so on, up to eight times as long.
+const FRUITLESS_NS: u64 = SECOND_NS / 20;
+const FRUITLESS_MAX: u32 = 3;
+/// Over so long it is counted how fast ports are taken.
+const PACE_NS: u64 = SECOND_NS / 10;
+/// A round is taken to last no longer than this, however long the latest one did: who is behind only takes more then.
+const ROUND_LONGEST_NS: u64 = 2 * SECOND_NS;
 /// All mappings are looked at in one round out of so many: they go with their slots but for rare races.
 const ROUNDS_PER_MAPPINGS: u64 = 12;
-/// A permit lives for so long by itself (RFC 4787 §4.3), and as long as there is a flow to its address.
-const PERMIT_NS: u64 = 120 * SECOND_NS;
 /// Rounds in which a slot was without flows, before it goes.
 const MISSES: u8 = 2;
 /// What was idle for less is not taken from its owner because others want it, unless it is closed.
@@ -88,6 +97,10 @@ pub struct Life {
     pub is_closed: fn(&FlowKey, &Flow) -> bool,
     /// How long a mapping of this IP protocol lives after its last packet in any case, in nanoseconds.
     pub mapping_ns: fn(u8) -> u64,
+    /// How long a permit lives by itself, in nanoseconds; it lives as long as there is a flow to its address.
+    pub permit_ns: u64,
+    /// How often rounds begin while nothing is scarce, in nanoseconds.
+    pub round_every_ns: u64,
 }
 
 /// How much there is room for.
@@ -111,8 +124,10 @@ pub struct Outside {
 /// What has become scarce, to be told.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Scarce {
-    /// Ports of some protocol at some address.
+    /// Ports of some protocol at some address: nearly all are in use.
     pub ports: bool,
+    /// Ports will soon be, at the pace at which they are taken.
+    pub ports_soon: bool,
     /// Room for flows.
     pub flows: bool,
     /// Room for mappings.
@@ -124,7 +139,7 @@ pub struct Scarce {
 pub enum Next {
     /// More, at once: something is scarce.
     AtOnce,
-    /// More, soon.
+    /// More, soon; or ports are being taken.
     Soon,
     /// Nothing until the next round.
     Later,
@@ -150,8 +165,43 @@ enum Phase {
     Rest,
     Flows,
     Permits,
+    Oldest,
     Slots,
+    Relief,
     Mappings,
+}
+
+/// How fast ports are taken out of a ring.
+#[derive(Clone, Copy, Debug, Default)]
+struct Pace {
+    /// Since it was last looked at.
+    taken: u32,
+    per_s: u32,
+}
+
+impl Pace {
+    /// `passed_ns` after the last such look. What was fast is taken to go on for a while.
+    fn turn(&mut self, passed_ns: u64) {
+        let per_s = u64::from(self.taken) * SECOND_NS / passed_ns.max(1);
+        self.per_s = u32::try_from(per_s).unwrap_or(u32::MAX).max(self.per_s / 2);
+        self.taken = 0;
+    }
+
+    /// How many will be taken in that time.
+    fn within(&self, ns: u64) -> u32 {
+        let now_per_s = u64::from(self.taken) * (SECOND_NS / PACE_NS);
+        let count = now_per_s.max(self.per_s.into()).saturating_mul(ns) / SECOND_NS;
+        u32::try_from(count).unwrap_or(u32::MAX)
+    }
+}
+
+/// How many ports a ring is to get back.
+#[derive(Clone, Copy, Debug, Default)]
+struct Wanted {
+    /// Even if flows end that could still be used.
+    of_living: u32,
+    /// From flows that are closed, and mappings that have none; at least as many.
+    of_closed: u32,
 }
 
 /// A flow that would go if room were scarce; the greatest goes last.
@@ -192,10 +242,19 @@ pub struct Sweeper {
     heads: Vec<u32>,
     /// How many ports each ring was given.
     lent: Vec<u32>,
+    paces: Vec<Pace>,
+    /// Since when ports are counted in `paces`.
+    paces_since_ns: u64,
     held: HashMap<u32, Held>,
     phase: Phase,
     round: u64,
     began_ns: u64,
+    /// How long the latest whole round took.
+    round_ns: u64,
+    /// What this round gave back because it was scarce.
+    relieved: usize,
+    /// Rounds in a row that should have, and gave back nothing.
+    fruitless: u32,
     /// Permits that live only if a flow does.
     permits: Vec<(FlowKey, Flow)>,
     /// Hashes of who has flows to whom. Two that are the same only keep a permit.
@@ -205,7 +264,9 @@ pub struct Sweeper {
     flow_count_before: usize,
     /// The flows that would go first, the last of them on top.
     oldest: BinaryHeap<Candidate>,
-    /// Slots that are still to be looked at in this round.
+    /// Those that go, at the end of a round.
+    ending: Vec<Candidate>,
+    /// Slots that are still to be looked at in this round; then those that are to be given back.
     slots: Vec<u32>,
     flows: Vec<(FlowKey, Flow)>,
     mappings: Vec<(MappingKey, Mapping)>,
@@ -225,15 +286,21 @@ impl Sweeper {
             withheld: Vec::new(),
             heads: zeros(),
             lent: zeros(),
+            paces: vec![Pace::default(); ring_count as usize],
+            paces_since_ns: 0,
             held: HashMap::new(),
             phase: Phase::Rest,
             round: 1,
             began_ns: 0,
+            round_ns: 0,
+            relieved: 0,
+            fruitless: 0,
             permits: Vec::new(),
             living: HashSet::new(),
             flow_count: 0,
             flow_count_before: 0,
             oldest: BinaryHeap::new(),
+            ending: Vec::new(),
             slots: Vec::new(),
             flows: Vec::new(),
             mappings: Vec::new(),
@@ -289,9 +356,14 @@ impl Sweeper {
         self.held.len()
     }
 
-    /// What was scarce in the latest round.
+    /// What was scarce at the latest step.
     pub fn scarce(&self) -> Scarce {
         self.scarce
+    }
+
+    /// How long the latest whole round took, in nanoseconds, and how many flows it found.
+    pub fn latest_round(&self) -> (u64, usize) {
+        (self.round_ns, self.flow_count_before)
     }
 
     /// Does a part of a round: looks at up to `budget` entries. `now_ns`: boot time.
@@ -317,22 +389,61 @@ impl Sweeper {
         budget: usize,
         now_ns: u64,
     ) -> Result<Next, T::Error> {
-        self.notice_taken(tables);
+        self.notice_taken(tables, now_ns);
         let is_scarce = self.look_for_scarce(tables);
         match self.phase {
             Phase::Rest => {
-                let wait_ns = if is_scarce { ROUND_LEAST_NS } else { ROUND_EVERY_NS };
+                let wait_ns = match self.fruitless {
+                    _ if !is_scarce => self.life.round_every_ns,
+                    0 => ROUND_LEAST_NS,
+                    times => FRUITLESS_NS << (times - 1).min(FRUITLESS_MAX),
+                };
                 if now_ns.saturating_sub(self.began_ns) < wait_ns {
-                    return Ok(if is_scarce { Next::Soon } else { Next::Later });
+                    return Ok(match self.urgency(tables) {
+                        Next::AtOnce if is_scarce && self.fruitless > 0 => Next::Soon,
+                        urgency => urgency,
+                    });
                 }
                 self.begin(tables, now_ns);
             }
-            Phase::Flows => self.mark(tables, budget, now_ns)?,
-            Phase::Permits => self.end_permits(tables, budget)?,
-            Phase::Slots => self.sweep_slots(tables, budget, now_ns)?,
-            Phase::Mappings => self.sweep_mappings(tables, budget)?,
+            _ => self.go_on(tables, budget, now_ns)?,
         }
         Ok(if is_scarce { Next::AtOnce } else { Next::Soon })
+    }
+
+    /// Does phase after phase of a round until the budget is spent, or the round is over: that of few flows is one step.
+    fn go_on<T: Tables>(
+        &mut self,
+        tables: &mut T,
+        budget: usize,
+        now_ns: u64,
+    ) -> Result<(), T::Error> {
+        let mut left = budget;
+        while left > 0 {
+            let spent = match self.phase {
+                Phase::Rest => break,
+                Phase::Flows => self.mark(tables, left, now_ns)?,
+                Phase::Permits => self.end_permits(tables, left)?,
+                Phase::Oldest => self.end_oldest(tables, left)?,
+                Phase::Slots => self.sweep_slots(tables, left, now_ns)?,
+                Phase::Relief => self.relieve(tables, left, now_ns)?,
+                Phase::Mappings => self.sweep_mappings(tables, left)?,
+            };
+            left = left.saturating_sub(spent);
+        }
+        Ok(())
+    }
+
+    /// When to look again, between two rounds.
+    fn urgency<T: Tables>(&self, tables: &T) -> Next {
+        let rings = 0..self.heads.len() as u32;
+        if rings.clone().any(|ring| self.wanted_within(tables, ring, SOON_NS).of_closed > 0) {
+            Next::AtOnce
+        } else if self.paces.iter().all(|pace| pace.taken == 0 && pace.per_s == 0) {
+            Next::Later
+        } else {
+            Next::Soon
+        }
     }
 
     fn begin<T: Tables>(&mut self, tables: &mut T, now_ns: u64) {
@@ -341,13 +452,15 @@ impl Sweeper {
         self.living.clear();
         self.permits.clear();
         self.oldest.clear();
+        self.ending.clear();
+        self.relieved = 0;
         self.flow_count = 0;
         tables.rewind_flows();
         self.phase = Phase::Flows;
     }
 
     /// Notes the slots that programs have taken.
-    fn notice_taken<T: Tables>(&mut self, tables: &T) {
+    fn notice_taken<T: Tables>(&mut self, tables: &T, now_ns: u64) {
         for ring in 0..self.heads.len() as u32 {
             let seen = &mut self.heads[ring as usize];
             let (head, _) = tables.ring(ring);
@@ -360,7 +473,7 @@ impl Sweeper {
                 }
                 let held = Held {
                     since: self.round,
-                    marked: 0,
+                    marked: self.round,
                     misses: 0,
                     last_seen_ns: 0,
                     is_closed: false,
@@ -368,26 +481,52 @@ impl Sweeper {
                 self.held.insert(slot_index(ring, port), held);
             }
             *seen = head;
+            let pace = &mut self.paces[ring as usize];
+            pace.taken = pace.taken.saturating_add(count);
+        }
+        let passed_ns = now_ns.saturating_sub(self.paces_since_ns);
+        if passed_ns >= PACE_NS {
+            self.paces.iter_mut().for_each(|pace| pace.turn(passed_ns));
+            self.paces_since_ns = now_ns;
         }
     }
 
     /// Whether something is about to run out.
     fn look_for_scarce<T: Tables>(&mut self, tables: &T) -> bool {
-        let ports = (0..self.heads.len() as u32).any(|ring| self.missing(tables, ring) > 0);
+        let rings = 0..self.heads.len() as u32;
+        let wants = |wanted: fn(&Wanted) -> u32| {
+            rings.clone().any(|ring| wanted(&self.wanted(tables, ring)) > 0)
+        };
         self.scarce = Scarce {
-            ports,
+            ports: wants(|wanted| wanted.of_living),
+            ports_soon: wants(|wanted| wanted.of_closed),
             flows: self.flow_count_before.max(self.flow_count) > self.room.flows / 8 * 7,
             mappings: self.held.len() > self.room.mappings / 8 * 7,
         };
         self.scarce != Scarce::default()
     }
 
-    /// How many free ports a ring lacks: a sixteenth is to be free at least, and an eighth after a round.
-    fn missing<T: Tables>(&self, tables: &T, ring: u32) -> u32 {
+    /// How many ports are to be given back to a ring. From those who need them no more: as many as will be taken until
+    /// the next round is over, and as many again, but no more than leave half of the ports to those who have them. From
+    /// others: a sixteenth is to be free at least, and an eighth after a round.
+    fn wanted<T: Tables>(&self, tables: &T, ring: u32) -> Wanted {
+        self.wanted_within(tables, ring, 0)
+    }
+
+    /// As above, in a while, if ports are taken at the present pace.
+    fn wanted_within<T: Tables>(&self, tables: &T, ring: u32, ns: u64) -> Wanted {
         let lent = self.lent[ring as usize];
         let (head, tail) = tables.ring(ring);
         let free = tail.wrapping_sub(head);
-        if free > PORTS_LEN || free >= lent / 16 { 0 } else { lent / 8 - free }
+        if free > PORTS_LEN {
+            return Wanted::default();
+        }
+        let free = free.saturating_sub(self.paces[ring as usize].within(ns));
+        let least = lent / 16;
+        let ahead_ns = PACE_NS + 2 * self.round_ns.min(ROUND_LONGEST_NS);
+        let soon = self.paces[ring as usize].within(ahead_ns).min(lent / 4).max(least);
+        let below = |least: u32| if free < least { 2 * least - free } else { 0 };
+        Wanted { of_living: below(least), of_closed: below(soon) }
     }
 
     fn mark<T: Tables>(
@@ -395,19 +534,20 @@ impl Sweeper {
         tables: &mut T,
         budget: usize,
         now_ns: u64,
-    ) -> Result<(), T::Error> {
+    ) -> Result<usize, T::Error> {
         let mut flows = std::mem::take(&mut self.flows);
         flows.clear();
         let more = tables.next_flows(budget, &mut flows)?;
         for (key, flow) in &flows {
             self.judge(tables, key, flow, now_ns)?;
         }
+        let spent = flows.len() + 1;
         self.flows = flows;
         if !more {
             self.flow_count_before = self.flow_count;
             self.phase = Phase::Permits;
         }
-        Ok(())
+        Ok(spent)
     }
 
     /// Removes a flow that is over, or marks its slot.
@@ -423,7 +563,8 @@ impl Sweeper {
         }
         let idle_ns = now_ns.saturating_sub(flow.last_seen_ns);
         let is_permit = is_permit(key);
-        let timeout_ns = if is_permit { PERMIT_NS } else { (self.life.timeout_ns)(key, flow) };
+        let timeout_ns =
+            if is_permit { self.life.permit_ns } else { (self.life.timeout_ns)(key, flow) };
         if idle_ns > timeout_ns {
             if is_permit {
                 self.permits.push((*key, *flow));
@@ -480,35 +621,38 @@ impl Sweeper {
         }
     }
 
-    /// Removes permits whose mapping has no flow to their address, and flows if there are too many.
-    fn end_permits<T: Tables>(&mut self, tables: &mut T, budget: usize) -> Result<(), T::Error> {
-        for _ in 0..budget {
+    /// Removes permits whose mapping has no flow to their address.
+    fn end_permits<T: Tables>(&mut self, tables: &mut T, budget: usize) -> Result<usize, T::Error> {
+        for spent in 1..=budget {
             let Some((key, flow)) = self.permits.pop() else {
-                self.end_oldest(tables)?;
-                self.slots.clear();
-                self.slots.extend(self.held.keys());
-                self.phase = Phase::Slots;
-                return Ok(());
+                let max = self.room.flows / 8 * 7;
+                if self.flow_count > max {
+                    self.ending = std::mem::take(&mut self.oldest).into_sorted_vec();
+                    self.ending.truncate(self.flow_count - max);
+                }
+                self.phase = Phase::Oldest;
+                return Ok(spent);
             };
             if !self.living.contains(&whom(&key)) {
                 tables.remove_flow(&key, &flow)?;
             }
         }
-        Ok(())
+        Ok(budget)
     }
 
-    /// Removes the oldest flows until an eighth of the room is free.
-    fn end_oldest<T: Tables>(&mut self, tables: &mut T) -> Result<(), T::Error> {
-        let max = self.room.flows / 8 * 7;
-        if self.flow_count <= max {
-            return Ok(());
-        }
-        let mut first = std::mem::take(&mut self.oldest).into_sorted_vec();
-        first.truncate(self.flow_count - max);
-        for (_, _, Ranked(key, flow)) in first {
+    /// Removes the oldest flows, so that an eighth of the room is free.
+    fn end_oldest<T: Tables>(&mut self, tables: &mut T, budget: usize) -> Result<usize, T::Error> {
+        for spent in 1..=budget {
+            let Some((_, _, Ranked(key, flow))) = self.ending.pop() else {
+                self.slots.clear();
+                self.slots.extend(self.held.keys());
+                self.phase = Phase::Slots;
+                return Ok(spent);
+            };
             tables.remove_flow(&key, &flow)?;
+            self.relieved += 1;
         }
-        Ok(())
+        Ok(budget)
     }
 
     fn sweep_slots<T: Tables>(
@@ -516,20 +660,16 @@ impl Sweeper {
         tables: &mut T,
         budget: usize,
         now_ns: u64,
-    ) -> Result<(), T::Error> {
-        for _ in 0..budget {
+    ) -> Result<usize, T::Error> {
+        for spent in 1..=budget {
             let Some(index) = self.slots.pop() else {
-                self.relieve(tables, now_ns)?;
-                self.phase = Phase::Rest;
-                if self.round.is_multiple_of(ROUNDS_PER_MAPPINGS) {
-                    tables.rewind_mappings();
-                    self.phase = Phase::Mappings;
-                }
-                return Ok(());
+                self.slots = self.needed_least(tables, now_ns);
+                self.phase = Phase::Relief;
+                return Ok(spent);
             };
             self.sweep_slot(tables, index)?;
         }
-        Ok(())
+        Ok(budget)
     }
 
     fn sweep_slot<T: Tables>(&mut self, tables: &mut T, index: u32) -> Result<(), T::Error> {
@@ -564,45 +704,77 @@ impl Sweeper {
         Ok(())
     }
 
-    /// Takes ports from those who need them least, where others want some.
-    fn relieve<T: Tables>(&mut self, tables: &mut T, now_ns: u64) -> Result<(), T::Error> {
-        let mut wanted: Vec<(Option<u32>, usize)> = (0..self.heads.len() as u32)
-            .map(|ring| (Some(ring), self.missing(tables, ring) as usize))
-            .collect();
-        wanted.push((None, self.held.len().saturating_sub(self.room.mappings / 8 * 7)));
-        for (ring, count) in wanted.into_iter().filter(|(_, count)| *count > 0) {
-            for index in self.needed_least(ring, count, now_ns) {
-                let slot = tables.slot(index)?;
-                // A flow that began since then may have made it important.
-                if !slot.generation.is_multiple_of(2) && slot.last_seen_ns < self.began_ns {
-                    self.release(tables, index, slot)?;
-                }
+    /// Takes ports from those who need them least, where others want some, and ends the round.
+    fn relieve<T: Tables>(
+        &mut self,
+        tables: &mut T,
+        budget: usize,
+        now_ns: u64,
+    ) -> Result<usize, T::Error> {
+        for spent in 1..=budget {
+            let Some(index) = self.slots.pop() else {
+                self.end(tables, now_ns);
+                return Ok(spent);
+            };
+            let slot = tables.slot(index)?;
+            // A flow that began since then may have made it important.
+            if !slot.generation.is_multiple_of(2) && slot.last_seen_ns < self.began_ns {
+                self.release(tables, index, slot)?;
+                self.relieved += 1;
             }
         }
-        Ok(())
+        Ok(budget)
     }
 
-    /// Slots of a ring, or of all: closed ones, then those that were idle for longest.
-    fn needed_least(&self, ring: Option<u32>, count: usize, now_ns: u64) -> Vec<u32> {
-        // One without flows is kept for others who may send to it.
-        let is_over = |held: &Held| held.is_closed || held.marked != self.round;
+    fn end<T: Tables>(&mut self, tables: &mut T, now_ns: u64) {
+        self.round_ns = now_ns.saturating_sub(self.began_ns);
+        let was_in_vain = self.scarce != Scarce::default() && self.relieved == 0;
+        self.fruitless = if was_in_vain { self.fruitless.saturating_add(1) } else { 0 };
+        self.phase = Phase::Rest;
+        if self.round.is_multiple_of(ROUNDS_PER_MAPPINGS) {
+            tables.rewind_mappings();
+            self.phase = Phase::Mappings;
+        }
+    }
+
+    /// The slots whose ports are wanted by others, that which goes first last: those that are over, then those that were
+    /// idle for longest.
+    fn needed_least<T: Tables>(&self, tables: &T, now_ns: u64) -> Vec<u32> {
+        let rings = self.heads.len();
+        let mut wanted: Vec<Wanted> =
+            (0..rings as u32).map(|ring| self.wanted(tables, ring)).collect();
+        let room = self.held.len().saturating_sub(self.room.mappings / 8 * 7);
+        if room == 0 && wanted.iter().all(|wanted| wanted.of_closed == 0) {
+            return Vec::new();
+        }
+        // One that had no flow in two rounds is kept for others who may send to it.
+        let is_over = |held: &Held| {
+            held.is_closed && held.marked == self.round || held.marked + 1 < self.round
+        };
         let may_go = |held: &Held| {
             let idle_ns = now_ns.saturating_sub(held.last_seen_ns);
             held.since < self.round && (is_over(held) || idle_ns >= IDLE_LEAST_NS)
         };
+        let is_wanted = |index: u32| room > 0 || wanted[(index / PORTS_LEN) as usize].of_closed > 0;
         let mut slots: Vec<(bool, u64, u32)> = self
             .held
             .iter()
-            .filter(|(index, held)| {
-                ring.is_none_or(|ring| **index / PORTS_LEN == ring) && may_go(held)
-            })
+            .filter(|(index, held)| is_wanted(**index) && may_go(held))
             .map(|(&index, held)| (!is_over(held), held.last_seen_ns, index))
             .collect();
-        if slots.len() > count {
-            slots.select_nth_unstable(count);
-            slots.truncate(count);
+        slots.sort_unstable();
+        let (mut first, mut room) = (Vec::new(), room);
+        for (lives, _, index) in slots {
+            let Wanted { of_living, of_closed } = &mut wanted[(index / PORTS_LEN) as usize];
+            if room > 0 || *of_living > 0 || !lives && *of_closed > 0 {
+                first.push(index);
+                (*of_living, *of_closed) =
+                    (of_living.saturating_sub(1), of_closed.saturating_sub(1));
+                room = room.saturating_sub(1);
+            }
         }
-        slots.into_iter().map(|(_, _, index)| index).collect()
+        first.reverse();
+        first
     }
 
     /// Ends a slot's mapping and with it its flows, and gives the port back.
@@ -637,7 +809,11 @@ impl Sweeper {
         self.kept.contains(&(ring % PROTOCOLS_LEN, port))
     }
 
-    fn sweep_mappings<T: Tables>(&mut self, tables: &mut T, budget: usize) -> Result<(), T::Error> {
+    fn sweep_mappings<T: Tables>(
+        &mut self,
+        tables: &mut T,
+        budget: usize,
+    ) -> Result<usize, T::Error> {
         let mut mappings = std::mem::take(&mut self.mappings);
         mappings.clear();
         let more = tables.next_mappings(budget, &mut mappings)?;
@@ -647,11 +823,12 @@ impl Sweeper {
                 tables.remove_mapping(key, mapping)?;
             }
         }
+        let spent = mappings.len() + 1;
         self.mappings = mappings;
         if !more {
             self.phase = Phase::Rest;
         }
-        Ok(())
+        Ok(spent)
     }
 }
 

@@ -118,6 +118,8 @@ fn address(last: u32) -> AddressKey {
 
 const EXTERNAL: AddressKey = AddressKey::v4([192, 0, 2, 1]);
 const TIMEOUT_NS: u64 = 30 * SECOND_NS;
+const PERMIT_NS: u64 = 120 * SECOND_NS;
+const ROUND_EVERY_NS: u64 = 5 * SECOND_NS;
 const UDP_MAPPING_NS: u64 = 60 * SECOND_NS;
 const CLOSED: u8 = 7;
 
@@ -125,6 +127,8 @@ const LIFE: Life = Life {
     timeout_ns: |_, _| TIMEOUT_NS,
     is_closed: |_, flow| flow.state == CLOSED,
     mapping_ns: |protocol| if protocol == PROTOCOL_UDP { UDP_MAPPING_NS } else { 0 },
+    permit_ns: PERMIT_NS,
+    round_every_ns: ROUND_EVERY_NS,
 };
 
 impl World {
@@ -405,4 +409,97 @@ fn a_port_that_a_program_did_not_want_comes_back() {
     world.rounds(&mut sweeper, 3);
     let (head, tail) = world.ring(0);
     assert_eq!(tail - head, PORTS);
+}
+
+/// A millisecond of a sweeper that is called as often as it asks to be.
+fn for_a_millisecond(world: &mut World, sweeper: &mut Sweeper, budget: usize) -> Next {
+    world.now_ns += 1_000_000;
+    let now_ns = world.now_ns;
+    sweeper.step(world, budget, now_ns).unwrap_or_else(|never| match never {})
+}
+
+#[test]
+fn ports_of_closed_flows_come_back_as_fast_as_they_are_taken() {
+    const EACH_MS: u32 = 3;
+
+    let mut world = World::new(7);
+    let mut sweeper = begin(&mut world, ROOM);
+    // One that lives, and is idle for long.
+    assert!(world.send(0, 70_000, 1, 100));
+    world.now_ns += IDLE_LEAST_NS;
+    let mut wait_ms = 0u32;
+    for ms in 0..4000 {
+        for number in ms * EACH_MS..(ms + 1) * EACH_MS {
+            assert!(world.send(0, number % 60_000 + 1, 1000, 100), "no port in millisecond {ms}");
+        }
+        let of_now = world.now_ns;
+        for (key, flow) in world.flows.values_mut().filter(|(_, flow)| flow.created_ns == of_now) {
+            flow.state = if key.inner == address(70_000) { 0 } else { CLOSED };
+        }
+        wait_ms = wait_ms.saturating_sub(1);
+        if wait_ms > 0 {
+            world.now_ns += 1_000_000;
+            continue;
+        }
+        // As long as the keeper waits.
+        wait_ms = match for_a_millisecond(&mut world, &mut sweeper, 2048) {
+            Next::AtOnce => 1,
+            Next::Soon => 20,
+            Next::Later => 100,
+        };
+    }
+    let idle: Vec<&Flow> = world
+        .flows
+        .values()
+        .filter(|(key, _)| key.inner == address(70_000))
+        .map(|(_, flow)| flow)
+        .collect();
+    let slot = idle.first().expect("it is there").slot;
+    assert!(!world.slots[&slot].generation.is_multiple_of(2), "it keeps its port");
+    assert!(world.flows.len() < 4 * PORTS as usize, "{} flows", world.flows.len());
+    world.check(&sweeper);
+}
+
+#[test]
+fn rounds_that_give_nothing_back_become_rare() {
+    let mut world = World::new(7);
+    let mut sweeper = begin(&mut world, ROOM);
+    for number in 0..PORTS {
+        assert!(world.send(0, number, 1000, 100));
+    }
+    let before = sweeper.round;
+    for _ in 0..4000 {
+        for_a_millisecond(&mut world, &mut sweeper, 2048);
+    }
+    let rounds = sweeper.round - before;
+    assert!((8..20).contains(&rounds), "{rounds} rounds of 4 s, in which all flows are young");
+    assert!(sweeper.scarce().ports);
+    // They are idle long enough now.
+    for _ in 0..2000 {
+        for_a_millisecond(&mut world, &mut sweeper, 2048);
+    }
+    assert!(!sweeper.scarce().ports);
+    assert!(world.send(0, 1000, 1, 100));
+}
+
+#[test]
+fn no_step_does_more_than_it_may() {
+    const BUDGET: usize = 16;
+
+    let mut world = World::new(7);
+    let mut sweeper = begin(&mut world, Room { flows: 400, mappings: 4096 });
+    for number in 0..PORTS {
+        assert!(world.send(0, number, 1000, 100));
+    }
+    for (_, flow) in world.flows.values_mut() {
+        flow.state = CLOSED;
+    }
+    world.now_ns += IDLE_LEAST_NS;
+    for _ in 0..2000 {
+        let before = (world.flows.len(), sweeper.held_count());
+        for_a_millisecond(&mut world, &mut sweeper, BUDGET);
+        let after = (world.flows.len(), sweeper.held_count());
+        assert!(before.0 - after.0 <= BUDGET && before.1.saturating_sub(after.1) <= BUDGET);
+    }
+    assert!(world.flows.len() <= 352 && sweeper.held_count() < PORTS as usize);
 }

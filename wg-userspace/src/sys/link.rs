@@ -2,6 +2,7 @@
 //! and keeping the kernel from giving it an IPv6 address. Everything else is `host`'s.
 
 use std::io;
+use std::os::fd::AsRawFd as _;
 
 use rustix::net::netlink::SocketAddrNetlink;
 use rustix::net::{
@@ -15,6 +16,38 @@ use rustix::net::{
 pub fn index(name: &str) -> io::Result<u32> {
     let any = socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
     Ok(rustix::net::netdevice::name_to_index(any, name)?)
+}
+
+/// Whether there is an interface with this index in the calling thread's network namespace; so it is taken to be if
+/// that cannot be known.
+pub fn is_there(ifindex: u32) -> bool {
+    let any = socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None);
+    let name = any.and_then(|any| rustix::net::netdevice::index_to_name(any, ifindex));
+    !matches!(name, Err(rustix::io::Errno::NODEV))
+}
+
+/// Whether what comes and goes by the interface `name` has an Ethernet header, and another end than this host.
+///
+/// # Errors
+/// `ENODEV` if there is none of this name.
+pub fn has_ethernet_header(name: &str) -> io::Result<bool> {
+    let any = socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
+    // SAFETY: integers, arrays and pointers, of which zero is a value.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    if name.len() >= request.ifr_name.len() {
+        return Err(io::Error::from_raw_os_error(libc::ENODEV));
+    }
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from.cast_signed();
+    }
+    // SAFETY: the kernel reads and writes one `ifreq`, whose name ends with a zero.
+    let result =
+        unsafe { libc::ioctl(any.as_raw_fd(), libc::SIOCGIFHWADDR as _, &raw mut request) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call has written this field of the union.
+    Ok(unsafe { request.ifr_ifru.ifru_hwaddr.sa_family } == libc::ARPHRD_ETHER)
 }
 
 /// Takes the interface up.
@@ -110,8 +143,16 @@ mod tests {
     }
 
     #[test]
+    fn the_link_to_oneself_is_no_ethernet() {
+        assert!(is_there(index("lo").unwrap()));
+        assert!(!has_ethernet_header("lo").unwrap());
+    }
+
+    #[test]
     fn an_interface_that_does_not_exist_is_an_error() {
         assert!(index("no-such-link").is_err());
         assert!(disable_address_generation(0x7fff_ffff).is_err());
+        assert!(has_ethernet_header("no-such-link").is_err());
+        assert!(!is_there(0x7fff_ffff));
     }
 }

@@ -9,6 +9,7 @@ pub mod affinity;
 pub(crate) mod bpf_for_tests;
 pub mod bpf_pages;
 pub mod clock;
+pub mod clsact;
 pub mod ethtool;
 pub mod file_watch;
 pub mod link;

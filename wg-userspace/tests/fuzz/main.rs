@@ -143,6 +143,11 @@ fn nat() {
 }
 
 #[test]
+fn nat_flows() {
+    repeat("nat_flows", 5_000);
+}
+
+#[test]
 fn every_target_is_run_here_and_by_the_fuzzer() {
     let source = include_str!("main.rs");
     for Target { name, .. } in TARGETS {

@@ -1,4 +1,18 @@
-//! The programs of NAT: whether the kernel takes them. What they decide is tested in `wg_common::nat::engine`.
+//! The programs of NAT in the kernel: tables of packets in and packets out, and lives of a gateway in which the kernel
+//! must do what the engine does over tables in memory. What the engine decides is tested in `wg_common::nat::engine`,
+//! too, and by the fuzz target `nat_flows`, whose packets and tables these are.
+
+mod devices;
+mod lab;
+mod lives;
+mod tables;
+
+#[path = "../../../tests/fuzz/targets/nat_flows/life.rs"]
+mod life;
+#[path = "../../../tests/fuzz/targets/nat_flows/memory.rs"]
+mod memory;
+#[path = "../../../tests/fuzz/targets/nat_flows/packets.rs"]
+mod packets;
 
 use crate::bpf::{BpfError, Nat, NatOptions};
 use crate::require_root;

@@ -85,7 +85,6 @@ pub fn judge(
     let mut tables = Imagined {
         world,
         tun: rules.tun,
-        mark: rules.mark,
         link_in,
         anew,
         flows: HashMap::new(),
@@ -118,7 +117,6 @@ pub fn judge(
 struct Imagined<'a, W> {
     world: &'a mut W,
     tun: u32,
-    mark: u32,
     link_in: u32,
     /// No flow of the world's is seen.
     anew: bool,
@@ -161,6 +159,10 @@ impl<W: World> Imagined<'_, W> {
 impl<W: World> Tables for Imagined<'_, W> {
     fn now_ns(&self) -> u64 {
         self.world.now_ns()
+    }
+
+    fn may_answer(&mut self, _: &AddressKey, _: u32) -> bool {
+        true
     }
 
     fn find_flow(&mut self, key: &FlowKey) -> bool {
@@ -256,7 +258,7 @@ impl<W: World> Tables for Imagined<'_, W> {
             source: Some(address(tuple.source)),
             destination: address(tuple.destination),
             link_in: self.link_in,
-            mark: self.mark,
+            mark: 0,
             protocol: tuple.protocol,
             ports: (tuple.protocol == PROTOCOL_TCP || tuple.protocol == PROTOCOL_UDP)
                 .then(|| (u16::from_be(tuple.source_port), u16::from_be(tuple.destination_port))),

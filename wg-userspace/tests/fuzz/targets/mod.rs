@@ -14,6 +14,7 @@ pub mod handshake;
 mod host;
 pub mod join;
 pub mod nat;
+pub mod nat_flows;
 pub mod packets;
 pub mod routing;
 pub mod sessions;
@@ -45,6 +46,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "routing", run: routing::run, seeds: routing::seeds },
     Target { name: "cut", run: cut::run, seeds: cut::seeds },
     Target { name: "nat", run: nat::run, seeds: nat::seeds },
+    Target { name: "nat_flows", run: nat_flows::run, seeds: nat_flows::seeds },
 ];
 
 /// Takes values off an input; once it has ended, they are zero.
