@@ -213,8 +213,10 @@ fn built(arguments: &[&str]) -> Result<PathBuf> {
     ensure!(output.status.success(), "cargo does not build it");
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     let messages = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    // Beside a test cargo names the programs that it may start.
+    let is_it = |told: &Value| told["profile"]["test"] == arguments.contains(&"test");
     let mut executables =
-        messages.filter_map(|told| told["executable"].as_str().map(PathBuf::from));
+        messages.filter(is_it).filter_map(|told| told["executable"].as_str().map(PathBuf::from));
     executables.next_back().context("cargo names no program")
 }
 
