@@ -174,21 +174,27 @@ mod tests {
     #[test]
     fn no_work_is_left_while_all_sleep() {
         const COUNT: u32 = 20_000;
-        let queue = WorkQueue::new(64, COUNT as usize).unwrap();
+        const THREADS: usize = 3;
+        /// The end comes by the queue as well: a word beside it could be missed by who falls asleep.
+        const END: PeerId = PeerId(u32::MAX);
+        let queue = WorkQueue::new(64, COUNT as usize + THREADS).unwrap();
         let done = AtomicUsize::new(0);
         let before = Instant::now();
         std::thread::scope(|scope| {
-            for _ in 0..3 {
+            for _ in 0..THREADS {
                 scope.spawn(|| {
-                    while done.load(Ordering::Relaxed) < COUNT as usize {
-                        if queue.take_need().is_some() {
-                            done.fetch_add(1, Ordering::Relaxed);
-                        } else {
+                    loop {
+                        match queue.take_need() {
+                            Some(Work::Initiate(_, END)) => break,
+                            Some(_) => {
+                                if done.fetch_add(1, Ordering::Relaxed) + 1 == COUNT as usize {
+                                    (0..THREADS).for_each(|_| assert!(queue.push(need(END.0))));
+                                }
+                            }
                             // Far longer than the test may take: a lost wake-up shows.
-                            queue.sleep(Duration::from_secs(600)).unwrap();
+                            None => queue.sleep(Duration::from_secs(600)).unwrap(),
                         }
                     }
-                    queue.wake();
                 });
             }
             for worker in 0..2 {

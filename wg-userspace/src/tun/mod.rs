@@ -314,7 +314,7 @@ mod tests {
 
     use std::net::UdpSocket;
     use std::process::Command;
-    use std::time::Duration;
+    use std::time::{Duration, Instant};
 
     use wg_common::headers::{Checksum, PROTOCOL_UDP, inner_packet};
     use wg_common::upper::upper;
@@ -497,7 +497,13 @@ mod tests {
             assert!(matches!(Tun::open(&name, 1), Err(TunError::Exists { .. })));
             assert!(matches!(Tun::open("lo", 1), Err(TunError::Exists { .. })));
             drop(first);
-            Tun::open(&name, 1).unwrap();
+            // A process that another test is about to start may hold the descriptors until it runs.
+            let waited = Instant::now();
+            while let Err(error) = Tun::open(&name, 1) {
+                assert!(matches!(error, TunError::Exists { .. }), "{error}");
+                assert!(waited.elapsed() < Duration::from_secs(10), "{error}");
+                std::thread::sleep(Duration::from_millis(1));
+            }
         });
     }
 
