@@ -17,7 +17,6 @@ use anyhow::Context as _;
 use ipnet::IpNet;
 use tokio::runtime::Runtime;
 use wg_common::nat::engine::Verdict;
-use wg_common::nat::error::Error;
 use wg_common::nat::map::{
     Flow, FlowKey, FlowKind, Mapping, MappingKey, NO_RULE, RuleSet, Slot, rule_flags,
 };
@@ -369,12 +368,7 @@ impl<'a> Tracer<'a> {
         let translated = packet::ends(&judged.packet).unwrap_or(ends);
         match judged.verdict {
             Verdict::Drop(reason) => report.verdict = VerdictReport::dropped("nat", reason.name()),
-            Verdict::Answer(Error::TimeExceeded) => {
-                report.verdict = VerdictReport::dropped("nat", DropReason::HopLimit.name());
-            }
-            Verdict::Answer(Error::TooBig(_)) => {
-                report.verdict = VerdictReport::dropped("nat", DropReason::TooLarge.name());
-            }
+            Verdict::Answer(error) => report.verdict = VerdictReport::told(error),
             Verdict::Pass(_) => {
                 self.kernels_way(report, origin, sent.protocol, ends, Fate::Passes)?;
             }

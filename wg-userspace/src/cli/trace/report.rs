@@ -4,6 +4,8 @@ use std::fmt::{self, Write as _};
 use std::net::IpAddr;
 
 use serde::Serialize;
+use wg_common::nat::error::Error;
+use wg_common::outcome::DropReason;
 
 use super::super::nat::FlowReport;
 use super::super::text::{Paint, bytes, plural};
@@ -229,12 +231,35 @@ pub struct VerdictReport {
     pub dropped_by: Option<&'static str>,
     /// Why: the name of the counter, if it is not the kernel that drops it.
     pub reason: Option<&'static str>,
+    /// What its sender is told by ICMP, as often as that is allowed: `time_exceeded`, `too_big`.
+    pub told: Option<&'static str>,
+    /// How many bytes of a packet would fit, if its sender is told `too_big`.
+    pub told_mtu: Option<u32>,
 }
 
 impl VerdictReport {
     /// It is dropped.
     pub const fn dropped(by: &'static str, reason: &'static str) -> Self {
-        Self { fate: Fate::Dropped, dropped_by: Some(by), reason: Some(reason) }
+        let fate = Fate::Dropped;
+        Self { fate, dropped_by: Some(by), reason: Some(reason), told: None, told_mtu: None }
+    }
+
+    /// It is dropped by NAT, which tells its sender why.
+    pub const fn told(error: Error) -> Self {
+        let (reason, told, told_mtu) = match error {
+            Error::TimeExceeded => (DropReason::HopLimit, "time_exceeded", None),
+            Error::TooBig(mtu) => (DropReason::TooLarge, "too_big", Some(mtu)),
+        };
+        Self { told: Some(told), told_mtu, ..Self::dropped("nat", reason.name()) }
+    }
+
+    /// What its sender is told, as the end of a sentence.
+    fn told_text(&self) -> String {
+        match (self.told, self.told_mtu) {
+            (Some("too_big"), Some(mtu)) => format!("; its sender is told that {mtu} bytes fit"),
+            (Some(told), _) => format!("; its sender is told: {}", told.replace('_', " ")),
+            (None, _) => String::new(),
+        }
     }
 }
 
@@ -440,7 +465,8 @@ impl VerdictReport {
                 match by {
                     Some("nat") => {
                         format!(
-                            "dropped by NAT: {reason} (counted in `tidegate show {interface} nat`)"
+                            "dropped by NAT: {reason} (counted in `tidegate show {interface} nat`){}",
+                            self.told_text()
                         )
                     }
                     Some("tunnel") => {
@@ -556,6 +582,22 @@ mod tests {
           peer:     nobody owns 10.9.0.2
           verdict:  dropped by the tunnel: source_not_allowed (counted in `tidegate show wg0 --json`)
         ");
+    }
+
+    #[test]
+    fn who_is_told_why_is_said() {
+        let told = |error| {
+            let report = TraceReport { verdict: VerdictReport::told(error), ..TraceReport::full() };
+            report.verdict.text(&report)
+        };
+        assert_eq!(
+            told(Error::TooBig(1400)),
+            "dropped by NAT: too_large (counted in `tidegate show wg0 nat`); its sender is told that 1400 bytes fit"
+        );
+        assert_eq!(
+            told(Error::TimeExceeded),
+            "dropped by NAT: hop_limit (counted in `tidegate show wg0 nat`); its sender is told: time exceeded"
+        );
     }
 
     #[test]
