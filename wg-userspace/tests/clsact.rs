@@ -234,8 +234,18 @@ fn filters_stand_beside_those_of_others_and_leave_them() {
     succeeded(&ends.down("gateway"));
     assert!(!ends.has_qdisc("lan"), "{}", ends.tc("filter show dev lan ingress"));
 
-    // Of one that was there, only our filter goes.
+    // Filters of another kind at our priority are not touched, and named.
     ends.tc("qdisc add dev lan clsact");
+    let theirs = "dev lan ingress prio 1 protocol ip u32 match u32 0 0 classid 1:1";
+    ends.tc(&format!("filter add {theirs}"));
+    let refused = ends.up("gateway", LINES);
+    assert!(!refused.status.success());
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(said.contains("filters of kind u32 have priority 1 at the ingress of lan"), "{said}");
+    assert!(ends.tc("filter show dev lan ingress").contains("pref 1 u32"));
+    ends.tc("filter del dev lan ingress prio 1");
+
+    // Of a qdisc that was there, only our filter goes.
     succeeded(&ends.up("gateway", LINES));
     assert_eq!(ends.filters("lan"), 1);
     succeeded(&ends.down("gateway"));

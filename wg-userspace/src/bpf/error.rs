@@ -162,6 +162,17 @@ pub enum NatAttachError {
     /// The process lacks the capabilities.
     #[error("attaching a TC program: CAP_NET_ADMIN and CAP_BPF are needed; run it as root")]
     NotPermitted,
+    /// Filters of another kind stand where ours has to: the kernel does not mix kinds at one priority.
+    #[error(
+        "filters of kind {kind} have priority 1 at the ingress of {interface}, which NAT needs on this kernel; give them \
+         another one (`tc filter show dev {interface} ingress`)"
+    )]
+    PriorityTaken {
+        /// Name of the interface.
+        interface: String,
+        /// Their kind, as `tc` calls it.
+        kind: String,
+    },
     /// The kernel refuses for another reason.
     #[error("the kernel does not attach the TC program to {interface}: {cause}")]
     Refused {

@@ -33,6 +33,8 @@ pub struct Filter {
     pub priority: u16,
     /// Tells it from others of this priority; 0 if this stands for all of them.
     pub handle: u32,
+    /// Its kind: `bpf`, `u32`, `flower` and so on.
+    pub kind: String,
     /// What whoever attached it calls its program, if it is one.
     pub program: Option<String>,
     /// Priority and protocol, as the kernel has them.
@@ -179,8 +181,8 @@ impl Told {
     }
 
     fn into_filter(self) -> Filter {
-        let Self { ifindex, handle, info, program, .. } = self;
-        Filter { ifindex, priority: (info >> 16) as u16, handle, program, info }
+        let Self { ifindex, handle, info, kind, program } = self;
+        Filter { ifindex, priority: (info >> 16) as u16, handle, kind, program, info }
     }
 }
 

@@ -21,6 +21,7 @@ use crate::sys::link;
 
 /// Before all others, unless somebody else has chosen it as well.
 const PRIORITY: u16 = 1;
+const KIND: &str = "bpf";
 /// In a handle: who made the filter, or who made one beside it, made the qdisc.
 const QDISC_IS_OURS: u32 = 1 << 31;
 const DIR: &str = "/run/tidegate";
@@ -44,6 +45,10 @@ impl Attached {
         let _lock = lock().map_err(refused)?;
         let is_new = clsact::add(ifindex).map_err(refused)?;
         let there = clsact::filters(ifindex).map_err(refused)?;
+        if let Some(other) = there.iter().find(|filter| stands_in_the_way(filter)) {
+            let (interface, kind) = (interface.to_owned(), other.kind.clone());
+            return Err(NatAttachError::PriorityTaken { interface, kind });
+        }
         let is_ours = is_new || there.iter().any(is_marked);
         let handle = tun | if is_ours { QDISC_IS_OURS } else { 0 };
         let attached = attach(program, interface, handle);
@@ -84,6 +89,11 @@ fn attach(
         .attach_with_options(interface, TcAttachType::Ingress, TcAttachOptions::Netlink(options))
         .map_err(failed)?;
     program.take_link(id).map_err(failed)
+}
+
+/// Whether no filter of BPF can stand beside it.
+fn stands_in_the_way(filter: &Filter) -> bool {
+    filter.priority == PRIORITY && filter.kind != KIND
 }
 
 fn is_ours(filter: &Filter) -> bool {
