@@ -666,6 +666,34 @@ fn the_data_process_may_do_next_to_nothing() {
     assert!(text.contains("privileges: uid 65534, no capabilities, no new privileges, seccomp"));
 }
 
+/// Nice values of a process's threads.
+fn nice(pid: u32) -> Vec<i32> {
+    let of = |thread: std::io::Result<fs::DirEntry>| {
+        let stat = fs::read_to_string(thread.unwrap().path().join("stat")).unwrap();
+        // The name ends with the last parenthesis, and may have spaces.
+        let behind_name = stat.rsplit(')').next().unwrap();
+        behind_name.split_whitespace().nth(16).unwrap().parse().unwrap()
+    };
+    fs::read_dir(format!("/proc/{pid}/task")).unwrap().map(of).collect()
+}
+
+#[test]
+fn packets_are_moved_before_what_else_the_host_does() {
+    let Some(lab) = lab("packets_are_moved_before_what_else_the_host_does") else { return };
+    let gateway = Daemon::start(&lab.gateway, &lab.interface('g'), UDP);
+    let own = nice(std::process::id())[0];
+    let keeper = nice(gateway.process.pid());
+    assert!(keeper.iter().all(|nice| *nice == own), "{keeper:?}, {own}");
+    // Whoever runs the tests may have chosen another value, which stays.
+    let expected = if own == 0 { -10 } else { own };
+    for is_first in [true, false] {
+        let child = if is_first { data(&gateway) } else { replace(&gateway).0 };
+        let threads = nice(child);
+        assert!(threads.len() >= 3, "control, a worker and the pool");
+        assert!(threads.iter().all(|nice| *nice == expected), "{threads:?}, {expected}");
+    }
+}
+
 /// `fe80::1%outer`: what the name of a link means is asked after all privileges are gone.
 #[test]
 fn a_scope_is_understood_by_its_name() {

@@ -14,7 +14,7 @@ use crate::{
     daemon,
     keeper::{self, Launch, notify},
     sandbox,
-    sys::clock,
+    sys::{clock, process},
 };
 
 /// The first descriptor beyond the standard streams.
@@ -91,6 +91,10 @@ pub fn data(arguments: &args::Data) -> Result<Code, Failure> {
     rustix::stdio::dup2_stdin(&null)
         .and_then(|()| rustix::stdio::dup2_stdout(&null))
         .context("letting go of the standard streams")?;
+    // Threads that begin later inherit it.
+    if let Err(error) = process::take_precedence() {
+        tracing::info!(%error, "packets are moved at the usual priority, not before what else the host does");
+    }
     // A hook for tests opens a file with it.
     clock::reading();
     let sandbox =
