@@ -281,6 +281,56 @@ fn ten_thousand_peers_come_by_setconf() {
     assert_eq!(daemon.dump().len(), 10_001);
 }
 
+/// Resident memory does not grow by more than this for an idle peer with one allowed IP.
+const PEER_BYTES_MAX: u64 = 1024;
+
+#[test]
+fn many_peers_take_little_memory_and_give_it_back() {
+    const COUNT: u32 = 20_000;
+    const CHOSEN: u32 = 12_345;
+    let Some(lab) = lab("many_peers_take_little_memory_and_give_it_back") else { return };
+    let daemon = Daemon::start(&lab.gateway, &lab.interface('g'), UDP);
+    let (name, pid) = (daemon.interface.as_str(), daemon.process.pid());
+    let device = format!("[Interface]\nPrivateKey = {}\n", private(3).to_base64().as_str());
+    let address = |number: u32| Ipv4Addr::from_bits(0x0a00_0001 + number);
+    let mut many = device.clone();
+    for number in 0..COUNT {
+        let (key, ip) = (plain_key(number), address(number));
+        write!(many, "[Peer]\nPublicKey = {key}\nAllowedIPs = {ip}/32\n").unwrap();
+    }
+    let [none, many] = [("none.conf", &device), ("many.conf", &many)]
+        .map(|(file, text)| lab.write(file, text).unwrap());
+    let set = |file: &Path| daemon.wg(&["setconf", name, file.to_str().unwrap()]);
+    set(&none);
+    daemon.space.configure(name, "Address = 10.0.0.0/8\n").unwrap();
+    let before = resident_kib(pid);
+    set(&many);
+    let with_all = resident_kib(pid);
+    let bytes_each = with_all.saturating_sub(before) * 1024 / u64::from(COUNT);
+    eprintln!("{COUNT} peers: {before} KiB before, {with_all} KiB after, {bytes_each} bytes each");
+    assert!(bytes_each <= PEER_BYTES_MAX, "{bytes_each} bytes for each peer");
+
+    let dump = daemon.dump();
+    let shown = dump[1..].iter().map(|peer| (peer[0].clone(), peer[3].clone()));
+    let expected = (0..COUNT).map(|n| (plain_key(n).to_string(), format!("{}/32", address(n))));
+    assert!(shown.eq(expected), "every peer is shown, in its place, with its own prefix");
+
+    // What goes to one of them has us reach for that one, and nobody else.
+    let chosen = plain_key(CHOSEN).to_string();
+    daemon.wg(&["set", name, "peer", &chosen, "endpoint", "198.51.100.2:4444"]);
+    let ping = lab.gateway.ping(&address(CHOSEN).to_string(), 1, &[]).unwrap();
+    assert_eq!(ping.answered, 0, "nobody is there");
+    let sent: Vec<_> = daemon.dump().into_iter().skip(1).filter(|peer| peer[6] != "0").collect();
+    assert_eq!(sent.len(), 1, "{sent:?}");
+    assert_eq!(sent[0][0], chosen);
+
+    set(&none);
+    assert_eq!(daemon.dump().len(), 1);
+    let left = resident_kib(pid).saturating_sub(before);
+    eprintln!("{left} KiB are left");
+    assert!(left <= (with_all - before) / 3, "{left} KiB are left of {}", with_all - before);
+}
+
 /// Echo requests from the client through the tunnel while `work` is done; none may be lost.
 fn without_loss(lab: &Lab, work: impl FnOnce()) {
     thread::scope(|scope| {

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use xtask::{build_ebpf, dist, fuzz, layers, licences, run, scenarios, test, vm};
+use xtask::{bench_peers, build_ebpf, dist, fuzz, layers, licences, run, scenarios, test, vm};
 
 /// Tidegate's tasks.
 #[derive(Parser)]
@@ -27,6 +27,8 @@ enum Task {
     Fuzz(fuzz::Options),
     /// Build and pack what an installation needs.
     Dist(dist::Options),
+    /// Measure what many peers cost: time, memory, CPU.
+    BenchPeers(bench_peers::Options),
     /// Run the first tunnel in a virtual machine, with another kernel and zero-copy.
     Vm(vm::Options),
     /// The part of `run` that needs privileges.
@@ -43,6 +45,7 @@ fn main() -> ExitCode {
         Task::Licences => licences::check().map(|()| ExitCode::SUCCESS),
         Task::Fuzz(options) => fuzz::fuzz(&options).map(|()| ExitCode::SUCCESS),
         Task::Dist(options) => dist::dist(&options).map(|()| ExitCode::SUCCESS),
+        Task::BenchPeers(options) => bench_peers::bench(&options),
         Task::Vm(options) => vm::run(&options),
         Task::Demonstrate(options) => scenarios::demonstrate(&options),
     };
@@ -65,6 +68,7 @@ mod tests {
             "run --scenario bridge --peer wireguard-go",
             "demonstrate --programs . --mode native",
             "dist --out target/dist",
+            "bench-peers --peers 1000,20000 --wg-only --programs target/release",
             "demonstrate --programs . --mode native --scenario gateway --peer tidegate --lifeline",
         ] {
             assert!(Task::try_parse_from(format!("xtask {line}").split(' ')).is_ok(), "{line}");

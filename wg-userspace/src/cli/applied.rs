@@ -1,6 +1,10 @@
 //! What a config file said when it was carried out last, as the ledger keeps it. No secrets.
 
-use std::{collections::BTreeMap, net::SocketAddr, path::Path, path::PathBuf};
+use std::{
+    collections::{BTreeMap, HashMap},
+    net::SocketAddr,
+    path::{Path, PathBuf},
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -60,10 +64,9 @@ impl Applied {
         plan: &Plan,
         request: &SetRequest,
     ) -> std::io::Result<Applied> {
-        let resolved = |key: &PublicKey| {
-            let change = request.peers.iter().find(|change| change.public_key == *key);
-            change.and_then(|change| change.endpoint)
-        };
+        let addresses = request.peers.iter().map(|change| (&change.public_key, change.endpoint));
+        let addresses: HashMap<_, _> = addresses.collect();
+        let resolved = |key: &PublicKey| addresses.get(key).copied().flatten();
         Ok(Applied {
             config: std::path::absolute(path)?,
             down_hooks: plan.down_hooks.clone(),

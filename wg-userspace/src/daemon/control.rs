@@ -33,6 +33,7 @@ use crate::key::PublicKey;
 use crate::sandbox;
 use crate::session::{Break, Continuity, HotPeer};
 use crate::sys::clock;
+use crate::sys::memory::give_back_free_memory;
 use crate::uapi::{self, EndpointName, Errno, GetCursor, PeerStatus};
 
 /// The watchdog looks at the workers this often, and what nobody tells is noticed.
@@ -43,6 +44,9 @@ const LATE: Duration = LOOK_EVERY.saturating_mul(2);
 /// carried out.
 const APPLIED_AT_ONCE: usize = 4096;
 const CARRIED_OUT_AT_ONCE: usize = 64;
+/// After so many effects of a request, the memory that it took, or those whom it removed, is given back to
+/// the host.
+const MANY_EFFECTS: usize = 10_000;
 
 /// The control plane of one device.
 pub struct Control {
@@ -454,6 +458,9 @@ impl uapi::Handler for Control {
             self.tick_if_due();
         }
         let effects = self.device.borrow_mut().finish(applying);
+        let effect_count = effects.len();
+        let is_new = |effect: &&Effect| matches!(effect, Effect::PeerAdded { .. });
+        self.handshakes.reserve(effects.iter().filter(is_new).count());
         for (number, effect) in effects.into_iter().enumerate() {
             self.carry_out(effect);
             if number % CARRIED_OUT_AT_ONCE == 0 {
@@ -463,6 +470,9 @@ impl uapi::Handler for Control {
         self.peers_configured(&named);
         if let Some(text) = text {
             self.remember_set(&text);
+        }
+        if effect_count >= MANY_EFFECTS {
+            give_back_free_memory();
         }
         Ok(())
     }

@@ -43,6 +43,8 @@ const CAPACITY_MIN: u64 = 1 << 20;
 /// No peer of a request is longer in the text, but for its allowed IPs; nor is what is said of the
 /// device.
 const TEXT_PER_PEER: u64 = 640;
+/// Nor is one shorter: its public key.
+const TEXT_PER_PEER_MIN: u64 = ("public_key=\n".len() + 2 * KEY_LEN) as u64;
 const TEXT_PER_ALLOWED_IP: u64 = 64;
 
 /// What a record holds.
@@ -140,8 +142,7 @@ impl Memory {
         peers: impl Iterator<Item = (PublicKey, Known)>,
     ) -> Result<Self, MemoryError> {
         let peer_count = device.peer_count() as u64 + 1;
-        let nets: usize =
-            device.peers().map(|(id, _)| device.allowed_ips().of_peer(id).count()).sum();
+        let nets = device.allowed_ips().len();
         let heads = HEADER_LEN + (3 + peer_count / PEERS_PER_RECORD as u64) * 4 * HEAD_LEN;
         let text = peer_count * (TEXT_PER_PEER + ENTRY_LEN as u64);
         let names_len = uapi::format_names(names).len() as u64;
@@ -156,6 +157,12 @@ impl Memory {
         memory.append_peers(peers)?;
         memory.capacity = memory.capacity.min((2 * memory.len).max(CAPACITY_MIN));
         Ok(memory)
+    }
+
+    /// Whether a request may fit. It is worth no look at its text if not.
+    pub fn has_room_for(&self, request: &SetRequest) -> bool {
+        let least = request.peers.len() as u64 * TEXT_PER_PEER_MIN;
+        self.len + HEAD_LEN + least <= self.capacity
     }
 
     /// Adds a request that was carried out.
@@ -375,7 +382,7 @@ impl Remembered {
 }
 
 /// Requests that make a new device what `device` is, but for peers that a source named. The first one
-/// replaces everything; none has many peers.
+/// replaces everything; none has many peers, or says what a new peer is anyway.
 pub fn snapshot(device: &Device) -> impl Iterator<Item = SetRequest> {
     let rules = device.packet_rules();
     let first = SetRequest {
@@ -390,9 +397,9 @@ pub fn snapshot(device: &Device) -> impl Iterator<Item = SetRequest> {
     let mut peers = device.peers().filter(|(_, peer)| !peer.pulled).map(|(id, peer)| {
         let nets = device.allowed_ips().of_peer(id);
         PeerChange {
-            preshared_key: Some(peer.preshared_key.clone()),
+            preshared_key: Some(peer.preshared_key.clone()).filter(|key| !key.is_zero()),
             endpoint: peer.endpoint,
-            persistent_keepalive: Some(peer.persistent_keepalive),
+            persistent_keepalive: Some(peer.persistent_keepalive).filter(|&seconds| seconds > 0),
             name: Some(peer.name.clone()).filter(|name| !name.is_empty()),
             allowed_ips: nets.map(AllowedIpChange::Add).collect(),
             ..PeerChange::new(peer.public_key)

@@ -1,7 +1,8 @@
 //! Keeps the memory for a successor up to date, and begins from that of a predecessor.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::io;
+use std::mem;
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,36 +10,49 @@ use std::time::Duration;
 use wg_common::endpoint::Endpoint;
 use wg_common::id::PeerId;
 use wg_common::time::Now;
+use zeroize::Zeroizing;
 
 use super::control::Control;
 use super::effects::preshared_key_of;
 use super::memory::{Known, Memory, MemoryError, Remembered, snapshot};
 use crate::datapath::handoff::Work;
-use crate::device::{Effect, SetRequest};
+use crate::device::{Device, Effect, Peer, SetRequest};
 use crate::key::PublicKey;
 use crate::uapi;
 
-/// Peers are looked at this often, and this many at a time: what is noted is not much older, but where
-/// there are very many.
+/// Peers whose sessions are awake are looked at this often, and this many at a time: what is noted is not
+/// much older, but where there are very many.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 const LOOK_AT_MAX: usize = 8192;
+/// So many others are looked at each time. Nothing happens to them but what control itself does; a million
+/// that rest must not keep it busy.
+const SWEPT_AT_ONCE: usize = 256;
 /// Handshakes with peers of before are begun this many at a time, several times a second.
 const REACH_AT_MAX: usize = 64;
 
 /// Gives a new memory to whoever keeps it, in place of the one before.
 pub type HandOver = Box<dyn Fn(BorrowedFd<'_>) -> io::Result<()>>;
 
-/// What was noted last of the peer in each slot.
-type Noted = Vec<Option<(PublicKey, Known)>>;
+/// What was noted last of peers, where that is more than [`configured`] says.
+type Noted = HashMap<PeerId, (PublicKey, Known)>;
 
 /// A memory, and what was written to it.
 pub struct Remembering {
     memory: Memory,
     hand_over: HandOver,
     noted: Noted,
-    /// The slot to be looked at next.
+    /// Peers that were awake when it was last asked who is.
+    awake: Vec<PeerId>,
+    /// Of those, and of those before, who is to be looked at.
+    to_look_at: Vec<PeerId>,
+    /// The slot to be looked at next, of all.
     next: usize,
     looked: Now,
+}
+
+/// What is known of a peer of which nothing but its configuration was remembered.
+fn configured(peer: &Peer) -> Known {
+    Known { endpoint: peer.endpoint, ..Known::default() }
 }
 
 impl Control {
@@ -107,8 +121,15 @@ impl Control {
     pub fn remember(&self, hand_over: HandOver) -> Result<(), MemoryError> {
         let (memory, noted) = self.memorize()?;
         hand_over(memory.as_fd())?;
-        let remembering = Remembering { memory, hand_over, noted, next: 0, looked: Now::default() };
-        self.remembering.replace(Some(remembering));
+        self.remembering.replace(Some(Remembering {
+            memory,
+            hand_over,
+            noted,
+            awake: Vec::new(),
+            to_look_at: Vec::new(),
+            next: 0,
+            looked: Now::default(),
+        }));
         Ok(())
     }
 
@@ -120,9 +141,14 @@ impl Control {
         }
     }
 
-    /// The text of a request that is about to be carried out, if it is to be remembered.
-    pub(super) fn to_remember(&self, request: &SetRequest) -> Option<zeroize::Zeroizing<String>> {
-        let is_kept = self.remembering.borrow().is_some();
+    /// The text of a request that is about to be carried out, if it is to be remembered; empty if all is to
+    /// be written anew.
+    pub(super) fn to_remember(&self, request: &SetRequest) -> Option<Zeroizing<String>> {
+        let remembering = self.remembering.borrow();
+        let remembering = remembering.as_ref()?;
+        if !remembering.memory.has_room_for(request) {
+            return Some(Zeroizing::default());
+        }
         // A pulled peer that a request names is a configured one from then on, of which nothing was
         // written yet: all is written anew.
         let device = self.device.borrow();
@@ -130,11 +156,7 @@ impl Control {
             let peer = device.find(&change.public_key).and_then(|id| device.peer(id));
             peer.is_some_and(|peer| peer.pulled)
         });
-        match (is_kept, names_pulled) {
-            (false, _) => None,
-            (true, true) => Some(String::new().into()),
-            (true, false) => Some(uapi::format_set(request)),
-        }
+        Some(if names_pulled { Zeroizing::default() } else { uapi::format_set(request) })
     }
 
     /// Notes a request that was carried out, by what [`to_remember`](Self::to_remember) gave.
@@ -183,23 +205,43 @@ impl Control {
 
     fn changed_peers(&self, remembering: &mut Remembering) -> Vec<(PublicKey, Known)> {
         let device = self.device.borrow();
-        let slot_count = device.slot_count();
-        remembering.noted.resize(slot_count, None);
-        let mut changed = Vec::new();
-        for _ in 0..slot_count.min(LOOK_AT_MAX) {
-            let slot = remembering.next % slot_count;
-            remembering.next = slot + 1;
-            let id = PeerId(slot as u32);
-            let peer = device.peer(id).filter(|peer| !peer.pulled);
-            let is = peer.and_then(|peer| Some((peer.public_key, self.known(id)?)));
-            if let Some(is) = is
-                && remembering.noted[slot] != Some(is)
-            {
-                changed.push(is);
-            }
-            remembering.noted[slot] = is;
+        let Remembering { noted, awake, to_look_at, next, .. } = remembering;
+        if to_look_at.is_empty() {
+            // Who has gone to sleep since then is looked at once more.
+            to_look_at.append(awake);
+            *awake = self.handshakes.waiting_peers();
+            to_look_at.extend_from_slice(awake);
         }
-        changed
+        let rest = to_look_at.split_off(to_look_at.len().min(LOOK_AT_MAX));
+        let mut looked_at = mem::replace(to_look_at, rest);
+        let slot_count = device.slot_count();
+        for _ in 0..slot_count.min(SWEPT_AT_ONCE) {
+            let slot = *next % slot_count;
+            *next = slot + 1;
+            looked_at.push(PeerId(slot as u32));
+        }
+        looked_at.sort_unstable();
+        looked_at.dedup();
+        looked_at.into_iter().filter_map(|id| self.change(&device, noted, id)).collect()
+    }
+
+    /// What is known of a peer, if that is not what was noted. It is noted now.
+    fn change(&self, device: &Device, noted: &mut Noted, id: PeerId) -> Option<(PublicKey, Known)> {
+        let peer = device.peer(id).filter(|peer| !peer.pulled);
+        let is = peer.and_then(|peer| Some((peer, self.known(id)?)));
+        let Some((peer, known)) = is else {
+            noted.remove(&id);
+            return None;
+        };
+        let key = peer.public_key;
+        // What was noted may be of another peer that was in this slot.
+        let before = noted.get(&id).filter(|(its, _)| *its == key).map(|&(_, known)| known);
+        if known == configured(peer) {
+            noted.remove(&id);
+        } else if before != Some(known) {
+            noted.insert(id, (key, known));
+        }
+        (known != before.unwrap_or(configured(peer))).then_some((key, known))
     }
 
     fn note(&self, append: impl FnOnce(&mut Memory) -> Result<(), MemoryError>) {
@@ -223,7 +265,7 @@ impl Control {
         let replaced = made.and_then(|(memory, noted)| {
             (remembering.hand_over)(memory.as_fd())?;
             remembering.noted = noted;
-            std::mem::replace(&mut remembering.memory, memory).wipe()
+            mem::replace(&mut remembering.memory, memory).wipe()
         });
         if let Err(error) = replaced {
             tracing::error!(%error, "a successor would not know of a change");
@@ -233,12 +275,14 @@ impl Control {
     /// A memory of all that is known now, and what it says of the peer in each slot.
     fn memorize(&self) -> Result<(Memory, Noted), MemoryError> {
         let device = self.device.borrow();
-        let mut noted = vec![None; device.slot_count()];
+        let mut noted = Noted::new();
         for (id, peer) in device.peers().filter(|(_, peer)| !peer.pulled) {
-            noted[id.0 as usize] = self.known(id).map(|known| (peer.public_key, known));
+            if let Some(known) = self.known(id).filter(|known| *known != configured(peer)) {
+                noted.insert(id, (peer.public_key, known));
+            }
         }
         let names = self.names.borrow().list();
-        let memory = Memory::compacted(&device, &names, noted.iter().flatten().copied())?;
+        let memory = Memory::compacted(&device, &names, noted.values().copied())?;
         Ok((memory, noted))
     }
 

@@ -16,12 +16,14 @@ mod source;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
+use std::hash::BuildHasher as _;
 use std::mem;
 use std::net::SocketAddr;
 use std::ops::Range;
 use std::vec;
 
+use hashbrown::{DefaultHashBuilder, HashTable};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use wg_common::id::PeerId;
@@ -285,7 +287,7 @@ impl Device {
 
     /// The slot of the peer with this key.
     pub fn find(&self, public_key: &PublicKey) -> Option<PeerId> {
-        self.peers.by_key.get(public_key).copied()
+        self.peers.find(public_key)
     }
 
     /// The peers in the order in which they were added.
@@ -359,6 +361,8 @@ impl Device {
             change.set_listen_port(port);
         }
         change.set_packet_rules(request.mss_clamp, request.copy_dscp);
+        let leaving_count = if request.replace_peers { self.peer_count() } else { 0 };
+        self.peers.reserve(applying.peers.len().saturating_sub(leaving_count));
         if request.replace_peers {
             let all: Vec<_> = self.peers.by_age.values().copied().collect();
             applying.removals = all.into_iter();
@@ -533,7 +537,9 @@ impl Change<'_> {
 #[derive(Debug, Default)]
 struct Peers {
     slots: Vec<Option<Slot>>,
-    by_key: HashMap<PublicKey, PeerId>,
+    /// By the keys, which stand in the slots only: of a million peers each table counts.
+    by_key: HashTable<PeerId>,
+    hasher: DefaultHashBuilder,
     /// By the number of peers that were added before.
     by_age: BTreeMap<u64, PeerId>,
     added_count: u64,
@@ -549,6 +555,17 @@ struct Slot {
 }
 
 impl Peers {
+    fn find(&self, public_key: &PublicKey) -> Option<PeerId> {
+        let hash = self.hasher.hash_one(public_key);
+        self.by_key.find(hash, |&id| self.slot(id).peer.public_key == *public_key).copied()
+    }
+
+    /// Makes room for so many more at once.
+    fn reserve(&mut self, count: usize) {
+        let Self { slots, by_key, hasher, .. } = self;
+        by_key.reserve(count, |&id| hasher.hash_one(key_in(slots, id)));
+    }
+
     fn insert(&mut self, public_key: PublicKey) -> PeerId {
         let peer = Peer {
             public_key,
@@ -572,15 +589,20 @@ impl Peers {
                 PeerId(id)
             }
         };
-        self.by_key.insert(public_key, id);
         self.by_age.insert(age, id);
+        let Self { slots, by_key, hasher, .. } = self;
+        let hash = hasher.hash_one(public_key);
+        by_key.insert_unique(hash, id, |&id| hasher.hash_one(key_in(slots, id)));
         id
     }
 
     fn remove(&mut self, id: PeerId) -> PublicKey {
         let Slot { age, peer } =
             self.slots[id.0 as usize].take().expect("only ids of peers are removed");
-        self.by_key.remove(&peer.public_key);
+        let hash = self.hasher.hash_one(peer.public_key);
+        if let Ok(entry) = self.by_key.find_entry(hash, |&other| other == id) {
+            entry.remove();
+        }
         self.by_age.remove(&age);
         self.resting.push(id);
         peer.public_key
@@ -588,6 +610,11 @@ impl Peers {
 
     fn release_slots(&mut self) {
         self.free.append(&mut self.resting);
+        if self.by_key.is_empty() {
+            // What a million needed once is not kept for ever.
+            (self.slots, self.free, self.by_key) = Default::default();
+            self.resting = Vec::new();
+        }
     }
 
     fn slot(&self, id: PeerId) -> &Slot {
@@ -598,4 +625,9 @@ impl Peers {
         let slot = self.slots[id.0 as usize].as_mut();
         &mut slot.expect("ids come from the index, which names slots in use").peer
     }
+}
+
+/// The key of a peer that is in `by_key`, and so in its slot.
+fn key_in(slots: &[Option<Slot>], id: PeerId) -> &PublicKey {
+    &slots[id.0 as usize].as_ref().expect("the indexes name slots in use").peer.public_key
 }

@@ -360,3 +360,22 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_million_peers_have_room() {
+    assert!(size_of::<Option<Slot>>() <= 136, "{} bytes", size_of::<Option<Slot>>());
+}
+
+#[test]
+fn who_removes_the_last_peer_gives_its_memory_back() {
+    let mut device = Device::default();
+    for round in 0..3 {
+        let peers = (0..50).map(|number| PeerChange::new(PublicKey::from_bytes([number; 32])));
+        let effects = device.apply(SetRequest { peers: peers.collect(), ..SetRequest::default() });
+        assert_eq!(effects.len(), 50);
+        assert_eq!((device.slot_count(), device.peer_count()), (50, 50), "round {round}");
+        device.apply(SetRequest { replace_peers: true, ..SetRequest::default() });
+        assert_eq!((device.slot_count(), device.peers.by_key.capacity()), (0, 0));
+        assert_eq!(device.find(&PublicKey::from_bytes([7; 32])), None);
+    }
+}

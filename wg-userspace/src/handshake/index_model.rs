@@ -27,7 +27,7 @@ use crate::counters::{Path, Totals};
 use crate::datapath::handoff::{HandshakeDatagram, Mesh};
 use crate::datapath::inbound::{Arrival, Inbound, PacketSink, Run};
 use crate::datapath::{Crew, SocketGroup};
-use crate::noise::{Established, Initiator, Timestamp, initiate, open_initiation};
+use crate::noise::{Established, Initiator, RemoteStatic, Timestamp, initiate, open_initiation};
 
 const START: Now = Now::from_boot_ns(1_000_000_000);
 const PEER_COUNT: usize = 3;

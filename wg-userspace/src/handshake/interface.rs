@@ -25,29 +25,29 @@ impl<O: Outside> Handshakes<O> {
     /// Lets the routing table choose anew which address of ours each peer is sent to from. The kernel
     /// does the same when port or mark change.
     pub fn forget_local_sources(&self) {
-        for cell in self.all_cells() {
-            cell.hot.forget_local_source();
-        }
+        self.cells().iter().for_each(|cell| cell.hot.forget_local_source());
     }
 
-    /// The peers that have keypairs.
+    /// The peers that have keypairs. Costs nothing for those that rest.
     pub fn awake_peers(&self) -> Vec<Arc<HotPeer>> {
-        let cells = self.all_cells().into_iter();
-        let awake = cells.filter(|cell| is_awake(&cell.hot));
-        awake.map(|cell| Arc::clone(&cell.hot)).collect()
+        // Who has a keypair wants to be called when that ends.
+        let mut waiting = self.waiting_peers();
+        // The same input is always answered in the same order.
+        waiting.sort_unstable();
+        let cells = self.cells();
+        let awake = waiting.into_iter().filter_map(|peer| cells.get(peer));
+        awake.filter(|cell| is_awake(&cell.hot)).map(|cell| Arc::clone(&cell.hot)).collect()
     }
 
     /// Has workers ask anew how large packets to each peer may be: a mark may lead to other routes.
     pub fn forget_ways(&self) {
-        self.all_cells().iter().for_each(|cell| cell.hot.forget_way());
+        self.cells().iter().for_each(|cell| cell.hot.forget_way());
     }
 
     /// The same for peers that have no keypairs.
     pub fn forget_ways_of_sleepers(&self) {
-        for cell in self.all_cells() {
-            if !is_awake(&cell.hot) {
-                cell.hot.forget_way();
-            }
+        for cell in self.cells().iter().filter(|cell| !is_awake(&cell.hot)) {
+            cell.hot.forget_way();
         }
     }
 }

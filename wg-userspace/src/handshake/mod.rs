@@ -32,11 +32,12 @@ mod troubles;
 #[cfg(test)]
 mod troubles_tests;
 
+use std::hash::BuildHasher as _;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use hashbrown::HashMap;
+use hashbrown::{DefaultHashBuilder, HashTable};
 use wg_common::id::{PeerId, ReceiverIndex, WorkerId};
 use wg_common::outcome::DropReason;
 use wg_common::protocol::{HANDSHAKE_TOS, TAG_LEN, TRANSPORT_HEADER_LEN, TRANSPORT_OVERHEAD};
@@ -53,7 +54,7 @@ use crate::datapath::encap::transport_header;
 use crate::datapath::handoff::{HandshakeDatagram, Work};
 use crate::datapath::{Shared, WorkQueue};
 use crate::key::{PresharedKey, PrivateKey, PublicKey};
-use crate::noise::{Identity, RemoteStatic, Timestamp};
+use crate::noise::{Identity, Remote, Timestamp};
 use crate::session::{Action, Context, HotPeer, Indexes, Keypair, Session};
 use crate::sys::SharedWords;
 
@@ -90,10 +91,79 @@ pub struct Handshakes<O = Os> {
     strangers: StrangerNotes,
 }
 
+/// All cells. Of a million each table counts: the keys stand in the cells only.
 #[derive(Default)]
 struct Cells {
-    by_key: HashMap<PublicKey, Arc<Cell>>,
-    by_id: HashMap<PeerId, Arc<Cell>>,
+    /// By the peers' ids, which number slots.
+    slots: Vec<Option<Arc<Cell>>>,
+    by_key: HashTable<PeerId>,
+    hasher: DefaultHashBuilder,
+}
+
+impl Cells {
+    fn get(&self, peer: PeerId) -> Option<&Arc<Cell>> {
+        self.slots.get(peer.0 as usize)?.as_ref()
+    }
+
+    fn find(&self, key: &PublicKey) -> Option<&Arc<Cell>> {
+        let is_its =
+            |&peer: &PeerId| self.get(peer).is_some_and(|cell| cell.hot.public_key == *key);
+        self.by_key.find(self.hasher.hash_one(key), is_its).and_then(|&peer| self.get(peer))
+    }
+
+    /// In the order of their ids.
+    fn iter(&self) -> impl Iterator<Item = &Arc<Cell>> {
+        self.slots.iter().flatten()
+    }
+
+    fn len(&self) -> usize {
+        self.by_key.len()
+    }
+
+    fn reserve(&mut self, count: usize) {
+        let Self { slots, by_key, hasher } = self;
+        by_key.reserve(count, |&peer| hasher.hash_one(key_in(slots, peer)));
+    }
+
+    /// In place of who was in this slot; it is found by its key from now on.
+    fn insert(&mut self, cell: Arc<Cell>) {
+        let (id, key) = (cell.hot.id, cell.hot.public_key);
+        self.remove(id);
+        if let Some(other) = self.find(&key).map(|cell| cell.hot.id) {
+            self.forget_key(other);
+        }
+        let slot = id.0 as usize;
+        if self.slots.len() <= slot {
+            self.slots.resize(slot + 1, None);
+        }
+        self.slots[slot] = Some(cell);
+        let Self { slots, by_key, hasher } = self;
+        let hash = hasher.hash_one(key);
+        by_key.insert_unique(hash, id, |&peer| hasher.hash_one(key_in(slots, peer)));
+    }
+
+    fn remove(&mut self, peer: PeerId) -> Option<Arc<Cell>> {
+        self.forget_key(peer);
+        let cell = self.slots.get_mut(peer.0 as usize)?.take();
+        if self.by_key.is_empty() && self.slots.iter().all(Option::is_none) {
+            // What a million needed once is not kept for ever.
+            (self.slots, self.by_key) = Default::default();
+        }
+        cell
+    }
+
+    fn forget_key(&mut self, peer: PeerId) {
+        let Some(cell) = self.get(peer) else { return };
+        let hash = self.hasher.hash_one(cell.hot.public_key);
+        if let Ok(entry) = self.by_key.find_entry(hash, |&other| other == peer) {
+            entry.remove();
+        }
+    }
+}
+
+/// The key of a peer that is in `by_key`, and so in its slot.
+fn key_in(slots: &[Option<Arc<Cell>>], peer: PeerId) -> PublicKey {
+    slots[peer.0 as usize].as_ref().expect("who is found by its key has a slot").hot.public_key
 }
 
 /// One peer as this room keeps it.
@@ -199,27 +269,32 @@ impl<O: Outside> Handshakes<O> {
         self.identity.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    fn cells(&self) -> RwLockReadGuard<'_, Cells> {
+        self.cells.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// The cell of a peer.
     pub fn cell(&self, peer: PeerId) -> Option<Arc<Cell>> {
-        self.cells.read().unwrap_or_else(PoisonError::into_inner).by_id.get(&peer).cloned()
+        self.cells().get(peer).cloned()
     }
 
     fn cell_by_key(&self, key: &PublicKey) -> Option<Arc<Cell>> {
-        self.cells.read().unwrap_or_else(PoisonError::into_inner).by_key.get(key).cloned()
+        self.cells().find(key).cloned()
     }
 
     /// All cells, in order of their ids: the same input is always answered in the same order.
     fn all_cells(&self) -> Vec<Arc<Cell>> {
-        let cells = self.cells.read().unwrap_or_else(PoisonError::into_inner);
-        let mut all: Vec<_> = cells.by_id.values().cloned().collect();
-        drop(cells);
-        all.sort_unstable_by_key(|cell| cell.hot.id);
-        all
+        self.cells().iter().cloned().collect()
     }
 
     /// Number of peers that have a session.
     pub fn cell_count(&self) -> usize {
-        self.cells.read().unwrap_or_else(PoisonError::into_inner).by_id.len()
+        self.cells().len()
+    }
+
+    /// Makes room for so many more peers at once.
+    pub fn reserve(&self, peer_count: usize) {
+        self.cells.write().unwrap_or_else(PoisonError::into_inner).reserve(peer_count);
     }
 
     /// Number of receiver indexes in use.
@@ -233,9 +308,7 @@ impl<O: Outside> Handshakes<O> {
         self.identity.write().unwrap_or_else(PoisonError::into_inner).clone_from(&identity);
         for cell in self.all_cells() {
             let mut session = cell.session();
-            let remote = identity.as_deref().map(|identity| {
-                RemoteStatic::new(identity, cell.hot.public_key, session.preshared_key().clone())
-            });
+            let remote = identity.as_deref().map(Remote::new);
             session.set_remote(remote, &mut self.indexes_of(&cell, now));
             self.revive(&cell, &mut session, now);
         }
@@ -255,16 +328,14 @@ impl<O: Outside> Handshakes<O> {
         preshared_key: PresharedKey,
         greatest_timestamp: Timestamp,
     ) {
-        let remote = self
-            .identity()
-            .map(|identity| RemoteStatic::new(&identity, hot.public_key, preshared_key.clone()));
+        let remote = self.identity().map(|identity| Remote::new(&identity));
         self.add_cell(hot, remote, preshared_key, greatest_timestamp);
     }
 
     fn add_cell(
         &self,
         hot: Arc<HotPeer>,
-        remote: Option<RemoteStatic>,
+        remote: Option<Remote>,
         preshared_key: PresharedKey,
         greatest: Timestamp,
     ) {
@@ -279,20 +350,15 @@ impl<O: Outside> Handshakes<O> {
             is_named: AtomicBool::new(false),
             hot: Arc::clone(&hot),
         });
-        let mut cells = self.cells.write().unwrap_or_else(PoisonError::into_inner);
-        cells.by_key.insert(hot.public_key, Arc::clone(&cell));
-        cells.by_id.insert(hot.id, cell);
-        drop(cells);
+        self.cells.write().unwrap_or_else(PoisonError::into_inner).insert(cell);
         self.shared.peers.set(hot.id.0 as usize, hot);
     }
 
     /// Ends a peer's sessions and forgets it.
     pub fn remove_peer(&self, peer: PeerId, now: Now) {
         self.shared.peers.clear(peer.0 as usize);
-        let mut cells = self.cells.write().unwrap_or_else(PoisonError::into_inner);
-        let Some(cell) = cells.by_id.remove(&peer) else { return };
-        cells.by_key.remove(&cell.hot.public_key);
-        drop(cells);
+        let cell = self.cells.write().unwrap_or_else(PoisonError::into_inner).remove(peer);
+        let Some(cell) = cell else { return };
         let mut session = cell.session();
         session.set_remote(None, &mut self.indexes_of(&cell, now));
         // Whoever has found the cell before cannot wake it again: without a remote there are no timers.

@@ -121,6 +121,12 @@ impl<O: Outside> Handshakes<O> {
         self.sooner.notified().await;
     }
 
+    /// The peers whose sessions have a timer, in no order: all that have keypairs or a handshake are among
+    /// them, unless there is a pause.
+    pub fn waiting_peers(&self) -> Vec<PeerId> {
+        lock(&self.alarms).wheel.values().map(|cell| cell.hot.id).collect()
+    }
+
     /// Number of sessions that have a timer.
     pub fn awake_count(&self) -> usize {
         lock(&self.alarms).wheel.len()

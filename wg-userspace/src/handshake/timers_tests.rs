@@ -113,7 +113,7 @@ impl Host {
         let hot = Arc::new(HotPeer::new(PeerId(id), DeviceId(0), public_key(id)));
         let remote = RemoteStatic::unreachable(hot.public_key);
         let psk = PresharedKey::default();
-        self.handshakes.add_cell(hot, Some(remote), psk, Timestamp::default());
+        self.handshakes.add_cell(hot, Some(remote.into()), psk, Timestamp::default());
     }
 
     /// Lets time pass, and calls what wants to be called.
@@ -245,6 +245,46 @@ fn ten_thousand_peers_with_keepalives_are_called_when_they_are_due() {
     let repetitions = few * (INTERVAL.as_secs() / REKEY_TIMEOUT.as_secs()) as usize;
     let all = COUNT as usize;
     assert!((all..=all + repetitions).contains(&calls), "{calls}");
+}
+
+#[test]
+fn who_is_awake_is_known_without_a_look_at_who_rests() {
+    assert!(size_of::<Cell>() <= 72, "{} bytes", size_of::<Cell>());
+    let (mut a, b) = connected();
+    for id in 10..1000 {
+        a.add_unreachable(id);
+    }
+    let ids = |host: &Host| -> Vec<_> {
+        host.handshakes.awake_peers().into_iter().map(|hot| hot.id).collect()
+    };
+    assert_eq!((ids(&a), ids(&b)), (vec![PeerId(0)], vec![PeerId(0)]));
+    assert_eq!(a.handshakes.waiting_peers(), [PeerId(0)]);
+    a.run(REJECT_AFTER_TIME * 2);
+    assert_eq!((ids(&a), a.handshakes.waiting_peers()), (vec![], vec![]));
+}
+
+#[test]
+fn cells_are_found_by_key_and_by_id_until_they_leave() {
+    let host = Host::new(1);
+    for id in 0..500 {
+        host.add(id, public_key(id), None);
+    }
+    let find = |id: u32| host.handshakes.cell_by_key(&public_key(id)).map(|cell| cell.hot.id);
+    for id in (0..500).step_by(3) {
+        host.handshakes.remove_peer(PeerId(id), START);
+    }
+    for id in 0..500 {
+        let is_there = id % 3 != 0;
+        assert_eq!(find(id), is_there.then_some(PeerId(id)));
+        assert_eq!(host.handshakes.cell(PeerId(id)).is_some(), is_there);
+    }
+    // Another peer in a slot that became free.
+    host.add(0, public_key(900), None);
+    assert_eq!(find(900), Some(PeerId(0)));
+    assert_eq!(host.handshakes.cell_count(), 334);
+    (0..500).for_each(|id| host.handshakes.remove_peer(PeerId(id), START));
+    assert_eq!((host.handshakes.cell_count(), find(900)), (0, None));
+    assert_eq!(host.handshakes.cells().slots.capacity(), 0, "nothing is kept");
 }
 
 #[test]

@@ -4,8 +4,8 @@
 //! came and where the last came from. A flood of them makes a number grow.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::{Arc, PoisonError};
 
 use wg_common::time::Now;
 
@@ -78,11 +78,10 @@ impl<O: Outside> Handshakes<O> {
 
     /// Peers of which something was noted. They count as untroubled from now on.
     fn troubled_cells(&self) -> Vec<Arc<Cell>> {
-        let cells = self.cells.read().unwrap_or_else(PoisonError::into_inner);
         let is_troubled = |cell: &Cell| {
             cell.hot.in_trouble.load(Relaxed) && cell.hot.in_trouble.swap(false, Relaxed)
         };
-        cells.by_id.values().filter(|cell| is_troubled(cell)).cloned().collect()
+        self.cells().iter().filter(|cell| is_troubled(cell)).cloned().collect()
     }
 
     fn troubles_of(&self, cell: &Cell, now: Now) -> Vec<Trouble> {

@@ -139,6 +139,45 @@ pub struct RemoteStatic {
     static_static: OnceLock<Option<Box<SharedSecret>>>,
 }
 
+/// Who a peer is to one [`Identity`], as long as nobody has asked: of many peers most never come.
+///
+/// Must be made anew when the identity changes.
+pub struct Remote {
+    /// The private key of the identity.
+    own: Arc<dh::Prepared>,
+    made: OnceLock<Box<RemoteStatic>>,
+}
+
+impl Remote {
+    /// Of any peer of `identity`; costs nothing.
+    pub fn new(identity: &Identity) -> Self {
+        Self { own: Arc::clone(&identity.prepared), made: OnceLock::new() }
+    }
+
+    /// All that handshakes need, of the peer that has these keys; made by the first call.
+    pub fn get(&self, public_key: &PublicKey, preshared_key: &PresharedKey) -> &RemoteStatic {
+        self.made.get_or_init(|| {
+            Box::new(RemoteStatic::of(&self.own, *public_key, preshared_key.clone()))
+        })
+    }
+
+    /// The same, if it was made.
+    pub fn made(&mut self) -> Option<&mut RemoteStatic> {
+        self.made.get_mut().map(|made| &mut **made)
+    }
+
+    /// The key shared with the peer, if that is known here.
+    pub fn preshared_key(&self) -> Option<&PresharedKey> {
+        self.made.get().map(|made| made.preshared_key())
+    }
+}
+
+impl From<RemoteStatic> for Remote {
+    fn from(remote: RemoteStatic) -> Self {
+        Self { own: Arc::clone(&remote.own), made: Box::new(remote).into() }
+    }
+}
+
 impl RemoteStatic {
     /// Derives the peer's mac1 key. The static-static secret is left to the first handshake (one
     /// multiplication), so that peers who never come cost none.
@@ -146,9 +185,13 @@ impl RemoteStatic {
     /// A public key of low order is taken, as the kernel does, but every handshake with it is
     /// refused.
     pub fn new(identity: &Identity, public_key: PublicKey, preshared_key: PresharedKey) -> Self {
+        Self::of(&identity.prepared, public_key, preshared_key)
+    }
+
+    fn of(own: &Arc<dh::Prepared>, public_key: PublicKey, preshared_key: PresharedKey) -> Self {
         Self {
             mac1_key: mac::mac1_key(&public_key),
-            own: Arc::clone(&identity.prepared),
+            own: Arc::clone(own),
             static_static: OnceLock::new(),
             public_key,
             preshared_key,
@@ -190,6 +233,13 @@ impl RemoteStatic {
 impl std::fmt::Debug for Identity {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Identity").field("public_key", &self.public_key).finish_non_exhaustive()
+    }
+}
+
+impl std::fmt::Debug for Remote {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // Whether it was made is no part of what it is.
+        f.debug_struct("Remote").finish_non_exhaustive()
     }
 }
 

@@ -12,19 +12,19 @@ use wg_common::endpoint::Endpoint;
 use wg_common::id::{ReceiverIndex, ShardId};
 use wg_common::outcome::DropReason;
 use wg_common::protocol::{
-    COOKIE_REPLY_LEN, INITIATION_INTERVAL_MIN, INITIATION_LEN, KEEPALIVE_TIMEOUT, REKEY_TIMEOUT,
-    RESPONSE_LEN,
+    COOKIE_REPLY_LEN, INITIATION_INTERVAL_MIN, INITIATION_LEN, KEEPALIVE_TIMEOUT, KEY_LEN,
+    REKEY_TIMEOUT, RESPONSE_LEN,
 };
 use wg_common::time::Now;
 
 use super::cookie::PeerCookie;
-use super::handover::Handover;
-use super::timers::{Due, Timers};
+use super::course::{LazyCourse, Pending};
+use super::timers::Due;
 use super::troubles::HandshakeNotes;
 use super::{HotPeer, Keypair, Keypairs, Spell, TroubleKind};
 use crate::key::PresharedKey;
 use crate::noise::{
-    AuthenticInitiation, Established, HandshakeError, Identity, Initiator, RemoteStatic, Timestamp,
+    AuthenticInitiation, Established, HandshakeError, Identity, Remote, RemoteStatic, Timestamp,
     initiate,
 };
 
@@ -115,66 +115,26 @@ impl fmt::Debug for HandshakeMessage {
     }
 }
 
-/// A handshake that we have begun.
-#[derive(Debug)]
-struct Pending {
-    initiator: Initiator,
-    /// When its newest initiation, with all that is secret in it, was made.
-    begun: Now,
-}
-
 /// A peer as control sees it. Everything that happens to it is a call; what is to be done about it
 /// comes back as [`Action`]s.
 ///
-/// A peer that rests costs no time, and less than five hundred bytes of memory.
+/// A peer that rests costs no time; one that never came, some fifty bytes of memory.
 #[derive(Debug)]
 pub struct Session {
     pub(super) peer: Arc<HotPeer>,
-    /// Kept beside `remote`, which is there only while we have an identity.
-    preshared_key: PresharedKey,
-    remote: Option<RemoteStatic>,
-    /// The handshake that waits for its response.
-    pending: Option<Box<Pending>>,
-    /// Keypairs that workers can find: those in the peer's [`Keypairs`], and those that were taken
-    /// out since we last looked.
-    pub(super) published: Vec<Arc<Keypair>>,
-    /// The keypair that we made as responder and that waits for its first packet.
-    pub(super) awaited: Option<ReceiverIndex>,
-    pub(super) timers: Timers,
-    cookie: PeerCookie,
-    /// The greatest timestamp of an initiation that was answered, here or by whom we have it from.
-    pub(super) greatest_timestamp: Timestamp,
-    /// When the keypair that was made last dies, or died.
-    keypairs_until: Option<Now>,
-    /// When an initiation was last answered; the beginning of time if never.
-    answered: Now,
-    /// Until when [`ANSWER_INTERVAL`]s are spent in advance.
-    answers_spent: Now,
-    pub(super) last_handshake: Option<Timestamp>,
-    pub(super) handover: Handover,
-    notes: HandshakeNotes,
+    /// Nothing if there is none, which is zero: most peers have none.
+    preshared_key: Option<Box<PresharedKey>>,
+    /// Nothing while we have no identity.
+    remote: Option<Remote>,
+    /// All that has happened.
+    pub(super) course: LazyCourse,
 }
 
 impl Session {
     /// The session of `peer`: nothing is under way. Without `remote`, there are no handshakes.
-    pub fn new(peer: Arc<HotPeer>, remote: Option<RemoteStatic>) -> Self {
-        Self {
-            preshared_key: remote.as_ref().map(|r| r.preshared_key().clone()).unwrap_or_default(),
-            peer,
-            remote,
-            pending: None,
-            published: Vec::new(),
-            awaited: None,
-            timers: Timers::default(),
-            cookie: PeerCookie::default(),
-            greatest_timestamp: Timestamp::default(),
-            keypairs_until: None,
-            answered: Now::default(),
-            answers_spent: Now::default(),
-            last_handshake: None,
-            handover: Handover::No,
-            notes: HandshakeNotes::default(),
-        }
+    pub fn new(peer: Arc<HotPeer>, remote: Option<Remote>) -> Self {
+        let preshared_key = remote.as_ref().and_then(Remote::preshared_key).and_then(boxed);
+        Self { peer, preshared_key, remote, course: LazyCourse::default() }
     }
 
     /// The half that workers read.
@@ -184,58 +144,66 @@ impl Session {
 
     /// Who the peer is to our identity, if we have one.
     pub fn remote(&self) -> Option<&RemoteStatic> {
-        self.remote.as_ref()
+        remote_static(&self.remote, &self.peer, &self.preshared_key)
+    }
+
+    /// Whether nobody has asked who the peer is to us.
+    #[cfg(test)]
+    pub(super) fn has_no_remote_static(&mut self) -> bool {
+        self.remote.as_mut().is_none_or(|remote| remote.made().is_none())
     }
 
     /// The key shared with the peer, zero if there is none.
     pub fn preshared_key(&self) -> &PresharedKey {
-        &self.preshared_key
+        or_none(&self.preshared_key)
     }
 
     /// The index by which a response finds this session, while one is awaited.
     pub fn pending_index(&self) -> Option<ReceiverIndex> {
-        self.pending.as_ref().map(|pending| pending.initiator.local_index())
+        self.course.pending.as_ref().map(|pending| pending.initiator.local_index())
     }
 
     /// When the last handshake was completed, by the wall clock: when its response came, or the first
     /// packet after we responded.
     pub fn last_handshake(&self) -> Option<Timestamp> {
-        self.last_handshake
+        self.course.last_handshake
     }
 
     /// The greatest timestamp of an initiation that was answered; initiations that are not newer are
     /// replays.
     pub fn greatest_timestamp(&self) -> Timestamp {
-        self.greatest_timestamp
+        self.course.greatest_timestamp
     }
 
     /// Takes note of a timestamp that the peer's initiations had before this session began. A lesser
     /// one than we know of changes nothing.
     pub fn raise_greatest_timestamp(&mut self, seen: Timestamp) {
-        self.greatest_timestamp = self.greatest_timestamp.max(seen);
+        if seen > self.course.greatest_timestamp {
+            self.course.greatest_timestamp = seen;
+        }
     }
 
     /// When the last keypair that was made dies, or died; not before `now` while a timer runs. None if
     /// there never was anything.
     pub fn busy_until(&self, now: Now) -> Option<Now> {
-        self.keypairs_until.max(self.is_awake().then_some(now))
+        self.course.keypairs_until.max(self.is_awake().then_some(now))
     }
 
     /// How many initiations of ours were not answered in time and handshakes given up, since one was
     /// completed.
     pub fn unanswered_count(&self) -> u32 {
-        self.timers.unanswered_count()
+        self.course.timers.unanswered_count()
     }
 
     /// What goes wrong with the peer's handshakes, the most telling first.
     pub fn troubles(&self, now: Now) -> ArrayVec<(TroubleKind, Spell), 3> {
         let mut troubles = ArrayVec::new();
-        let notes = &self.notes;
+        let notes = &self.course.notes;
         if notes.unreadable.is_fresh(now) {
             // Who answers is there, and what is wrong with the answer is why none is good.
             troubles.push((TroubleKind::ResponsesUnreadable, notes.unreadable));
         } else if notes.unanswered.is_fresh(now) {
-            let kind = if self.timers.is_trying() {
+            let kind = if self.course.timers.is_trying() {
                 TroubleKind::InitiationsUnanswered
             } else {
                 TroubleKind::HandshakeGivenUp
@@ -248,7 +216,7 @@ impl Session {
             troubles.push((TroubleKind::ResponsesUnconfirmed, notes.unconfirmed));
         }
         // While there is a keypair, it is rather the network that has sent something twice.
-        let has_keypair = self.keypairs_until.is_some_and(|until| now < until);
+        let has_keypair = self.course.keypairs_until.is_some_and(|until| now < until);
         if notes.old.is_fresh(now) && !has_keypair {
             troubles.push((TroubleKind::TimestampsOld, notes.old));
         }
@@ -258,7 +226,7 @@ impl Session {
     /// Whether [`troubles`](Self::troubles) has something to say, or may have without anything more
     /// being noted.
     pub fn has_notes(&self, now: Now) -> bool {
-        self.notes.is_fresh(now)
+        self.course.notes.is_fresh(now)
     }
 
     /// Whether there is a timer that runs. An idle peer has none, and needs no calls.
@@ -281,15 +249,15 @@ impl Session {
         if self.is_unsettled(&self.peer.keypairs.load()) {
             return Some(Now::default());
         }
-        let expiry = self.published.iter().map(|keypair| keypair.expires()).min();
-        [self.timers.poll(&self.peer.activity), expiry].into_iter().flatten().min()
+        let expiry = self.course.published.iter().map(|keypair| keypair.expires()).min();
+        [self.course.timers.poll(&self.peer.activity), expiry].into_iter().flatten().min()
     }
 
     /// The moment at which [`handle_timeout`](Self::handle_timeout) must be called if nothing else is
     /// until then: when [`poll_timeout`](Self::poll_timeout) says, or when it is to be asked again.
     pub fn wake_at(&self, now: Now) -> Option<Now> {
         // Without a keypair there is no traffic that could arm a timer.
-        let ask = self.published.first().map(|_| now + KEEPALIVE_TIMEOUT);
+        let ask = self.course.published.first().map(|_| now + KEEPALIVE_TIMEOUT);
         [self.poll_timeout(), ask].into_iter().flatten().min()
     }
 
@@ -325,23 +293,24 @@ impl Session {
         if self.is_handed_over() {
             return Err(DropReason::HandedOver);
         }
-        let remote = self.remote.as_ref().ok_or(DropReason::NoPrivateKey)?;
+        let remote = remote_static(&self.remote, &self.peer, &self.preshared_key)
+            .ok_or(DropReason::NoPrivateKey)?;
         let timestamp = initiation.timestamp();
-        if timestamp <= self.greatest_timestamp {
-            self.notes.old.note(now);
+        if timestamp <= self.course.greatest_timestamp {
+            self.course.notes.old.note(now);
             self.peer.in_trouble.store(true, Relaxed);
             return Err(DropReason::OldTimestamp);
         }
-        if now.since(self.answered) < INITIATION_INTERVAL_MIN {
+        if now.since(self.course.answered) < INITIATION_INTERVAL_MIN {
             return Err(DropReason::InitiationFlood);
         }
         // A clock that went back has nobody wait for longer than for one answer.
-        let spent = self.answers_spent.clamp(now, now + ANSWER_INTERVAL * ANSWER_BURST);
+        let spent = self.course.answers_spent.clamp(now, now + ANSWER_INTERVAL * ANSWER_BURST);
         if spent + ANSWER_INTERVAL > now + ANSWER_INTERVAL * ANSWER_BURST {
             return Err(DropReason::InitiationFlood);
         }
         let index = ctx.indexes.allocate().ok_or(DropReason::NoIndex)?;
-        let cookie = self.cookie.get(from.remote.ip(), now);
+        let cookie = self.course.cookie.get(from.remote.ip(), now);
         let (established, message) = match initiation.respond(remote, index, cookie, ctx.rng) {
             Ok(answer) => answer,
             Err(error) => {
@@ -349,20 +318,21 @@ impl Session {
                 return Err(error.drop_reason());
             }
         };
-        self.cookie.message_sent(index, &message, from.remote.ip());
-        (self.greatest_timestamp, self.answered) = (timestamp, now);
-        self.answers_spent = spent + ANSWER_INTERVAL;
-        self.notes.old = Spell::default();
-        self.notes.unconfirmed.note(now);
+        self.course.cookie.message_sent(index, &message, from.remote.ip());
+        let course = &mut *self.course;
+        (course.greatest_timestamp, course.answered) = (timestamp, now);
+        course.answers_spent = spent + ANSWER_INTERVAL;
+        course.notes.old = Spell::default();
+        course.notes.unconfirmed.note(now);
         self.peer.in_trouble.store(true, Relaxed);
-        self.timers.response_sent(ctx.rng, now);
+        self.course.timers.response_sent(ctx.rng, now);
         self.peer.activity.authenticated_received(now);
         self.peer.activity.authenticated_sent(now);
 
         let mut actions = Vec::new();
         let install = Keypairs::installed_by_responder;
         self.install(&established, now, install, ctx, &mut actions, now);
-        self.awaited = Some(index);
+        self.course.awaited = Some(index);
         actions.push(Action::Send { message: HandshakeMessage::new(&message), to: from });
         self.retire(ctx.indexes);
         Ok(actions)
@@ -380,12 +350,12 @@ impl Session {
         now: Now,
     ) -> Result<Vec<Action>, DropReason> {
         let (pending, remote) =
-            self.pending.as_ref().zip(self.remote.as_ref()).ok_or(DropReason::UnknownIndex)?;
+            self.course.pending.as_ref().zip(self.remote()).ok_or(DropReason::UnknownIndex)?;
         let established = match pending.initiator.finish(ctx.identity, remote, message) {
             Ok(established) => established,
             Err(error) => {
                 if error == HandshakeError::Decrypt {
-                    self.notes.unreadable.note(now);
+                    self.course.notes.unreadable.note(now);
                     self.peer.in_trouble.store(true, Relaxed);
                 }
                 return Err(error.drop_reason());
@@ -393,7 +363,7 @@ impl Session {
         };
         let begun = pending.begun;
         // Its index is the keypair's from now on.
-        self.pending = None;
+        self.course.pending = None;
         self.peer.activity.authenticated_received(now);
 
         let mut actions = Vec::new();
@@ -420,8 +390,11 @@ impl Session {
         message: &[u8; COOKIE_REPLY_LEN],
         now: Now,
     ) -> Result<(), DropReason> {
-        let remote = self.remote.as_ref().ok_or(DropReason::UnknownIndex)?;
-        self.cookie.handle_reply(message, remote, now)
+        // Who has sent nothing awaits no reply.
+        let course = self.course.begun().ok_or(DropReason::UnknownIndex)?;
+        let remote = remote_static(&self.remote, &self.peer, &self.preshared_key)
+            .ok_or(DropReason::UnknownIndex)?;
+        course.cookie.handle_reply(message, remote, now)
     }
 
     /// Does what is due at `now`; calling it too early does nothing.
@@ -436,7 +409,7 @@ impl Session {
         }
         // Wiped as soon as they are dead, so that nothing is left of a peer that went silent when the
         // kernel, after three times Reject-After-Time, wipes everything.
-        if self.published.iter().any(|keypair| keypair.is_expired(now)) {
+        if self.course.published.iter().any(|keypair| keypair.is_expired(now)) {
             self.peer.keypairs.update(|keypairs| keypairs.without_expired(now));
         }
         let keypairs = self.peer.keypairs.load();
@@ -444,7 +417,7 @@ impl Session {
             actions.push(Action::Flush);
         }
         drop(keypairs);
-        while let Some(due) = self.timers.take_due(&self.peer.activity, now) {
+        while let Some(due) = self.course.timers.take_due(&self.peer.activity, now) {
             match due {
                 Due::Retransmit => {
                     self.note_unanswered(now);
@@ -474,38 +447,47 @@ impl Session {
     /// Sends a keepalive whenever there was no traffic for `interval` (`None` or zero: never); the
     /// first one at `first`, if that is new.
     pub fn set_persistent_keepalive(&mut self, interval: Option<Duration>, first: Now) {
-        self.timers.set_persistent_keepalive(interval.filter(|i| !i.is_zero()), first);
+        let interval = interval.filter(|interval| !interval.is_zero());
+        if interval.is_some() || self.persistent_keepalive().is_some() {
+            self.course.timers.set_persistent_keepalive(interval, first);
+        }
     }
 
     /// Has the next persistent keepalive sent at `first`, whatever traffic there was.
     pub fn restart_persistent_keepalive(&mut self, first: Now) {
-        self.timers.restart_persistent_keepalive(first);
+        if let Some(course) = self.course.begun() {
+            course.timers.restart_persistent_keepalive(first);
+        }
     }
 
     /// The interval of persistent keepalives, if there are any.
     pub fn persistent_keepalive(&self) -> Option<Duration> {
-        self.timers.persistent_keepalive()
+        self.course.timers.persistent_keepalive()
     }
 
     /// Replaces the preshared key. Keypairs stay; the next handshake message uses it.
     pub fn set_preshared_key(&mut self, preshared_key: PresharedKey) {
-        if let Some(remote) = &mut self.remote {
+        if let Some(remote) = self.remote.as_mut().and_then(Remote::made) {
             remote.set_preshared_key(preshared_key.clone());
         }
-        self.preshared_key = preshared_key;
+        self.preshared_key = boxed(&preshared_key);
         // What follows is another story.
-        (self.notes.unreadable, self.notes.unconfirmed) = (Spell::default(), Spell::default());
+        if let Some(course) = self.course.begun() {
+            (course.notes.unreadable, course.notes.unconfirmed) = Default::default();
+        }
     }
 
     /// Replaces who the peer is to us, since our own identity has changed or gone. Ends what the old
     /// one has begun, as [`clear`](Self::clear) does.
-    pub fn set_remote(&mut self, remote: Option<RemoteStatic>, indexes: &mut impl Indexes) {
+    pub fn set_remote(&mut self, remote: Option<Remote>, indexes: &mut impl Indexes) {
         self.clear(indexes);
-        if let Some(remote) = &remote {
-            self.preshared_key = remote.preshared_key().clone();
+        if let Some(preshared_key) = remote.as_ref().and_then(Remote::preshared_key) {
+            self.preshared_key = boxed(preshared_key);
         }
         self.remote = remote;
-        self.cookie = PeerCookie::default();
+        if let Some(course) = self.course.begun() {
+            course.cookie = PeerCookie::default();
+        }
     }
 
     /// Ends every keypair and handshake, and what they have promised: no answer is owed or awaited any
@@ -519,10 +501,12 @@ impl Session {
         }
         self.peer.keypairs.update(Keypairs::cleared);
         self.peer.activity.forget();
-        self.awaited = None;
         self.abandon(indexes);
-        self.timers.cleared();
-        self.notes = HandshakeNotes::default();
+        if let Some(course) = self.course.begun() {
+            course.awaited = None;
+            course.timers.cleared();
+            course.notes = HandshakeNotes::default();
+        }
         self.retire(indexes);
     }
 
@@ -532,7 +516,8 @@ impl Session {
         if self.is_handed_over() {
             return;
         }
-        let is_trying = self.pending.as_ref().is_some_and(|pending| pending.begun >= not_before);
+        let is_trying =
+            self.course.pending.as_ref().is_some_and(|pending| pending.begun >= not_before);
         let keypairs = self.peer.keypairs.load();
         if !is_trying && keypairs.iter().all(|keypair| keypair.begun() < not_before) {
             return self.clear(indexes);
@@ -542,14 +527,14 @@ impl Session {
         self.peer.keypairs.update(|keypairs| keypairs.begun_since(not_before));
         if !is_trying {
             self.abandon(indexes);
-            self.timers.completed();
+            self.course.timers.completed();
         }
         self.retire(indexes);
     }
 
     /// An initiation was not answered within Rekey-Timeout.
     fn note_unanswered(&mut self, now: Now) {
-        self.notes.unanswered.note_late(REKEY_TIMEOUT, now);
+        self.course.notes.unanswered.note_late(REKEY_TIMEOUT, now);
         self.peer.in_trouble.store(true, Relaxed);
     }
 
@@ -565,14 +550,14 @@ impl Session {
         }
         if self.remote.is_none() || self.peer.endpoint.load().is_none() {
             self.peer.handshake_wanted.store(false, Relaxed);
-        } else if self.timers.is_trying() {
+        } else if self.course.timers.is_trying() {
             // Whoever wants it yet may say so once more after the next retransmission.
-            self.timers.begin_or_renew(now);
-        } else if self.timers.may_initiate(now) {
-            self.timers.begin_or_renew(now);
+            self.course.timers.begin_or_renew(now);
+        } else if self.course.timers.may_initiate(now) {
+            self.course.timers.begin_or_renew(now);
             self.send_initiation(ctx, actions, now);
         } else {
-            self.timers.defer();
+            self.course.timers.defer();
         }
     }
 
@@ -583,23 +568,24 @@ impl Session {
         actions: &mut Vec<Action>,
         now: Now,
     ) {
-        self.timers.initiation_sent(ctx.rng, now);
-        let Some(remote) = &self.remote else { return };
+        self.course.timers.initiation_sent(ctx.rng, now);
+        let remote = remote_static(&self.remote, &self.peer, &self.preshared_key);
+        let Some(remote) = remote else { return };
         let Some(to) = self.peer.endpoint.load().as_deref().copied() else { return };
         // A repeated initiation keeps its index: a freed one rests for minutes, and peers that never
         // answer would let all of them rest.
-        let index = match self.pending.take() {
+        let index = match self.course.pending.take() {
             Some(pending) => pending.initiator.local_index(),
             None => match ctx.indexes.allocate() {
                 Some(index) => index,
                 None => return actions.push(Action::CountDrop(DropReason::NoIndex)),
             },
         };
-        let cookie = self.cookie.get(to.remote.ip(), now);
+        let cookie = self.course.cookie.get(to.remote.ip(), now);
         match initiate(ctx.identity, remote, index, ctx.timestamp, cookie, ctx.rng) {
             Ok((initiator, message)) => {
-                self.cookie.message_sent(index, &message, to.remote.ip());
-                self.pending = Some(Box::new(Pending { initiator, begun: now }));
+                self.course.cookie.message_sent(index, &message, to.remote.ip());
+                self.course.pending = Some(Box::new(Pending { initiator, begun: now }));
                 self.peer.activity.authenticated_sent(now);
                 actions.push(Action::Send { message: HandshakeMessage::new(&message), to });
             }
@@ -639,8 +625,8 @@ impl Session {
     ) {
         let peer = Arc::downgrade(&self.peer);
         let keypair = Arc::new(Keypair::new(established, peer, ctx.home, now).begun_at(begun));
-        self.keypairs_until = Some(keypair.expires());
-        self.published.push(Arc::clone(&keypair));
+        self.course.keypairs_until = Some(keypair.expires());
+        self.course.published.push(Arc::clone(&keypair));
         ctx.indexes.publish(&keypair);
         let before = self.peer.keypairs.update(|k| transition(k, Arc::clone(&keypair)));
         // `before` is what the transition saw: a confirmation cannot slip in between.
@@ -652,8 +638,8 @@ impl Session {
     /// Whether a worker has changed something that we have not taken note of.
     fn is_unsettled(&self, keypairs: &Keypairs) -> bool {
         let next = keypairs.next.as_ref().map(|next| next.local_index());
-        self.awaited.is_some() && self.awaited != next
-            || self.published.iter().any(|keypair| !keypairs.contains(keypair))
+        self.course.awaited.is_some() && self.course.awaited != next
+            || self.course.published.iter().any(|keypair| !keypairs.contains(keypair))
     }
 
     /// Takes note of it, and says so, if the keypair we wait for has had its first packet.
@@ -662,12 +648,13 @@ impl Session {
         keypairs: &Keypairs,
         ctx: &mut Context<'_, R, I>,
     ) -> bool {
-        let is_awaited = |keypair: &Arc<Keypair>| Some(keypair.local_index()) == self.awaited;
-        if self.awaited.is_none() || keypairs.next.as_ref().is_some_and(is_awaited) {
+        let is_awaited =
+            |keypair: &Arc<Keypair>| Some(keypair.local_index()) == self.course.awaited;
+        if self.course.awaited.is_none() || keypairs.next.as_ref().is_some_and(is_awaited) {
             return false;
         }
         let confirmed = keypairs.iter().any(is_awaited);
-        self.awaited = None;
+        self.course.awaited = None;
         if confirmed {
             self.complete(ctx);
         }
@@ -676,15 +663,16 @@ impl Session {
 
     /// A handshake is completed: one of ours that is still in flight is not needed.
     fn complete<R, I: Indexes>(&mut self, ctx: &mut Context<'_, R, I>) {
-        self.last_handshake = Some(ctx.timestamp);
-        self.timers.completed();
-        self.notes = HandshakeNotes::default();
+        self.course.last_handshake = Some(ctx.timestamp);
+        self.course.timers.completed();
+        self.course.notes = HandshakeNotes::default();
         self.abandon(ctx.indexes);
     }
 
     /// Forgets the handshake in flight, if there is one. Who still wants one must ask again.
     pub(super) fn abandon(&mut self, indexes: &mut impl Indexes) {
-        if let Some(pending) = self.pending.take() {
+        let pending = self.course.begun().and_then(|course| course.pending.take());
+        if let Some(pending) = pending {
             indexes.release(pending.initiator.local_index());
         }
         self.peer.handshake_wanted.store(false, Relaxed);
@@ -692,12 +680,31 @@ impl Session {
 
     /// Retires keypairs that are no longer among the peer's, whoever took them out.
     pub(super) fn retire(&mut self, indexes: &mut impl Indexes) {
+        let Some(course) = self.course.begun() else { return };
         let keypairs = self.peer.keypairs.load();
-        for gone in self.published.extract_if(.., |keypair| !keypairs.contains(keypair)) {
+        for gone in course.published.extract_if(.., |keypair| !keypairs.contains(keypair)) {
             indexes.retire(&gone);
         }
-        if self.published.is_empty() {
-            self.published = Vec::new();
+        if course.published.is_empty() {
+            course.published = Vec::new();
         }
     }
+}
+
+/// What the peer is to our identity, if we have one. Borrows no more of a session than it needs.
+fn remote_static<'a>(
+    remote: &'a Option<Remote>,
+    peer: &HotPeer,
+    preshared_key: &Option<Box<PresharedKey>>,
+) -> Option<&'a RemoteStatic> {
+    remote.as_ref().map(|remote| remote.get(&peer.public_key, or_none(preshared_key)))
+}
+
+fn or_none(key: &Option<Box<PresharedKey>>) -> &PresharedKey {
+    static NONE: PresharedKey = PresharedKey::from_bytes([0; KEY_LEN]);
+    key.as_deref().unwrap_or(&NONE)
+}
+
+fn boxed(key: &PresharedKey) -> Option<Box<PresharedKey>> {
+    (!key.is_zero()).then(|| Box::new(key.clone()))
 }

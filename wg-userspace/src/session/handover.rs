@@ -172,7 +172,7 @@ impl Session {
     /// Whether this session was frozen: it does nothing any more, until it takes its export back or
     /// [`resume`](Self::resume)s.
     pub fn is_handed_over(&self) -> bool {
-        !matches!(self.handover, Handover::No)
+        !matches!(self.course.handover, Handover::No)
     }
 
     /// Ends sealing and receiving with the peer's keypairs, for good, and the handshake in flight.
@@ -182,21 +182,21 @@ impl Session {
         if self.is_handed_over() {
             return;
         }
-        if let Some(since) = self.timers.as_unanswered_since() {
+        if let Some(since) = self.course.timers.as_unanswered_since() {
             self.peer.activity.await_answer_since(since);
         }
         self.abandon(indexes);
-        self.timers.completed();
+        self.course.timers.completed();
         self.retire(indexes);
         // So that workers, who find nothing to seal with, need not ask for what we would not begin.
         self.peer.handshake_wanted.store(true, Relaxed);
-        self.handover =
-            Handover::Frozen(self.published.iter().filter_map(Keypair::freeze).collect());
+        self.course.handover =
+            Handover::Frozen(self.course.published.iter().filter_map(Keypair::freeze).collect());
     }
 
     /// Number of frozen keypairs with which a worker still receives.
     pub fn unsettled_count(&self) -> usize {
-        match &self.handover {
+        match &self.course.handover {
             Handover::Frozen(frozen) => frozen.iter().filter(|frozen| !frozen.is_settled()).count(),
             Handover::No | Handover::Exported => 0,
         }
@@ -208,18 +208,18 @@ impl Session {
     /// sealed has left then, and none still receives. A keypair that is received with nevertheless, by
     /// a worker that is stuck, is left out. `wall` is the wall clock.
     pub fn export(&mut self, wall: Timestamp, now: Now) -> Option<PeerExport> {
-        let Handover::Frozen(frozen) = &mut self.handover else { return None };
+        let Handover::Frozen(frozen) = &mut self.course.handover else { return None };
         let frozen = std::mem::take(frozen);
-        self.handover = Handover::Exported;
+        self.course.handover = Handover::Exported;
         // Before anything else is read: what a worker has changed inside the gate belongs to it.
         let settled: Vec<_> = frozen.into_iter().filter(|frozen| frozen.is_settled()).collect();
         let peer = &self.peer;
         let keypairs = peer.keypairs.load();
         // A worker may have confirmed what we waited for, and no timer has told us.
-        if let Some(index) = self.awaited.take() {
+        if let Some(index) = self.course.awaited.take() {
             let is_awaited = |keypair: &Arc<Keypair>| keypair.local_index() == index;
             if !keypairs.next.as_ref().is_some_and(is_awaited) && keypairs.iter().any(is_awaited) {
-                self.last_handshake = Some(wall);
+                self.course.last_handshake = Some(wall);
             }
         }
         let place = |keypair: &Arc<Keypair>| {
@@ -245,8 +245,8 @@ impl Session {
         Some(PeerExport {
             public_key: peer.public_key,
             endpoint: peer.endpoint.load().as_deref().copied(),
-            greatest_timestamp: self.greatest_timestamp,
-            last_handshake: self.last_handshake,
+            greatest_timestamp: self.course.greatest_timestamp,
+            last_handshake: self.course.last_handshake,
             rx_bytes: peer.transfer.rx_bytes(),
             tx_bytes: peer.transfer.tx_bytes(),
             moments: peer.activity.moments(now),
@@ -265,11 +265,11 @@ impl Session {
         now: Now,
     ) -> Imported {
         let PeerExport { greatest_timestamp, last_handshake, keypairs: exports, .. } = export;
-        self.greatest_timestamp = self.greatest_timestamp.max(greatest_timestamp);
-        self.last_handshake = self.last_handshake.max(last_handshake);
+        self.course.greatest_timestamp = self.course.greatest_timestamp.max(greatest_timestamp);
+        self.course.last_handshake = self.course.last_handshake.max(last_handshake);
         self.peer.transfer.restore(export.rx_bytes, export.tx_bytes);
         let mut imported = Imported::default();
-        if !self.is_handed_over() && !self.published.is_empty() {
+        if !self.is_handed_over() && !self.course.published.is_empty() {
             imported.refused = exports.len();
             return imported;
         }
@@ -302,7 +302,7 @@ impl Session {
         imported.taken = new.len();
         // Of what we had exported ourselves, the keypairs that come back are only replaced: their
         // indexes are in use.
-        for gone in std::mem::take(&mut self.published) {
+        for gone in std::mem::take(&mut self.course.published) {
             if new.iter().all(|keypair| keypair.local_index() != gone.local_index()) {
                 indexes.retire(&gone);
             }
@@ -310,10 +310,10 @@ impl Session {
         for keypair in &new {
             indexes.publish(keypair);
         }
-        self.published = new;
-        self.awaited = keypairs.next.as_ref().map(|next| next.local_index());
+        self.course.published = new;
+        self.course.awaited = keypairs.next.as_ref().map(|next| next.local_index());
         self.peer.keypairs.update(|_| keypairs.clone());
-        self.handover = Handover::No;
+        self.course.handover = Handover::No;
         self.peer.handshake_wanted.store(false, Relaxed);
         if keypairs.seals_with(now).is_some() {
             imported.actions.push(Action::Flush);
@@ -327,7 +327,7 @@ impl Session {
     /// Does nothing unless the session was frozen.
     pub fn resume(&mut self, indexes: &mut impl Indexes) {
         if self.is_handed_over() {
-            self.handover = Handover::No;
+            self.course.handover = Handover::No;
             self.clear(indexes);
         }
     }

@@ -68,7 +68,7 @@ impl Process {
     fn new() -> Self {
         let peer = Arc::new(HotPeer::new(PeerId(1), DeviceId(0), PEER));
         Self {
-            session: Session::new(peer, Some(RemoteStatic::unreachable(PEER))),
+            session: Session::new(peer, Some(RemoteStatic::unreachable(PEER).into())),
             indexes: Published::default(),
             inside: None,
         }
@@ -86,7 +86,7 @@ impl Process {
         let established = Established { keys, local_index: index, remote_index: index, role };
         let peer = Arc::downgrade(self.session.peer());
         let keypair = Arc::new(Keypair::new(&established, peer, ShardId::new(0), now));
-        self.session.published.push(Arc::clone(&keypair));
+        self.session.course.published.push(Arc::clone(&keypair));
         self.indexes.publish(&keypair);
         self.session.peer().keypairs.update(|keypairs| transition(keypairs, Arc::clone(&keypair)));
         keypair
@@ -185,7 +185,7 @@ impl World {
         let mut steps = Vec::new();
         for (p, process) in self.processes.iter().enumerate() {
             let is_out = process.session.is_handed_over();
-            let has_keypairs = !process.session.published.is_empty();
+            let has_keypairs = !process.session.course.published.is_empty();
             match process.inside {
                 None if has_keypairs && !is_out => steps.push(Step::Enter(p)),
                 None => {}
@@ -449,8 +449,8 @@ fn a_successor_has_what_the_exporter_had() {
     peer.transfer.received(1000);
     peer.transfer.sent(2000);
     peer.activity.data_received(now);
-    process.session.greatest_timestamp = Timestamp::from_unix(5, 0);
-    process.session.last_handshake = Some(Timestamp::from_unix(6, 0));
+    process.session.course.greatest_timestamp = Timestamp::from_unix(5, 0);
+    process.session.course.last_handshake = Some(Timestamp::from_unix(6, 0));
     process.freeze();
     let mut memory = process.export(now).unwrap();
 
@@ -471,7 +471,7 @@ fn a_successor_has_what_the_exporter_had() {
     assert_eq!(**hot.endpoint.load().as_ref().unwrap(), endpoint);
     assert_eq!((hot.transfer.rx_bytes(), hot.transfer.tx_bytes()), (1000, 2000));
     assert_eq!(hot.activity.owed_since(), Some(now), "a keepalive is owed by the successor");
-    assert_eq!(successor.session.greatest_timestamp, Timestamp::from_unix(5, 0));
+    assert_eq!(successor.session.course.greatest_timestamp, Timestamp::from_unix(5, 0));
     assert_eq!(successor.session.last_handshake(), Some(Timestamp::from_unix(6, 0)));
     // The first packet confirms what waited for it.
     assert!(hot.confirm(keypairs.next.as_ref().unwrap()));
@@ -484,7 +484,7 @@ fn a_confirmation_that_nobody_noticed_is_not_lost() {
     for is_confirmed in [true, false] {
         let mut process = Process::new();
         let keypair = process.handshake(1, Keypairs::installed_by_responder, START);
-        process.session.awaited = Some(keypair.local_index());
+        process.session.course.awaited = Some(keypair.local_index());
         if is_confirmed {
             assert!(process.session.peer().confirm(&keypair));
         }
@@ -493,7 +493,7 @@ fn a_confirmation_that_nobody_noticed_is_not_lost() {
         let mut successor = Process::new();
         successor.import(&mut memory, START);
         assert_eq!(successor.session.last_handshake(), is_confirmed.then_some(WALL));
-        assert_eq!(successor.session.awaited.is_some(), !is_confirmed);
+        assert_eq!(successor.session.course.awaited.is_some(), !is_confirmed);
     }
 }
 
@@ -512,7 +512,7 @@ fn what_waits_for_a_keypair_goes_when_it_is_imported() {
 fn a_session_with_keypairs_of_its_own_keeps_them() {
     let mut process = Process::new();
     process.handshake(1, Keypairs::installed_by_initiator, START);
-    process.session.greatest_timestamp = Timestamp::from_unix(5, 0);
+    process.session.course.greatest_timestamp = Timestamp::from_unix(5, 0);
     process.freeze();
     let mut memory = process.export(START).unwrap();
     let mut successor = Process::new();
@@ -520,7 +520,11 @@ fn a_session_with_keypairs_of_its_own_keeps_them() {
     assert_eq!(successor.import(&mut memory, START), (0, 1));
     assert!(Arc::ptr_eq(&successor.current(), &own));
     assert!(own.reserve(1).is_some());
-    assert_eq!(successor.session.greatest_timestamp, Timestamp::from_unix(5, 0), "old is old");
+    assert_eq!(
+        successor.session.course.greatest_timestamp,
+        Timestamp::from_unix(5, 0),
+        "old is old"
+    );
 }
 
 #[test]
@@ -568,7 +572,7 @@ fn the_last_generation_is_handed_over_no_more() {
 fn a_session_that_is_handed_over_does_nothing() {
     let mut process = Process::new();
     let keypair = process.handshake(1, Keypairs::installed_by_responder, START);
-    process.session.awaited = Some(keypair.local_index());
+    process.session.course.awaited = Some(keypair.local_index());
     process.freeze();
     assert!(process.session.poll_timeout().is_none());
     let peer = Arc::clone(process.session.peer());
@@ -668,8 +672,8 @@ fn full_export() -> DeviceExport {
         let hot = process.session.peer();
         hot.endpoint.store(Some(Arc::new(Endpoint::configured(remote.parse().unwrap()))));
         hot.activity.data_sent(START);
-        process.session.greatest_timestamp = Timestamp::from_unix(5, 0);
-        process.session.last_handshake = Some(Timestamp::from_unix(6, 0));
+        process.session.course.greatest_timestamp = Timestamp::from_unix(5, 0);
+        process.session.course.last_handshake = Some(Timestamp::from_unix(6, 0));
         process.freeze();
         let mut export = process.session.export(WALL, START).unwrap();
         export.public_key = PublicKey::from_bytes([peer; 32]);

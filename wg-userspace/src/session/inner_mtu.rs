@@ -1,6 +1,6 @@
 //! How large packets to a peer may be, by the way to its endpoint.
 
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
 
 use wg_common::headers::{IPV4_LEN, IPV6_LEN, UDP_LEN};
 use wg_common::protocol::TRANSPORT_OVERHEAD;
@@ -18,22 +18,21 @@ const V6_MIN: usize = 1280;
 #[derive(Debug, Default)]
 pub struct InnerMtu {
     /// Bytes; 0 while nobody has looked.
-    len: AtomicUsize,
+    len: AtomicU32,
     /// Control has been asked to look, and has not begun to.
     is_due: AtomicBool,
 }
 
 impl InnerMtu {
     /// What stands for a way that bounds nothing.
-    const NO_BOUND: usize = usize::MAX;
+    const NO_BOUND: u32 = u32::MAX;
 
     /// Takes note that datagrams to an endpoint of this version leave by a link or route that carries
     /// `outer_mtu` bytes, IP header included; or that nothing is known of the way.
     pub fn set(&self, outer_mtu: Option<u32>, is_outer_v6: bool) {
         let ip_len = if is_outer_v6 { IPV6_LEN } else { IPV4_LEN };
-        let len = outer_mtu.map_or(Self::NO_BOUND, |mtu| {
-            (mtu as usize).saturating_sub(ip_len + UDP_LEN + TRANSPORT_OVERHEAD).max(1)
-        });
+        let around = (ip_len + UDP_LEN + TRANSPORT_OVERHEAD) as u32;
+        let len = outer_mtu.map_or(Self::NO_BOUND, |mtu| mtu.saturating_sub(around).max(1));
         self.len.store(len, Relaxed);
     }
 
@@ -63,7 +62,7 @@ impl InnerMtu {
     pub fn padding_bound(&self, device_mtu: usize) -> usize {
         match self.len.load(Relaxed) {
             0 => device_mtu,
-            len => device_mtu.min(len),
+            len => device_mtu.min(len as usize),
         }
     }
 
@@ -90,8 +89,8 @@ impl InnerMtu {
     #[inline]
     fn bound(&self, is_v6: bool) -> usize {
         match self.len.load(Relaxed) {
-            0 => Self::NO_BOUND,
-            len => len.max(if is_v6 { V6_MIN } else { V4_MIN }),
+            0 => Self::NO_BOUND as usize,
+            len => (len as usize).max(if is_v6 { V6_MIN } else { V4_MIN }),
         }
     }
 }

@@ -23,6 +23,7 @@ mod activity;
 mod continuity;
 mod control;
 mod cookie;
+mod course;
 mod gates;
 mod generation;
 pub mod handover;

@@ -2,8 +2,8 @@
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, LazyLock};
 
 use arc_swap::{ArcSwap, ArcSwapOption, Guard};
 use wg_common::endpoint::Endpoint;
@@ -111,7 +111,9 @@ impl HotPeer {
 
     /// Forgets what was found out of the way to its endpoint: that is another one, or routes are.
     pub fn forget_way(&self) {
-        self.way.store(None);
+        if self.way.load().is_some() {
+            self.way.store(None);
+        }
         self.inner_mtu.forget();
     }
 
@@ -177,11 +179,23 @@ impl fmt::Display for Label {
 
 /// A peer's [`Keypairs`], shared between workers and control.
 ///
-/// Whoever changes them makes the new value from the newest old one, so that no change is lost.
-#[derive(Debug, Default)]
+/// Whoever changes them makes the new value from the newest old one, so that no change is lost. All peers
+/// that have none share one value, since of many peers most have none.
+#[derive(Debug)]
 pub struct SharedKeypairs(ArcSwap<Keypairs>);
 
+impl Default for SharedKeypairs {
+    fn default() -> Self {
+        Self(ArcSwap::new(Self::none()))
+    }
+}
+
 impl SharedKeypairs {
+    fn none() -> Arc<Keypairs> {
+        static NONE: LazyLock<Arc<Keypairs>> = LazyLock::new(Arc::default);
+        Arc::clone(&NONE)
+    }
+
     /// What they are now.
     pub fn load(&self) -> Guard<Arc<Keypairs>> {
         self.0.load()
@@ -190,7 +204,10 @@ impl SharedKeypairs {
     /// Replaces them by what `change` makes of them; calls it again if another thread was faster.
     /// Gives back what was replaced.
     pub fn update(&self, change: impl Fn(&Keypairs) -> Keypairs) -> Arc<Keypairs> {
-        self.0.rcu(|keypairs| change(keypairs))
+        self.0.rcu(|keypairs| {
+            let changed = change(keypairs);
+            if changed.iter().next().is_some() { Arc::new(changed) } else { Self::none() }
+        })
     }
 }
 

@@ -27,7 +27,7 @@ mod whitepaper;
 use super::{Action, Context, HotPeer, Indexes, Keypair, Session};
 use crate::aead::{BatchAead, Job, RingAead};
 use crate::key::{PresharedKey, PrivateKey};
-use crate::noise::{Identity, RemoteStatic, Role, Timestamp, open_initiation};
+use crate::noise::{Identity, Remote, RemoteStatic, Role, Timestamp, open_initiation};
 
 mod cookies;
 
@@ -112,7 +112,7 @@ impl Side {
         let identity = Identity::new(key);
         let remote = remote.public_key();
         let peer = Arc::new(HotPeer::new(PeerId(number.into()), DeviceId(0), remote));
-        let session = Session::new(peer, Some(RemoteStatic::new(&identity, remote, psk)));
+        let session = Session::new(peer, Some(RemoteStatic::new(&identity, remote, psk).into()));
         Self {
             identity,
             address: address(number),
@@ -622,7 +622,38 @@ fn an_idle_peer_sleeps() {
     let side = lonely();
     assert_eq!(side.session.poll_timeout(), None);
     assert!(!side.session.is_awake());
-    assert!(size_of::<Session>() <= 480, "{} bytes", size_of::<Session>());
+    assert!(size_of::<Session>() <= 48, "{} bytes", size_of::<Session>());
+    assert!(size_of::<HotPeer>() <= 152, "{} bytes", size_of::<HotPeer>());
+}
+
+#[test]
+fn a_peer_who_never_comes_has_no_room_for_what_has_not_happened() {
+    let mut side = lonely();
+    let peer = Arc::new(HotPeer::new(PeerId(7), DeviceId(0), key(7).public_key()));
+    let mut session = Session::new(Arc::clone(&peer), Some(Remote::new(&side.identity)));
+    session.set_preshared_key(psk());
+    session.raise_greatest_timestamp(Timestamp::default());
+    session.set_persistent_keepalive(None, START);
+    session.clear(&mut side.indexes);
+    session.clear_older(START, &mut side.indexes);
+    session.set_remote(Some(Remote::new(&side.identity)), &mut side.indexes);
+    assert_eq!(session.handle_cookie_reply(&[0; 64], START), Err(DropReason::UnknownIndex));
+    assert!((session.poll_timeout(), session.wake_at(START)) == (None, None));
+    assert!(session.troubles(START).is_empty() && !session.has_notes(START));
+    assert_eq!(session.busy_until(START), None);
+    assert!(session.course.begun().is_none());
+    assert!(session.has_no_remote_static());
+    let other = HotPeer::new(PeerId(8), DeviceId(0), key(7).public_key());
+    assert!(
+        Arc::ptr_eq(&peer.keypairs.load(), &other.keypairs.load()),
+        "they share what they lack"
+    );
+    // Then it is what it would have been from the beginning.
+    let remote = session.remote().unwrap();
+    assert_eq!(remote.public_key(), &peer.public_key);
+    assert_eq!(*remote.preshared_key(), psk());
+    session.set_preshared_key(PresharedKey::from_bytes([9; 32]));
+    assert_eq!(*session.remote().unwrap().preshared_key(), PresharedKey::from_bytes([9; 32]));
 }
 
 // ---------------------------------------------------------------------------------------------

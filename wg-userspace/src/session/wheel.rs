@@ -89,6 +89,16 @@ impl<T> Wheel<T> {
         self.len == 0
     }
 
+    /// The values of all entries, in no order. Takes no time for entries that were in use before.
+    pub fn values(&self) -> impl Iterator<Item = &T> {
+        // No entry has the number that stands for none.
+        let entry = move |number: u32| self.entries.get(number as usize);
+        let of_list = move |&first: &u32| {
+            std::iter::successors(entry(first), move |before| entry(before.next))
+        };
+        self.lists.iter().flat_map(of_list).filter_map(|entry| entry.value.as_ref())
+    }
+
     /// Has `value` come due at `at`.
     ///
     /// # Panics
@@ -398,6 +408,9 @@ mod tests {
                 prop_assert_eq!(advance(&mut wheel, now), expected);
                 model.retain(|_, (_, at)| !is_due(*at));
                 prop_assert_eq!(wheel.len(), model.len());
+                let mut values: Vec<u32> = wheel.values().copied().collect();
+                values.sort_unstable();
+                prop_assert!(values.iter().eq(model.keys()));
                 match (wheel.next(), model.values().map(|(_, at)| *at).min()) {
                     (None, None) => {}
                     (Some(next), Some(first)) => {

@@ -114,6 +114,17 @@ pub fn memfd_len(fd: impl AsFd) -> io::Result<usize> {
     usize::try_from(rustix::fs::fstat(&fd)?.st_size).map_err(io::Error::other)
 }
 
+/// Gives back to the host what this process has freed and its allocator keeps for later. It takes the time
+/// to look at all that is free.
+pub fn give_back_free_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: `malloc_trim` may be called at any time by any thread: it takes the allocator's own locks, and
+    // touches nothing that is in use.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
 const SIZE_SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW);
 
 /// An array of `u64` that several threads, processes or BPF programs read and write at once: a BPF

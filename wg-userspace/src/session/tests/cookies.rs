@@ -217,7 +217,7 @@ fn a_cookie_ends_with_the_identity_it_was_told_to() {
     let message = side.initiation(START);
     side.told(&reply(2, &message), START).unwrap();
     let remote = RemoteStatic::new(&side.identity, key(2).public_key(), psk());
-    side.session.set_remote(Some(remote), &mut side.indexes);
+    side.session.set_remote(Some(remote.into()), &mut side.indexes);
     assert!(!shows_cookie(&side.initiation(START)));
 }
 

@@ -117,7 +117,7 @@ impl Host {
         let remote = RemoteStatic::new(&identity, public_key, PresharedKey::default());
         Self {
             address: address(number),
-            session: Session::new(peer, Some(remote)),
+            session: Session::new(peer, Some(remote.into())),
             indexes: Shelf::default(),
             outbox: Vec::new(),
             received: Vec::new(),
