@@ -1,6 +1,8 @@
 //! Benchmarks of Tidegate; each file of `benches/` answers the question in its first line. This
 //! file has what they share.
 
+pub mod load;
+
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::{Duration, Instant};
 

@@ -10,6 +10,7 @@ pub mod headers;
 pub mod icmp;
 pub mod id;
 pub mod index;
+pub mod load;
 pub mod map;
 pub mod message;
 pub mod mss;

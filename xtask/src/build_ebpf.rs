@@ -1,4 +1,5 @@
-//! Builds the programs in the kernel into `target/ebpf/tidegate.bpf.o`, which the daemon embeds.
+//! Builds the programs in the kernel into `target/ebpf/tidegate.bpf.o`, which the daemon embeds, and those of the
+//! load generator into `target/ebpf/tidegate-load.bpf.o`.
 //!
 //! Takes the first toolchain that is complete: a rustc with LLVM's BPF back end and a `core` for it
 //! (prebuilt, as Debian packages it, or as source in a rustup nightly), and a `bpf-linker` that
@@ -21,6 +22,10 @@ const BPF_LINKER_LLVM: std::ops::RangeInclusive<u32> = 21..=23;
 const TARGET: &str =
     if cfg!(target_endian = "big") { "bpfeb-unknown-none" } else { "bpfel-unknown-none" };
 
+/// The objects: what cargo calls the program, and the file it becomes. The gateway's is the first.
+const OBJECTS: [(&str, &str); 2] =
+    [("wg-ebpf", "tidegate.bpf.o"), ("wg-ebpf-load", "tidegate-load.bpf.o")];
+
 /// What to do when no toolchain is complete.
 const ADVICE: &str = "install one of these:
   Debian:  apt-get install --no-install-recommends rustc-web libstd-rust-web-dev-bpf llvm-22-dev
@@ -28,8 +33,8 @@ const ADVICE: &str = "install one of these:
   rustup:  rustup toolchain install nightly --component rust-src
            and LLVM's development files of the major in `rustc +nightly -vV`";
 
-/// Builds the object and returns its path. With `check`, builds it a second time from nothing and
-/// fails if the bytes differ.
+/// Builds the objects and returns the path of the gateway's. With `check`, builds them a second time from nothing
+/// and fails if the bytes differ.
 ///
 /// # Errors
 /// If no toolchain is complete, the build fails, or the bytes differ.
@@ -43,18 +48,20 @@ pub fn build(check: bool) -> Result<PathBuf> {
         if toolchain.build_std { "core from source" } else { "prebuilt core" }
     );
     let dir = target_dir()?.join("ebpf");
-    let object = dir.join("tidegate.bpf.o");
-    let bytes = toolchain.build(&linker, &dir)?;
-    replace(&object, &bytes).with_context(|| format!("writing {}", object.display()))?;
-    eprintln!("eBPF: {} ({} bytes)", object.display(), bytes.len());
+    let built = toolchain.build(&linker, &dir)?;
+    for ((_, name), bytes) in OBJECTS.iter().zip(&built) {
+        let object = dir.join(name);
+        replace(&object, bytes).with_context(|| format!("writing {}", object.display()))?;
+        eprintln!("eBPF: {} ({} bytes)", object.display(), bytes.len());
+    }
     if check {
         let fresh = dir.join(format!("check-{}", std::process::id()));
         let again = toolchain.build(&linker, &fresh);
         fs::remove_dir_all(&fresh).with_context(|| format!("removing {}", fresh.display()))?;
-        ensure!(again? == bytes, "a second build gave other bytes");
+        ensure!(again? == built, "a second build gave other bytes");
         eprintln!("eBPF: a second build from nothing gave the same bytes");
     }
-    Ok(object)
+    Ok(dir.join(OBJECTS[0].1))
 }
 
 /// Which toolchain [`build`] would take, by its version.
@@ -149,8 +156,8 @@ impl Toolchain {
         })
     }
 
-    /// Builds in `target_dir` and gives the object's bytes, without DWARF where that can be taken out.
-    fn build(&self, linker: &Path, target_dir: &Path) -> Result<Vec<u8>> {
+    /// Builds in `target_dir` and gives the bytes of the [`OBJECTS`], without DWARF where that can be taken out.
+    fn build(&self, linker: &Path, target_dir: &Path) -> Result<Vec<Vec<u8>>> {
         let root = workspace_root();
         let remap = |from: &Path, to: &str| format!("--remap-path-prefix={}={to}", from.display());
         let flags = [
@@ -174,8 +181,11 @@ impl Toolchain {
         // A stable rustc serves as well: this admits the few unstable features of `aya-ebpf`.
         cargo.env("RUSTC_BOOTSTRAP", "1").env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"));
         run(&mut cargo)?;
-        let built = target_dir.join(TARGET).join("release/wg-ebpf");
-        self.stripped(&built).with_context(|| format!("reading {}", built.display()))
+        let read = |(program, _): &(&str, &str)| {
+            let built = target_dir.join(TARGET).join("release").join(program);
+            self.stripped(&built).with_context(|| format!("reading {}", built.display()))
+        };
+        OBJECTS.iter().map(read).collect()
     }
 
     /// The object without DWARF, which only makes it larger; its BTF stays.
