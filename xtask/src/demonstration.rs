@@ -299,10 +299,7 @@ pub fn present(
 ) -> Result<ExitCode> {
     lab::catch_signals()?;
     if options.lifeline {
-        std::thread::spawn(|| {
-            let _ = io::copy(&mut io::stdin(), &mut io::sink());
-            lab::interrupt();
-        });
+        end_with_standard_input();
     }
     let shown = Programs::in_folder(&options.programs).and_then(|programs| show(&programs));
     let json = match &shown {
@@ -321,6 +318,14 @@ pub fn present(
     println!("{table}");
     println!(" {}", conclusion(exit_code));
     Ok(ExitCode::from(exit_code))
+}
+
+/// Has every wait end with an error once standard input has ended: whoever started us is gone.
+pub fn end_with_standard_input() {
+    std::thread::spawn(|| {
+        let _ = io::copy(&mut io::stdin(), &mut io::sink());
+        lab::interrupt();
+    });
 }
 
 fn conclusion(exit_code: u8) -> &'static str {

@@ -1,5 +1,6 @@
 //! Tidegate's tasks, as a library: `main.rs` lists them, and the daemon's tests use the [`lab`].
 
+pub mod bench;
 pub mod bench_peers;
 pub mod build_ebpf;
 pub mod claims;

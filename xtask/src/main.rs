@@ -3,7 +3,9 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use xtask::{bench_peers, build_ebpf, dist, fuzz, layers, licences, run, scenarios, test, vm};
+use xtask::{
+    bench, bench_peers, build_ebpf, dist, fuzz, layers, licences, run, scenarios, test, vm,
+};
 
 /// Tidegate's tasks.
 #[derive(Parser)]
@@ -11,6 +13,8 @@ use xtask::{bench_peers, build_ebpf, dist, fuzz, layers, licences, run, scenario
 enum Task {
     /// Build everything and show a gateway that carries real traffic.
     Run(run::Options),
+    /// Measure tidegate beside others, and draw a report.
+    Bench(bench::Options),
     /// Prove it: formatting, lints, layers, licences and all tests.
     Test(test::Options),
     /// Build the programs in the kernel, which the daemon embeds.
@@ -34,11 +38,15 @@ enum Task {
     /// The part of `run` that needs privileges.
     #[command(hide = true)]
     Demonstrate(scenarios::Options),
+    /// The part of `bench` that needs privileges.
+    #[command(hide = true)]
+    Measure(bench::MeasureOptions),
 }
 
 fn main() -> ExitCode {
     let ended = match Task::parse() {
         Task::Run(options) => run::run(&options),
+        Task::Bench(options) => bench::bench(&options),
         Task::Test(options) => test::test(&options),
         Task::BuildEbpf { check } => build_ebpf::build(check).map(|_| ExitCode::SUCCESS),
         Task::Layers => layers::check().map(|()| ExitCode::SUCCESS),
@@ -48,6 +56,7 @@ fn main() -> ExitCode {
         Task::BenchPeers(options) => bench_peers::bench(&options),
         Task::Vm(options) => vm::run(&options),
         Task::Demonstrate(options) => scenarios::demonstrate(&options),
+        Task::Measure(options) => bench::measure_planned(&options),
     };
     ended.unwrap_or_else(|error| {
         eprintln!("xtask: {error:#}");
@@ -67,6 +76,8 @@ mod tests {
             "run --scenario mesh --mode udp",
             "run --scenario bridge --peer wireguard-go",
             "demonstrate --programs . --mode native",
+            "bench --quick --only tidegate,none --rows tcp-up-1",
+            "measure --plan plan.json --date 2026-11-24T00:00:00Z --raw raw.json",
             "dist --out target/dist",
             "bench-peers --peers 1000,20000 --wg-only --programs target/release",
             "demonstrate --programs . --mode native --scenario gateway --peer tidegate --lifeline",

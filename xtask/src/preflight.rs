@@ -24,8 +24,12 @@ const PROGRAMS: &[(&str, &str)] = &[
 ];
 
 /// What tests need on top.
-pub const FOR_TESTS: &[(&str, &str)] =
-    &[("wireguard-go", "wireguard-go"), ("iptables", "iptables"), ("nft", "nftables")];
+pub const FOR_TESTS: &[(&str, &str)] = &[
+    ("wireguard-go", "wireguard-go"),
+    ("iptables", "iptables"),
+    ("nft", "nftables"),
+    ("ethtool", "ethtool"),
+];
 
 /// Debian's Rust with a `core` for the BPF target; LLVM's development files come on top.
 const EBPF_PACKAGES: &[&str] = &["rustc-web", "libstd-rust-web-dev-bpf"];

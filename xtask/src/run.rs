@@ -114,7 +114,7 @@ fn build_programs() -> Result<PathBuf> {
 }
 
 /// Whether sudo works without a question, or somebody is there to be asked.
-fn sudo_works() -> bool {
+pub fn sudo_works() -> bool {
     let quiet = |mut command: Command| {
         let command = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         command.status().is_ok_and(|status| status.success())
@@ -127,7 +127,6 @@ fn sudo_works() -> bool {
 /// Runs the demonstration through another command. It ends when its standard input does, so
 /// that it never outlives us, whatever ends us.
 fn elsewhere(command: &mut Command, options: &scenarios::Options) -> Result<ExitCode> {
-    lab::catch_signals()?;
     let scenarios::Options { common: options, scenario, peer, nat } = options;
     command.arg(env::current_exe()?).arg("demonstrate");
     command.arg("--programs").arg(&options.programs).args(["--mode", options.mode.word()]);
@@ -147,7 +146,18 @@ fn elsewhere(command: &mut Command, options: &scenarios::Options) -> Result<Exit
             command.arg(flag);
         }
     }
-    let mut child = command.stdin(Stdio::piped()).spawn().context("starting the demonstration")?;
+    through(command)
+}
+
+/// Runs another process of ours to its end, whose standard input is its lifeline.
+///
+/// # Errors
+/// If it cannot be started, or does not end when it is told to.
+pub fn through(command: &mut Command) -> Result<ExitCode> {
+    lab::catch_signals()?;
+    let program = command.get_program().to_string_lossy().into_owned();
+    let mut child =
+        command.stdin(Stdio::piped()).spawn().with_context(|| format!("starting {program}"))?;
     let mut lifeline = child.stdin.take();
     let mut interrupted_at = None;
     loop {
@@ -158,7 +168,7 @@ fn elsewhere(command: &mut Command, options: &scenarios::Options) -> Result<Exit
         if lab::check_interrupted().is_err() {
             drop(lifeline.take());
             let since = *interrupted_at.get_or_insert_with(Instant::now);
-            ensure!(since.elapsed() < Duration::from_secs(30), "the demonstration does not end");
+            ensure!(since.elapsed() < Duration::from_secs(30), "{program} does not end");
         }
         thread::sleep(Duration::from_millis(50));
     }

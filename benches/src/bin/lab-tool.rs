@@ -20,6 +20,8 @@ use sha2::{Digest, Sha256};
 /// How long a connection may stand still: longer than a lost handshake takes to be repeated.
 const PATIENCE: Duration = Duration::from_secs(20);
 const CHUNK_LEN: usize = 128 << 10;
+/// Of a stream that is held back.
+const PACED_CHUNK_LEN: usize = 16 << 10;
 
 /// Sends and receives files and load over TCP.
 #[derive(Parser)]
@@ -61,6 +63,9 @@ enum Tool {
         direction: Direction,
         /// For how long, in milliseconds.
         duration_ms: u64,
+        /// Payload of the stream, at most; without, as much as will go.
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+        mbit_s: Option<u32>,
     },
 }
 
@@ -78,7 +83,7 @@ enum Direction {
 enum Request {
     Put { name: PathBuf },
     Get { file: PathBuf },
-    Load { direction: Direction, duration_ms: u64 },
+    Load { direction: Direction, duration_ms: u64, mbit_s: Option<u32> },
 }
 
 /// What the receiver of a stream saw.
@@ -107,8 +112,8 @@ fn main() -> Result<()> {
         Tool::Serve { port, directory } => serve(port, &directory),
         Tool::Put { server, file } => print(&put(server, &file)?),
         Tool::Get { server, remote, file } => print(&get(server, remote, &file)?),
-        Tool::Load { server, direction, duration_ms } => {
-            print(&load(server, direction, duration_ms)?)
+        Tool::Load { server, direction, duration_ms, mbit_s } => {
+            print(&load(server, direction, duration_ms, mbit_s)?)
         }
     }
 }
@@ -141,8 +146,8 @@ fn answer(stream: TcpStream, directory: &Path) -> Result<()> {
         Request::Put { name } => receive_file(&mut reader, &directory.join(name))?,
         Request::Get { file } => return send_file(&stream, &file),
         Request::Load { direction: Direction::Up, .. } => sink(&mut reader)?,
-        Request::Load { direction: Direction::Down, duration_ms } => {
-            return stream_for(&stream, duration_ms);
+        Request::Load { direction: Direction::Down, duration_ms, mbit_s } => {
+            return stream_for(&stream, duration_ms, mbit_s);
         }
     };
     // The socket takes both families, and shows IPv4 as a part of IPv6.
@@ -175,11 +180,16 @@ fn get(server: SocketAddr, remote: PathBuf, file: &Path) -> Result<Received> {
     receive_file(&mut ask(server, &Request::Get { file: remote })?, file)
 }
 
-fn load(server: SocketAddr, direction: Direction, duration_ms: u64) -> Result<Received> {
-    let mut stream = ask(server, &Request::Load { direction, duration_ms })?;
+fn load(
+    server: SocketAddr,
+    direction: Direction,
+    duration_ms: u64,
+    mbit_s: Option<u32>,
+) -> Result<Received> {
+    let mut stream = ask(server, &Request::Load { direction, duration_ms, mbit_s })?;
     match direction {
         Direction::Up => {
-            stream_for(&stream, duration_ms)?;
+            stream_for(&stream, duration_ms, mbit_s)?;
             verdict(stream)
         }
         Direction::Down => sink(&mut stream),
@@ -239,12 +249,44 @@ fn receive(
     }
 }
 
-fn stream_for(stream: &TcpStream, duration_ms: u64) -> Result<()> {
-    let chunk = vec![0x5a; CHUNK_LEN];
-    let end = Instant::now() + Duration::from_millis(duration_ms);
+fn stream_for(stream: &TcpStream, duration_ms: u64, mbit_s: Option<u32>) -> Result<()> {
+    // Large ones would make bursts of what is to be a stream.
+    let chunk = vec![0x5a; if mbit_s.is_some() { PACED_CHUNK_LEN } else { CHUNK_LEN }];
+    let begun = Instant::now();
+    let end = begun + Duration::from_millis(duration_ms);
+    let mut sent = 0u64;
     while Instant::now() < end {
         (&*stream).write_all(&chunk).context("sending load")?;
+        sent += chunk.len() as u64;
+        if let Some(mbit_s) = mbit_s {
+            let due = begun + Duration::from_secs_f64(sent as f64 * 8e-6 / f64::from(mbit_s));
+            thread::sleep(due.min(end).saturating_duration_since(Instant::now()));
+        }
     }
     stream.shutdown(Shutdown::Write)?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_paced_stream_carries_no_more_than_it_was_told() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let server = listener.local_addr().unwrap();
+        let served = thread::spawn(move || {
+            for _ in 0..2 {
+                let (stream, _) = listener.accept().unwrap();
+                answer(stream, Path::new("/nowhere")).unwrap();
+            }
+        });
+        for direction in [Direction::Up, Direction::Down] {
+            let received = load(server, direction, 200, Some(8)).unwrap();
+            // 200 ms of a million bytes a second, and the chunk that is on its way at the end.
+            let most = 200_000 + PACED_CHUNK_LEN as u64;
+            assert!((1..=most).contains(&received.bytes), "{}", received.bytes);
+        }
+        served.join().unwrap();
+    }
 }
