@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
-use rustix::fs::{FlockOperation, Mode, fchmod, flock};
+use rustix::fs::{CWD, FlockOperation, Mode, RenameFlags, fchmod, flock, renameat_with};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use tokio::net::UnixListener;
 use tokio::time::Instant;
@@ -151,7 +151,15 @@ impl Listener {
             .map_err(io::Error::from)
             .map_err(failed("locking the directory", dir))?;
         remove_if_dead(&path)?;
-        let fd = listen(&path).map_err(failed("listening on", &path))?;
+        // wg(8) removes a socket on which nobody listens: it gets its name when somebody does.
+        let unnamed = dir.join(format!(".{interface}.new"));
+        let fd = listen(&unnamed)
+            .and_then(|fd| {
+                renameat_with(CWD, &unnamed, CWD, &path, RenameFlags::NOREPLACE)?;
+                Ok(fd)
+            })
+            .inspect_err(|_| drop(fs::remove_file(&unnamed)))
+            .map_err(failed("listening on", &path))?;
         let file = SocketFile::of(path.clone()).map_err(failed("listening on", &path))?;
         Ok(Self { fd, file })
     }
@@ -288,6 +296,11 @@ fn listen(path: &Path) -> io::Result<OwnedFd> {
     let fd = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
     // The file gets the mode of the socket: Linux, unix_bind_bsd.
     fchmod(&fd, Mode::RUSR | Mode::WUSR)?;
+    // One may be left of a process that was killed. The caller's lock keeps others away.
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
     rustix::net::bind(&fd, &SocketAddrUnix::new(path)?)?;
     rustix::net::listen(&fd, 128)?;
     Ok(fd)

@@ -277,6 +277,31 @@ fn only_a_dead_socket_is_replaced() {
     });
 }
 
+/// wg(8) removes a socket that refuses it.
+#[test]
+fn a_socket_has_its_name_only_while_somebody_listens() {
+    const COUNT: usize = 300;
+    let dir = tempfile::tempdir().unwrap();
+    let began = std::time::Instant::now();
+    std::thread::scope(|scope| {
+        let client = scope.spawn(|| {
+            for number in 0..COUNT {
+                let path = dir.path().join(format!("wg{number}.sock"));
+                while let Err(error) = StdStream::connect(&path) {
+                    assert!(began.elapsed() < Duration::from_secs(60), "{error}");
+                    assert_eq!(error.kind(), std::io::ErrorKind::NotFound, "{}", path.display());
+                }
+            }
+        });
+        // What a process that was killed has left is in nobody's way.
+        fs::write(dir.path().join(".wg0.new"), "").unwrap();
+        let bind = |number| Listener::bind_in(dir.path(), &format!("wg{number}")).unwrap();
+        let all: Vec<Listener> = (0..COUNT).map(bind).collect();
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), all.len());
+        client.join().unwrap();
+    });
+}
+
 #[test]
 fn the_oldest_silent_client_makes_room_for_a_new_one() {
     const STALLED: usize = 64;
