@@ -10,12 +10,17 @@
 //! `read→segment→seal`, from super-packets of 64 KiB of TCP in a queue to a socket that takes everything. `cut`:
 //! the packets alone, of 1,440 bytes and tiny ones. `all but AEAD`: through the outbound half with a back end
 //! that seals nothing: reading (a copy), cutting, routing, counters, headers; `with ring`: with one that does.
+//!
+//! `fan-out`: one tunnel with each back end, on one thread, and on two or more as far as there are CPUs, of which all
+//! but the first help: inbound a stream of batches of 64 packets of one flow, outbound as above.
 
 use std::cell::{Cell, RefCell};
 use std::hint::black_box;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use benches::{BATCH_MAX, ipv4_packet};
@@ -26,8 +31,9 @@ use wg_common::headers::{Checksum, IPV4_LEN};
 use wg_common::id::{DeviceId, PeerId, ShardId, WorkerId};
 use wg_common::index::{IndexLayout, IndexPermutation};
 use wg_common::time::Now;
-use wg_userspace::aead::{BatchAead, Job, RingAead};
+use wg_userspace::aead::{BatchAead, Job, RingAead, choice};
 use wg_userspace::counters::Path;
+use wg_userspace::datapath::fan_out::{Duty, Helping};
 use wg_userspace::datapath::handoff::Mesh;
 use wg_userspace::datapath::inbound::{Arrival, Inbound, PacketSink, Run};
 use wg_userspace::datapath::outbound::{DatagramSink, Outbound, Outgoing, PacketSource, Unsent};
@@ -39,6 +45,7 @@ use wg_userspace::segments::join::{Batch, Plan};
 use wg_userspace::segments::vnet::{PartialChecksum, SegmentKind, Segments};
 use wg_userspace::segments::{Cut, VnetHeader};
 use wg_userspace::session::{HotPeer, Keypair};
+use wg_userspace::sys::affinity;
 
 const PACKET_LEN: usize = 1440;
 const TCP: u8 = 6;
@@ -68,13 +75,13 @@ impl BatchAead for Plain {
     }
 }
 
-/// A device with one worker and one peer, which owns everything and has a keypair with one key for both
+/// A device with so many workers and one peer, which owns everything and has a keypair with one key for both
 /// directions: it opens what it has sealed.
-fn device() -> Arc<Shared> {
+fn device(worker_count: usize) -> Arc<Shared> {
     const INDEXES: IndexPermutation = IndexPermutation::new([1, 2, 3, 4], IndexLayout::DEFAULT);
     let sockets = SocketGroup { port: 51820, of_worker: Vec::new() };
-    let (shared, _) =
-        Shared::new(DeviceId(0), 1, Vec::new(), sockets, None, INDEXES).expect("an event");
+    let (shared, _) = Shared::new(DeviceId(0), worker_count, Vec::new(), sockets, None, INDEXES)
+        .expect("an event");
     let mut allowed_ips = AllowedIps::default();
     allowed_ips.insert("0.0.0.0/0".parse::<IpNet>().expect("a prefix"), PeerId(1));
     shared.routing.store(allowed_ips.snapshot());
@@ -195,7 +202,7 @@ fn sealed(outbound: &mut Outbound, packets: &[Vec<u8>]) -> Vec<Vec<u8>> {
 
 /// Mean time of as many packets as a batch has, of which nothing but taking them in is timed.
 fn time_inbound(aead: &'static dyn BatchAead, packets: &[Vec<u8>], batch_count: u64) -> Duration {
-    let device = device();
+    let device = device(1);
     let mut outbound = Outbound::new(WorkerId(0), Arc::clone(&device), aead);
     let alone = Mesh::between(1, 1).pop_front().expect("one worker has one");
     let mut inbound = Inbound::new(WorkerId(0), device, aead, alone.to);
@@ -284,7 +291,7 @@ fn read_segment_seal(c: &mut Criterion) {
     for (what, aead) in BACK_ENDS {
         group.bench_function(BenchmarkId::new(what, PACKET_LEN), |b| {
             b.iter_custom(|count| {
-                let mut outbound = Outbound::new(WorkerId(0), device(), aead);
+                let mut outbound = Outbound::new(WorkerId(0), device(1), aead);
                 let (queue, sink) = (Queue::Always(header, &packet), Sink::default());
                 let start = Instant::now();
                 while sink.0.get() < count {
@@ -297,11 +304,158 @@ fn read_segment_seal(c: &mut Criterion) {
     group.finish();
 }
 
+/// One tunnel's two halves on the first of several threads; the others help until it is dropped.
+struct Tunnel {
+    shared: Arc<Shared>,
+    inbound: Inbound,
+    outbound: Outbound,
+    duty: Duty,
+    is_over: Arc<AtomicBool>,
+    helpers: Vec<JoinHandle<()>>,
+}
+
+impl Tunnel {
+    fn new(aead: &'static dyn BatchAead, cpus: &[usize]) -> Self {
+        let shared = device(cpus.len());
+        let mut meshes = Mesh::between(cpus.len(), 1);
+        let mesh = meshes.pop_front().expect("one for each thread");
+        let is_over = Arc::new(AtomicBool::new(false));
+        let helpers = (1..).zip(meshes).map(|(number, mesh)| {
+            let mut helping = Helping::default();
+            helping.add(mesh.open.split().1);
+            helping.add(mesh.seal.split().1);
+            let (id, cpu) = (WorkerId(number), cpus[usize::from(number)]);
+            let (crew, is_over) = (Arc::clone(&shared.crew), Arc::clone(&is_over));
+            crew.beat(id, START);
+            crew.set_awake(id, true);
+            std::thread::spawn(move || {
+                affinity::pin(cpu).expect("it may be used");
+                while !is_over.load(Ordering::Relaxed) {
+                    if !helping.help(&crew, &mut 2) {
+                        std::hint::spin_loop();
+                    }
+                }
+            })
+        });
+        let helpers = helpers.collect();
+        let inbound = Inbound::new(WorkerId(0), Arc::clone(&shared), aead, mesh.to);
+        let outbound = Outbound::new(WorkerId(0), Arc::clone(&shared), aead);
+        let mut tunnel = Self {
+            inbound: inbound.with_helpers(mesh.open.split().0),
+            outbound: outbound.with_helpers(mesh.seal.split().0),
+            duty: Duty::new(WorkerId(0), Arc::clone(&shared.crew)),
+            shared,
+            is_over,
+            helpers,
+        };
+        // Until it is saturated.
+        (0..20).for_each(|_| tunnel.turn());
+        tunnel
+    }
+
+    /// As a thread does that has more to do.
+    fn turn(&mut self) {
+        self.duty.end_turn(true, false, START);
+        let turn = self.duty.begin_turn(self.inbound.in_flight().with(self.outbound.in_flight()));
+        self.shared.beat(WorkerId(0), START);
+        self.inbound.begin_turn(turn);
+        self.outbound.begin_turn(turn);
+    }
+}
+
+impl Drop for Tunnel {
+    fn drop(&mut self) {
+        self.is_over.store(true, Ordering::Relaxed);
+        self.helpers.drain(..).for_each(|helper| helper.join().expect("it does not panic"));
+    }
+}
+
+/// Batches that are sealed at a time, and then opened.
+const STREAM_LEN: u64 = 64;
+
+fn time_stream(tunnel: &mut Tunnel, seals: &mut Outbound, batch_count: u64) -> Duration {
+    let packets = packets_of(1, BATCH_MAX);
+    let sink = Sink::default();
+    let mut time = Duration::ZERO;
+    let mut left = batch_count;
+    while left > 0 {
+        let count = left.min(STREAM_LEN);
+        left -= count;
+        let mut batches: Vec<_> = (0..count).map(|_| sealed(seals, &packets)).collect();
+        let start = Instant::now();
+        for batch in &mut batches {
+            tunnel.turn();
+            tunnel.inbound.release(&sink, START);
+            while !tunnel.inbound.has_room() {
+                std::hint::spin_loop();
+                tunnel.inbound.release(&sink, START);
+            }
+            let mut arrivals: Vec<Arrival<'_>> = batch
+                .iter_mut()
+                .map(|bytes| Arrival {
+                    bytes,
+                    from: endpoint(),
+                    tos: 0,
+                    path: Path::Socket,
+                    worker: WorkerId(0),
+                })
+                .collect();
+            tunnel.inbound.process(&mut arrivals, &sink, START);
+        }
+        while !tunnel.inbound.is_empty() {
+            std::hint::spin_loop();
+            tunnel.inbound.release(&sink, START);
+        }
+        time += start.elapsed();
+    }
+    assert_eq!(sink.0.get(), batch_count * BATCH_MAX as u64, "none is dropped");
+    time
+}
+
+fn time_sending(tunnel: &mut Tunnel, count: u64) -> Duration {
+    let (header, packet) = super_packet(1400);
+    let (queue, sink) = (Queue::Always(header, &packet), Sink::default());
+    let start = Instant::now();
+    while sink.0.get() < count {
+        tunnel.turn();
+        tunnel.outbound.release(&sink, START);
+        tunnel.outbound.process(&queue, &sink, START).expect("it always reads");
+    }
+    while !tunnel.outbound.is_empty() {
+        std::hint::spin_loop();
+        tunnel.outbound.release(&sink, START);
+    }
+    start.elapsed().mul_f64(count as f64 / sink.0.get() as f64)
+}
+
+fn fan_out(c: &mut Criterion) {
+    let cpus = affinity::inherited_cpus().expect("they can be asked for");
+    affinity::pin(cpus[0]).expect("it may be used");
+    let mut group = c.benchmark_group("fan-out");
+    for aead in choice::back_ends() {
+        for thread_count in [1, 2, 4, 8, 16].into_iter().filter(|&count| count <= cpus.len()) {
+            let id = |way: &str| BenchmarkId::new(format!("{way}/{}", aead.name()), thread_count);
+            group.throughput(Throughput::Elements(BATCH_MAX as u64));
+            group.bench_function(id("inbound"), |b| {
+                let mut tunnel = Tunnel::new(aead, &cpus[..thread_count]);
+                let mut seals = Outbound::new(WorkerId(0), Arc::clone(&tunnel.shared), aead);
+                b.iter_custom(|count| time_stream(&mut tunnel, &mut seals, count));
+            });
+            group.throughput(Throughput::Elements(1));
+            group.bench_function(id("outbound"), |b| {
+                let mut tunnel = Tunnel::new(aead, &cpus[..thread_count]);
+                b.iter_custom(|count| time_sending(&mut tunnel, count));
+            });
+        }
+    }
+    group.finish();
+}
+
 criterion_group! {
     name = benches;
     config = Criterion::default()
         .warm_up_time(Duration::from_millis(500))
         .measurement_time(Duration::from_secs(2));
-    targets = open_coalesce, read_segment_seal
+    targets = open_coalesce, read_segment_seal, fan_out
 }
 criterion_main!(benches);

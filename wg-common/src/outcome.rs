@@ -137,6 +137,8 @@ reasons! {
     /// It is to be translated, is of no known flow, and cannot begin one: an echo reply, or TCP that is neither a SYN
     /// nor from the midst of a connection.
     BeginsNothing = "begins_nothing",
+    /// The thread that was given the packet to seal or open did not give it back in time.
+    HelperStuck = "helper_stuck",
 }
 
 macro_rules! events {

@@ -99,6 +99,8 @@ pub struct DataPath {
     pub socket_steering: Option<Steering>,
     /// Tunnel packets that came to another worker, and were handed on to it.
     pub handed_on: u64,
+    /// Batches of this device's workers that others sealed or opened, since one thread was saturated.
+    pub fanned_out: u64,
     /// Whether the segment size that a SYN offers is lowered to what the tunnel carries; nothing if the daemon
     /// did not say.
     pub mss_clamp: Option<bool>,

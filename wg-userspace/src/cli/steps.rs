@@ -5,6 +5,7 @@
 //! [`carry_out`] does it. [`undo`] needs only what was noted, and takes what is gone already as done.
 
 use std::{
+    collections::HashSet,
     fs,
     net::{IpAddr, SocketAddr},
     path::PathBuf,
@@ -133,8 +134,10 @@ pub async fn settle(step: Step, context: &Context<'_>) -> Result<Option<Step>, F
             // While a reload that was killed has left a part of the rules, a way may be the tunnel's own.
             let tunnel = host.link(interface.as_str()).await?.map_or(0, |link| link.index);
             let mut paths = Vec::new();
-            for endpoint in endpoints {
-                paths.extend(host.path_mtu_but_by(tunnel, endpoint.ip()).await?);
+            // Many peers may be behind one address.
+            let remotes: HashSet<IpAddr> = endpoints.iter().map(SocketAddr::ip).collect();
+            for remote in remotes {
+                paths.extend(host.path_mtu_but_by(tunnel, remote).await?);
             }
             Step::Mtu(Some(tunnel_mtu(&paths, host.default_route_mtu().await?)))
         }

@@ -137,6 +137,9 @@ fn data_path(path: &DataPath, paint: Paint) -> String {
     if path.handed_on != 0 {
         text += &paint.line("handed on to other workers", &path.handed_on.to_string());
     }
+    if path.fanned_out != 0 {
+        text += &paint.line("batches that other workers did", &path.fanned_out.to_string());
+    }
     // What is usual is not worth a line.
     if path.mss_clamp == Some(false) {
         text += &paint.line("mss clamp", "off");
@@ -411,5 +414,7 @@ mod tests {
             text.ends_with("  socket steering: on\n  handed on to other workers: 7\n"),
             "{text}"
         );
+        let path = DataPath { fanned_out: 3, ..path };
+        assert!(data_path(&path, PLAIN).ends_with("\n  batches that other workers did: 3\n"));
     }
 }

@@ -47,6 +47,7 @@ pub struct Counters {
     received: [AtomicU64; Path::COUNT],
     sent: [AtomicU64; Path::COUNT],
     handed_on: AtomicU64,
+    fanned_out: AtomicU64,
 }
 
 impl Default for Counters {
@@ -56,6 +57,7 @@ impl Default for Counters {
             received: [const { AtomicU64::new(0) }; Path::COUNT],
             sent: [const { AtomicU64::new(0) }; Path::COUNT],
             handed_on: AtomicU64::new(0),
+            fanned_out: AtomicU64::new(0),
         }
     }
 }
@@ -84,6 +86,12 @@ impl Counters {
         add(&self.handed_on, n);
     }
 
+    /// Counts `n` batches that were given to another thread to be sealed or opened.
+    #[inline]
+    pub fn fanned_out(&self, n: u64) {
+        add(&self.fanned_out, n);
+    }
+
     /// Counts `n` tunnel packets that were handed to the NIC or the socket.
     #[inline]
     pub fn sent(&self, path: Path, n: u64) {
@@ -98,14 +106,15 @@ fn add(counter: &AtomicU64, n: u64) {
 
 /// The sums of all threads' [`Counters`] at about one moment.
 ///
-/// Serialized as `{"dropped": {"bad_length": 0, …}, "received": {"xsk": 0, "socket": 0}, "sent": {…}, "handed_on": 0}`:
-/// every name is always there.
+/// Serialized as `{"dropped": {"bad_length": 0, …}, "received": {"xsk": 0, "socket": 0}, "sent": {…}, "handed_on": 0,
+/// "fanned_out": 0}`: every name is always there.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Totals {
     dropped: [u64; DropReason::COUNT],
     received: [u64; Path::COUNT],
     sent: [u64; Path::COUNT],
     handed_on: u64,
+    fanned_out: u64,
 }
 
 impl Default for Totals {
@@ -115,6 +124,7 @@ impl Default for Totals {
             received: [0; Path::COUNT],
             sent: [0; Path::COUNT],
             handed_on: 0,
+            fanned_out: 0,
         }
     }
 }
@@ -145,6 +155,11 @@ impl Totals {
         self.handed_on
     }
 
+    /// Batches that were given to another thread to be sealed or opened.
+    pub const fn fanned_out(&self) -> u64 {
+        self.fanned_out
+    }
+
     /// Drop reasons that occurred, with their counts.
     pub fn drops(&self) -> impl Iterator<Item = (DropReason, u64)> {
         DropReason::ALL.iter().map(|&reason| (reason, self.dropped(reason))).filter(|&(_, n)| n > 0)
@@ -158,10 +173,11 @@ impl<'a> Sum<&'a Counters> for Totals {
             accumulate(&mut totals.dropped, &one.dropped);
             accumulate(&mut totals.received, &one.received);
             accumulate(&mut totals.sent, &one.sent);
-            accumulate(
-                std::slice::from_mut(&mut totals.handed_on),
-                std::slice::from_ref(&one.handed_on),
-            );
+            for (total, counter) in
+                [(&mut totals.handed_on, &one.handed_on), (&mut totals.fanned_out, &one.fanned_out)]
+            {
+                accumulate(std::slice::from_mut(total), std::slice::from_ref(counter));
+            }
         }
         totals
     }
@@ -177,11 +193,12 @@ impl Serialize for Totals {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let reasons = || DropReason::ALL.iter().map(|reason| reason.name());
         let paths = || Path::ALL.iter().map(|path| path.name());
-        let mut fields = serializer.serialize_struct("Totals", 4)?;
+        let mut fields = serializer.serialize_struct("Totals", 5)?;
         fields.serialize_field("dropped", &Named(|| reasons().zip(self.dropped)))?;
         fields.serialize_field("received", &Named(|| paths().zip(self.received)))?;
         fields.serialize_field("sent", &Named(|| paths().zip(self.sent)))?;
         fields.serialize_field("handed_on", &self.handed_on)?;
+        fields.serialize_field("fanned_out", &self.fanned_out)?;
         fields.end()
     }
 }
@@ -216,6 +233,7 @@ mod tests {
         workers[0].received(Path::Xsk, 64);
         workers[0].received(Path::Socket, 1);
         workers[1].sent(Path::Socket, 7);
+        workers.iter().for_each(|worker| worker.fanned_out(4));
         let totals = Totals::sum(&workers);
         assert_eq!(totals.dropped(DropReason::Replay), 5);
         assert_eq!(totals.dropped(DropReason::BadTag), 0);
@@ -223,6 +241,7 @@ mod tests {
         assert_eq!(totals.received(Path::Socket), 1);
         assert_eq!(totals.sent(Path::Xsk), 0);
         assert_eq!(totals.sent(Path::Socket), 7);
+        assert_eq!((totals.fanned_out(), totals.handed_on()), (8, 0));
         let drops: Vec<_> = totals.drops().collect();
         assert_eq!(drops, [(DropReason::Replay, 5), (DropReason::NoPeer, 1)]);
         assert_eq!(Totals::sum(&[]), Totals::default());

@@ -519,6 +519,7 @@ impl uapi::Handler for Control {
             tun_steering: self.tun_steering.status(),
             socket_steering: self.socket_steering.clone(),
             handed_on: totals.handed_on(),
+            fanned_out: totals.fanned_out(),
             mss_clamp,
             copy_dscp,
             privileges: self.privileges.get(),

@@ -39,7 +39,8 @@ pub async fn settled(shared: &Shared, turns: Vec<u64>) -> Option<usize> {
         if !shared.is_quiesced(now) {
             return None;
         }
-        let late = |&worker: &WorkerId| shared.crew.turns(worker) == turns[usize::from(worker.0)];
+        let late =
+            |&worker: &WorkerId| !shared.crew.obeys_since(worker, turns[usize::from(worker.0)]);
         let (mut stuck, mut waits) = (0, false);
         for worker in workers(shared).filter(late) {
             stuck += 1;

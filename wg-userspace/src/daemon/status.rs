@@ -25,6 +25,8 @@ pub struct Status {
     pub socket_steering: Steering,
     /// Tunnel packets that came to another worker, and were handed on to it.
     pub handed_on: u64,
+    /// Batches of this device's workers that others sealed or opened, since one thread was saturated.
+    pub fanned_out: u64,
     /// Whether the segment size that a SYN offers is lowered to what the tunnel carries.
     pub mss_clamp: bool,
     /// Whether outer headers get the DSCP of the packets in them.

@@ -2,7 +2,7 @@
 //! for whom, what wakes them.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 use std::time::Duration;
 
 use crossbeam_queue::ArrayQueue;
@@ -54,6 +54,44 @@ pub enum PortChange {
     Close(PortId),
 }
 
+/// Later than every moment and turn.
+const NOTHING: u64 = u64::MAX;
+
+/// How much a thread has to do beside what others give it.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[repr(u8)]
+enum Rest {
+    /// Its own packets leave no time, or it has not begun to run.
+    None,
+    /// It has time for others, and looks at what they give it in each turn.
+    Awake,
+    /// It has time for others, and must be woken.
+    Asleep,
+}
+
+/// What a thread has begun and not finished, from earlier turns.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct InFlight {
+    /// When the turn began in which the oldest message was sealed that has not left.
+    pub unsent_since: Option<Now>,
+    /// The turn in which the oldest batch was given away that has not come back.
+    pub away_since: Option<u64>,
+}
+
+impl InFlight {
+    /// What is in flight of both.
+    #[must_use]
+    pub fn with(self, other: Self) -> Self {
+        fn older<T: Ord>(a: Option<T>, b: Option<T>) -> Option<T> {
+            a.into_iter().chain(b).min()
+        }
+        Self {
+            unsent_since: older(self.unsent_since, other.unsent_since),
+            away_since: older(self.away_since, other.away_since),
+        }
+    }
+}
+
 /// Changes of XSKs that a thread has not looked at yet.
 const PORT_CHANGES_MAX: usize = 64;
 
@@ -66,6 +104,14 @@ struct Thread {
     heartbeat: AtomicU64,
     /// Number of turns that it has begun.
     turns: AtomicU64,
+    /// Boot time in nanoseconds of the turn in which the oldest message was sealed that has not left yet;
+    /// [`NOTHING`] if all have.
+    unsent_since: AtomicU64,
+    /// The turn in which the oldest batch was given to another thread that this one has not back;
+    /// [`NOTHING`] if it has all.
+    away_since: AtomicU64,
+    /// Whether it can help others: a [`Rest`].
+    rest: AtomicU8,
     /// Who reads its sockets and TUN queues while it is stuck: worker number + 1, or 0.
     deputy: AtomicU16,
     port_changes: ArrayQueue<PortChange>,
@@ -87,6 +133,9 @@ impl Crew {
                     wake: EventFd::new()?,
                     heartbeat: AtomicU64::new(0),
                     turns: AtomicU64::new(0),
+                    unsent_since: AtomicU64::new(NOTHING),
+                    away_since: AtomicU64::new(NOTHING),
+                    rest: AtomicU8::new(Rest::None as u8),
                     deputy: AtomicU16::new(0),
                     port_changes: ArrayQueue::new(PORT_CHANGES_MAX),
                 })
@@ -202,10 +251,14 @@ impl Crew {
         now.since(Now::from_boot_ns(beat))
     }
 
-    /// Whether every thread has begun a turn after `at`: what one had sealed before has left, and what it
-    /// had accepted is delivered.
+    /// Whether every thread has begun a turn after `at`, and nothing from before is in flight: what one had
+    /// sealed before has left, and what it had accepted is delivered.
     pub fn all_turned_since(&self, at: Now) -> bool {
-        self.threads.iter().all(|thread| thread.heartbeat.load(Ordering::Acquire) > at.boot_ns())
+        self.threads.iter().all(|thread| {
+            // In this order: the turn that has begun has said first what is in flight.
+            thread.heartbeat.load(Ordering::Acquire) > at.boot_ns()
+                && thread.unsent_since.load(Ordering::Acquire) > at.boot_ns()
+        })
     }
 
     /// Has `deputy` read what belongs to `worker`, of every device; `None` gives it back.
@@ -233,9 +286,53 @@ impl Crew {
         self.of(worker).turns.fetch_add(1, Ordering::SeqCst);
     }
 
-    /// Number of turns that the thread of `worker` has begun. Once it grows, whatever was stored before it
-    /// was read is obeyed.
+    /// Number of turns that the thread of `worker` has begun.
     pub fn turns(&self, worker: WorkerId) -> u64 {
         self.of(worker).turns.load(Ordering::SeqCst)
+    }
+
+    /// Whether the thread of `worker` has begun another turn since it had begun `turns`, and has back what it
+    /// had given to others until then: whatever was stored before `turns` was read is obeyed.
+    pub fn obeys_since(&self, worker: WorkerId, turns: u64) -> bool {
+        // In this order: the turn that has begun has said first what is in flight.
+        self.turns(worker) > turns && self.of(worker).away_since.load(Ordering::SeqCst) > turns
+    }
+
+    /// Says what the thread of `worker` has in flight. To be called before each turn.
+    pub fn set_in_flight(&self, worker: WorkerId, in_flight: InFlight) {
+        let thread = self.of(worker);
+        let unsent = in_flight.unsent_since.map_or(NOTHING, Now::boot_ns);
+        thread.unsent_since.store(unsent, Ordering::Release);
+        thread.away_since.store(in_flight.away_since.unwrap_or(NOTHING), Ordering::SeqCst);
+    }
+
+    /// Says how much the thread of `worker` has to do, which is awake.
+    pub fn set_awake(&self, worker: WorkerId, has_time: bool) {
+        let rest = if has_time { Rest::Awake } else { Rest::None };
+        self.of(worker).rest.store(rest as u8, Ordering::Relaxed);
+    }
+
+    /// Says that the thread of `worker` is about to sleep. It has to look once more for what others gave it:
+    /// who gives something later wakes it.
+    pub fn set_asleep(&self, worker: WorkerId) {
+        self.of(worker).rest.store(Rest::Asleep as u8, Ordering::Relaxed);
+        // Between this store and the look at the rings, as the one in `rouse` is between ring and load.
+        fence(Ordering::SeqCst);
+    }
+
+    /// Wakes the thread of `worker` if it sleeps: something was put into a ring for it.
+    pub fn rouse(&self, worker: WorkerId) {
+        let Thread { rest, wake, .. } = self.of(worker);
+        fence(Ordering::SeqCst);
+        if rest.load(Ordering::Relaxed) == Rest::Asleep as u8
+            && rest.swap(Rest::Awake as u8, Ordering::Relaxed) == Rest::Asleep as u8
+        {
+            wake.signal();
+        }
+    }
+
+    /// Whether the thread of `worker` has time to help others.
+    pub fn has_time(&self, worker: WorkerId) -> bool {
+        self.of(worker).rest.load(Ordering::Relaxed) != Rest::None as u8
     }
 }

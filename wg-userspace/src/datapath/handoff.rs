@@ -9,6 +9,9 @@ use wg_common::id::{DeviceId, PeerId, WorkerId};
 use wg_common::outcome::DropReason;
 use wg_common::protocol::{INITIATION_LEN, TRANSPORT_HEADER_LEN};
 
+use super::fan_out::Rings;
+use super::opening::Opening;
+use super::outbound::Sealing;
 use crate::counters::Path;
 
 /// What a worker leaves to the handshake pool.
@@ -227,15 +230,24 @@ pub struct Mesh {
     pub to: Outbox,
     /// From worker `i`; `None` for the worker itself.
     pub from: Vec<Option<ParcelReceiver>>,
+    /// For batches that others open.
+    pub open: Rings<Opening>,
+    /// For batches that others seal.
+    pub seal: Rings<Sealing>,
 }
 
 impl Mesh {
     /// Rings of `len` parcels between each two of `worker_count` workers: one mesh for each.
     pub fn between(worker_count: usize, len: usize) -> VecDeque<Mesh> {
-        let mut meshes: VecDeque<Mesh> = (0..worker_count)
-            .map(|_| Mesh {
+        let (open, seal) = (Rings::between(worker_count), Rings::between(worker_count));
+        let mut meshes: VecDeque<Mesh> = open
+            .into_iter()
+            .zip(seal)
+            .map(|(open, seal)| Mesh {
                 to: Outbox { to: Vec::new(), free: Vec::new() },
                 from: (0..worker_count).map(|_| None).collect(),
+                open,
+                seal,
             })
             .collect();
         for sender in 0..worker_count {

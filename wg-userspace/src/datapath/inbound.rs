@@ -3,11 +3,12 @@
 //! A packet changes nothing until it is proven. The order is: length and type, receiver index, home,
 //! key age, whether its counter has come before, tag, replay, then endpoint and timers, then the inner header, the source check, and
 //! the TUN device, to which packets of a flow go as one. A batch leaves nothing behind that waits for
-//! the next.
+//! the next, unless another thread opens it: then all that follows its opening is done when it is back and
+//! those before it are done, and its keypairs are asked for again.
 
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Weak};
 
 use arrayvec::ArrayVec;
 use wg_common::ecn;
@@ -21,15 +22,18 @@ use wg_common::protocol::{REJECT_AFTER_MESSAGES, TAG_LEN, TRANSPORT_HEADER_LEN};
 use wg_common::time::Now;
 
 use super::BATCH_LEN;
+use super::crew::InFlight;
 use super::encap::transport_counter;
+use super::fan_out::{Bundle, Head, Line, ToHelper, Turn};
 use super::handoff::{HandshakeDatagram, Outbox, Parcel, Work};
+use super::opening::{self, Opened, Opening};
 use super::shared::Shared;
 use crate::aead::{BatchAead, Job};
 use crate::counters::Path;
 use crate::routing::RoutingTable;
 use crate::segments::SegmentKind;
 use crate::segments::join::{Batch, PACKETS_MAX, Plan};
-use crate::session::{HotPeer, Receiving};
+use crate::session::{HotPeer, Keypair, Receiving};
 use crate::tun::{self, TunQueue};
 
 pub use crate::segments::Run;
@@ -74,6 +78,7 @@ pub struct Inbound {
     aead: &'static dyn BatchAead,
     /// Rings to the other workers, for packets that are at home there.
     to: Outbox,
+    line: Line<Opening>,
     /// Whether the TUN device takes runs of UDP, as far as is known: Linux does from 6.2 on.
     uso: bool,
 }
@@ -137,11 +142,62 @@ impl Inbound {
         mut to: Outbox,
     ) -> Self {
         to.make_buffers(shared.parcel_len);
-        Self { id, shared, aead, to, uso: true }
+        let line = Line::alone(Arc::clone(&shared.crew));
+        Self { id, shared, aead, to, line, uso: true }
     }
 
-    /// Takes a batch of at most [`BATCH_LEN`] datagrams; what is good in them goes to `tun`. Gives how many
-    /// cost something: the others were dropped at sight.
+    /// With helpers that open batches while this thread is saturated.
+    #[must_use]
+    pub fn with_helpers(mut self, helpers: Vec<ToHelper<Opening>>) -> Self {
+        self.line = opening::line(&self.shared, self.aead, helpers);
+        self
+    }
+
+    /// Takes note of the turn that begins.
+    pub fn begin_turn(&mut self, turn: Turn) {
+        self.line.begin_turn(turn);
+    }
+
+    /// Whether datagrams may be taken in: else those that wait to be opened have to be released first.
+    pub fn has_room(&self) -> bool {
+        self.line.has_room()
+    }
+
+    /// Whether a batch that was given to a helper is to be back in a moment.
+    pub fn awaits(&self, now: Now) -> bool {
+        self.line.is_awaited(now)
+    }
+
+    /// Whether a helper has given something back.
+    pub fn is_answered(&self) -> bool {
+        self.line.is_answered()
+    }
+
+    /// What is in flight. What is only opened has not been accepted.
+    pub fn in_flight(&self) -> InFlight {
+        InFlight { unsent_since: None, ..self.line.in_flight() }
+    }
+
+    /// Whether nothing waits to be released.
+    pub fn is_empty(&self) -> bool {
+        self.line.is_empty()
+    }
+
+    /// Takes in what helpers have opened, in the order in which it came. To be called in every turn.
+    pub fn release(&mut self, tun: &impl PacketSink, now: Now) {
+        while let Some(head) = self.line.next(now) {
+            match head {
+                Head::Done(mut bundle) => {
+                    self.accept_opened(&mut bundle, tun, now);
+                    self.line.recycle(bundle);
+                }
+                Head::Lost(count) => self.counters().drop(DropReason::HelperStuck, count as u64),
+            }
+        }
+    }
+
+    /// Takes a batch of at most [`BATCH_LEN`] datagrams; what is good in them goes to `tun`, now or when it is
+    /// released. Gives how many cost something: the others were dropped at sight.
     pub fn process(
         &mut self,
         arrivals: &mut [Arrival<'_>],
@@ -177,10 +233,115 @@ impl Inbound {
             }
         }
         self.wake(wake);
-        let opened = self.open(arrivals, &candidates, &groups);
+        if self.line.wants(candidates.len(), now) {
+            self.submit(arrivals, &candidates, &groups, now);
+            // What is at the front may be done by now.
+            drop(groups);
+            self.release(tun, now);
+        } else {
+            let opened = self.open(arrivals, &candidates, &groups);
+            self.accept(arrivals, (&candidates, &opened), &mut groups, &routing, tun, now);
+        }
+        arrivals.len() - dropped
+    }
+
+    /// Copies the candidates into bundles, for whoever opens them.
+    fn submit(
+        &mut self,
+        arrivals: &[Arrival<'_>],
+        candidates: &[Candidate],
+        groups: &[Group],
+        now: Now,
+    ) {
+        let mut bundle: Option<Box<Opening>> = None;
+        for candidate in candidates {
+            let (datagram, group) = (&arrivals[candidate.arrival], &groups[candidate.group]);
+            let full = |bundle: &mut Box<Opening>| !bundle.has_room(datagram.bytes.len());
+            if let Some(full) = bundle.take_if(full) {
+                self.submit_bundle(full, now);
+            }
+            if bundle.is_none() {
+                bundle = self.line.take();
+            }
+            match &mut bundle {
+                Some(bundle) => {
+                    bundle.push(datagram, (group.index, &group.keypair), candidate.counter);
+                }
+                None => self.counters().drop(DropReason::QueueFull, 1),
+            }
+        }
+        if let Some(bundle) = bundle {
+            self.submit_bundle(bundle, now);
+        }
+    }
+
+    fn submit_bundle(&mut self, bundle: Box<Opening>, now: Now) {
+        if self.line.submit(bundle, now) {
+            self.counters().fanned_out(1);
+        }
+    }
+
+    /// Takes in a batch that was opened elsewhere, or earlier, as if it had come now.
+    fn accept_opened(&mut self, bundle: &mut Opening, tun: &impl PacketSink, now: Now) {
+        let ended = if bundle.is_done() { None } else { Some(DropReason::KeyExpired) };
+        if let Some(reason) = self.shared.pause(now).or(ended) {
+            self.counters().drop(reason, bundle.len() as u64);
+            return;
+        }
+        // Older than any keypair of this batch: an id in it cannot mean a peer that came later.
+        let routing = self.shared.routing.load_full();
+        let mut groups: ArrayVec<Group, BATCH_LEN> = ArrayVec::new();
+        let places: ArrayVec<Result<usize, DropReason>, BATCH_LEN> = bundle
+            .keypairs()
+            .map(|(index, known)| self.open_known_group(index, known, &mut groups, now))
+            .collect();
+        let mut arrivals: ArrayVec<Arrival<'_>, BATCH_LEN> = ArrayVec::new();
+        let mut candidates: ArrayVec<Candidate, BATCH_LEN> = ArrayVec::new();
+        let mut opened: ArrayVec<bool, BATCH_LEN> = ArrayVec::new();
+        for (Opened { group, counter, is_open }, datagram) in bundle.arrivals() {
+            match places[group] {
+                Ok(group) => {
+                    candidates.push(Candidate { arrival: arrivals.len(), group, counter });
+                    opened.push(is_open);
+                    arrivals.push(datagram);
+                }
+                Err(reason) => self.counters().drop(reason, 1),
+            }
+        }
+        self.accept(&mut arrivals, (&candidates, &opened), &mut groups, &routing, tun, now);
+    }
+
+    /// Opens a group for the keypair that opened packets, if it still may.
+    fn open_known_group(
+        &self,
+        index: ReceiverIndex,
+        known: &Weak<Keypair>,
+        groups: &mut ArrayVec<Group, BATCH_LEN>,
+        now: Now,
+    ) -> Result<usize, DropReason> {
+        // A keypair stays where it is at home.
+        let group = self.open_group(index, groups, now)?.map_err(|_| DropReason::UnknownIndex)?;
+        // And an index means no other for a long time.
+        if Arc::as_ptr(groups[group].keypair.keypair()) != known.as_ptr() {
+            groups.pop();
+            return Err(DropReason::UnknownIndex);
+        }
+        Ok(group)
+    }
+
+    /// Takes in what was opened: replay window, endpoint and timers, source check, and on to `tun`.
+    fn accept(
+        &mut self,
+        arrivals: &mut [Arrival<'_>],
+        (candidates, opened): (&[Candidate], &[bool]),
+        groups: &mut [Group],
+        routing: &RoutingTable,
+        tun: &impl PacketSink,
+        now: Now,
+    ) {
         let counters = self.counters();
         let mut admitted: ArrayVec<(usize, usize), BATCH_LEN> = ArrayVec::new();
-        for (candidate, opened) in candidates.iter().zip(opened) {
+        for (candidate, &opened) in candidates.iter().zip(opened) {
             let (group, datagram) =
                 (&mut groups[candidate.group], &mut arrivals[candidate.arrival]);
             if !opened {
@@ -199,20 +360,19 @@ impl Inbound {
                 continue;
             }
             ecn::decapsulate(packet, tos);
-            match self.admit(packet, group, &routing, now) {
+            match self.admit(packet, group, routing, now) {
                 Ok(len) => admitted.push((candidate.arrival, len)),
                 Err(reason) => counters.drop(reason, 1),
             }
         }
         // Before any packet leaves for the TUN device: its answer needs the endpoint and the keypair
         // that it has proved, and another worker may be asked for them at once.
-        for group in &groups {
+        for group in &*groups {
             self.settle(group, now);
         }
         let packets: Batch<'_> =
             admitted.into_iter().map(|(at, len)| &inner(&arrivals[at])[..len]).collect();
         self.deliver(&packets, tun);
-        arrivals.len() - dropped
     }
 
     fn counters(&self) -> &crate::counters::Counters {

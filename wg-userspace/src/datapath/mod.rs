@@ -16,8 +16,10 @@
 mod answers;
 pub mod crew;
 pub mod encap;
+pub mod fan_out;
 pub mod handoff;
 pub mod inbound;
+mod opening;
 pub mod outbound;
 mod routing_loop;
 pub mod shared;

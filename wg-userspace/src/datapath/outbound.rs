@@ -3,6 +3,7 @@
 //! Packets stand behind each other in one arena, each with room before it for the transport header and
 //! behind it for padding and tag, so that encapsulation never moves them. A super-packet is cut into the
 //! packets that it stands for in the room behind it. What one batch has no room for is cut for the next.
+//! A batch that another thread seals goes there with its arena, and another arena takes its place.
 
 use std::io;
 use std::sync::Arc;
@@ -19,7 +20,9 @@ use wg_common::time::Now;
 
 use super::BATCH_LEN;
 use super::answers::Answers;
+use super::crew::InFlight;
 use super::encap::{outer_tos, padded_len, transport_header};
+use super::fan_out::{Bundle, Head, Line, ToHelper, Turn};
 use super::routing_loop::LoopedFragments;
 use super::shared::Shared;
 use super::staging::Staging;
@@ -132,6 +135,8 @@ const READ_BEGIN_MAX: usize = 128 << 10;
 const SEGMENTS_LEN: usize = 96 << 10;
 /// Bytes of the arena.
 const ARENA_LEN: usize = READ_BEGIN_MAX + slot_len(READ_LEN) + SEGMENTS_LEN;
+/// Most arenas that wait in line: those that ten helpers can have, which is more than one worker keeps busy.
+const ARENAS_MAX: usize = 24;
 const _: () = assert!(HEADROOM >= TRANSPORT_HEADER_LEN && HEADROOM.is_multiple_of(64));
 // Behind a super-packet, wherever it stands, there is room for one of its segments at least.
 const _: () = assert!(slot_len(PACKET_LEN_MAX) <= SEGMENTS_LEN);
@@ -183,6 +188,13 @@ struct Unfinished {
 }
 
 impl Unfinished {
+    /// Copies what it is cut from to the beginning of another arena.
+    fn move_to(&mut self, to: &mut Arena, from: &Arena) {
+        let Placed { len, .. } = self.packet;
+        to.bytes()[HEADROOM..HEADROOM + len].copy_from_slice(from.packet(&self.packet));
+        self.packet.start = HEADROOM;
+    }
+
     /// Where the arena is free behind it.
     fn end(&self) -> usize {
         self.packet.start - HEADROOM + slot_len(self.packet.len)
@@ -235,6 +247,7 @@ pub struct Outbound {
     looped: LoopedFragments,
     arena: Arena,
     unfinished: Option<Unfinished>,
+    line: Line<Sealing>,
 }
 
 /// Packets of this batch for one peer.
@@ -283,6 +296,7 @@ impl Outbound {
     /// The outbound half of worker `id`.
     pub fn new(id: WorkerId, shared: Arc<Shared>, aead: &'static dyn BatchAead) -> Self {
         let staging = Staging::new(Arc::clone(shared.crew.staging()));
+        let line = Line::alone(Arc::clone(&shared.crew));
         Self {
             id,
             shared,
@@ -292,10 +306,68 @@ impl Outbound {
             looped: LoopedFragments::default(),
             arena: Arena::new(),
             unfinished: None,
+            line,
         }
     }
 
-    /// Reads a batch from `tun` and sends it. Says whether there may be more to read, or to cut.
+    /// With helpers that seal batches while this thread is saturated.
+    #[must_use]
+    pub fn with_helpers(mut self, helpers: Vec<ToHelper<Sealing>>) -> Self {
+        let crew = Arc::clone(&self.shared.crew);
+        // As many as there can be away, and some that wait behind those.
+        let count = (2 * helpers.len() + 4).min(ARENAS_MAX);
+        let bundle = || Sealing::new(Arc::clone(&self.shared), self.aead);
+        self.line = Line::new(crew, helpers, count, bundle, 1);
+        self
+    }
+
+    /// Takes note of the turn that begins.
+    pub fn begin_turn(&mut self, turn: Turn) {
+        self.line.begin_turn(turn);
+    }
+
+    /// Whether a batch that was given to a helper is to be back in a moment.
+    pub fn awaits(&self, now: Now) -> bool {
+        self.line.is_awaited(now)
+    }
+
+    /// Whether a helper has given something back.
+    pub fn is_answered(&self) -> bool {
+        self.line.is_answered()
+    }
+
+    /// What is in flight.
+    pub fn in_flight(&self) -> InFlight {
+        self.line.in_flight()
+    }
+
+    /// Whether nothing waits to be released.
+    pub fn is_empty(&self) -> bool {
+        self.line.is_empty()
+    }
+
+    /// Sends what helpers have sealed, in the order in which it was read. To be called in every turn.
+    pub fn release(&mut self, socket: &impl DatagramSink, now: Now) {
+        while let Some(head) = self.line.next(now) {
+            match head {
+                Head::Done(mut bundle) => {
+                    let counters = counters(&self.shared, self.id);
+                    // What was sealed before a break of time must not follow it, and nothing leaves in a pause.
+                    match self.shared.pause(now).or(bundle.refused()) {
+                        Some(reason) => counters.drop(reason, bundle.len() as u64),
+                        None => bundle.send(counters, socket, now),
+                    }
+                    self.line.recycle(bundle);
+                }
+                Head::Lost(count) => {
+                    counters(&self.shared, self.id).drop(DropReason::HelperStuck, count as u64);
+                }
+            }
+        }
+    }
+
+    /// Reads a batch from `tun` and sends it, now or when it is released. Says whether there may be more to
+    /// read, or to cut.
     ///
     /// # Errors
     /// What reading said, if it was not "nothing now"; packets read before it are sent.
@@ -305,6 +377,10 @@ impl Outbound {
         socket: &impl DatagramSink,
         now: Now,
     ) -> io::Result<bool> {
+        if !self.line.has_room() {
+            // What is read waits best where it is.
+            return Ok(true);
+        }
         let mut batch = self.empty_batch();
         let outcome = self.gather(tun, &mut batch);
         if self.shared.is_up() {
@@ -407,6 +483,9 @@ impl Outbound {
     pub fn flush_staged(&mut self, socket: &impl DatagramSink, now: Now) -> bool {
         if self.staging.is_empty() {
             return false;
+        }
+        if !self.line.has_room() {
+            return true;
         }
         if let Some(reason) = self.shared.pause(now) {
             self.staging.clear(counters(&self.shared, self.id), reason);
@@ -559,9 +638,9 @@ impl Outbound {
             self.reserve(group, now);
         }
         let mtu = self.shared.mtu.load(Ordering::Relaxed);
-        let Self { arena, staging, shared, .. } = self;
-        let arena = arena.bytes();
-        let counters = counters(shared, self.id);
+        let shared = Arc::clone(&self.shared);
+        let counters = counters(&shared, self.id);
+        let (arena, staging) = (self.arena.bytes(), &mut self.staging);
         // First the bytes of every message, then one pass that borrows them all for the AEAD.
         let mut messages: ArrayVec<Message, BATCH_LEN> = ArrayVec::new();
         for Routed { packet: Placed { start, len }, group: number, tos } in packets {
@@ -584,58 +663,24 @@ impl Outbound {
         if messages.is_empty() {
             return;
         }
-        let mut jobs: ArrayVec<Job<'_>, BATCH_LEN> = ArrayVec::new();
-        let (mut rest, mut at) = (&mut *arena, 0);
-        for message in &messages {
-            let keypair = groups[message.group].keypair.as_ref().expect("it sealed above");
-            let len = message.len - TRANSPORT_HEADER_LEN;
-            let (buffer, behind) = rest[message.start - at..].split_at_mut(len);
-            jobs.push(Job::new(keypair.seal_key(), message.counter, buffer));
-            (rest, at) = (behind, message.start + len);
-        }
-        self.aead.seal(&mut jobs);
-        drop(jobs);
-        // Those of one peer next to each other, each peer's in their order.
-        if !messages.is_sorted_by_key(|message| message.group) {
-            messages.sort_unstable_by_key(|message| (message.group, message.start));
-        }
-        let datagrams: ArrayVec<Outgoing<'_>, BATCH_LEN> = messages
-            .iter()
-            .map(|message| {
-                let start = message.start - TRANSPORT_HEADER_LEN;
-                let bytes = &arena[start..start + message.len];
-                let endpoint = &groups[message.group].endpoint;
-                Outgoing { bytes, endpoint, tos: message.tos }
-            })
-            .collect();
-        let peers: ArrayVec<(&HotPeer, usize), BATCH_LEN> = messages
-            .chunk_by(|one, next| one.group == next.group)
-            .map(|its| (&*groups[its[0].group].peer, its.len()))
-            .collect();
-        let unsent = socket.send_to_peers(&datagrams, &peers, now);
-        let Unsent { failed, no_room, by_xsk, stale_sources } = unsent;
-        let lost = failed + no_room;
-        if lost > 0 {
-            counters.drop(DropReason::SocketSend, failed as u64);
-            counters.drop(DropReason::XskSend, no_room as u64);
-        }
-        counters.sent(Path::Xsk, by_xsk as u64);
-        counters.sent(Path::Socket, datagrams.len().saturating_sub(lost + by_xsk) as u64);
-        for (place, message) in messages.iter().enumerate() {
-            if stale_sources >> place & 1 != 0 {
-                groups[message.group].peer.forget_local_source();
-            }
-        }
-        if lost == datagrams.len() {
-            for group in groups.iter().filter(|group| group.sent_bytes > 0) {
-                group.peer.note_unsent(group.endpoint.remote, now);
-            }
+        if !self.line.wants(messages.len(), now) {
+            seal(self.aead, arena, &messages, &groups);
+            send(&self.arena, &mut messages, &groups, counters, socket, now);
             return;
         }
-        for group in groups.iter().filter(|group| group.sent_bytes > 0) {
-            group.peer.transfer.sent(group.sent_bytes);
-            group.peer.activity.data_sent(now);
+        let Some(mut bundle) = self.line.take() else {
+            counters.drop(DropReason::QueueFull, messages.len() as u64);
+            return;
+        };
+        bundle.fill(&mut self.arena, messages, groups);
+        if let Some(unfinished) = &mut self.unfinished {
+            unfinished.move_to(&mut self.arena, &bundle.arena);
         }
+        if self.line.submit(bundle, now) {
+            counters.fanned_out(1);
+        }
+        // What is at the front may be done by now.
+        self.release(socket, now);
     }
 
     /// Reserves counters for a group's packets, and asks for a handshake where one is due.
@@ -688,6 +733,142 @@ fn group_of(
         sent_bytes: 0,
     });
     Ok(groups.len() - 1)
+}
+
+/// A batch that may be sealed by another thread, with the arena in which it stands.
+pub struct Sealing {
+    shared: Arc<Shared>,
+    aead: &'static dyn BatchAead,
+    arena: Arena,
+    messages: ArrayVec<Message, BATCH_LEN>,
+    groups: ArrayVec<Group, BATCH_LEN>,
+    /// When the oldest of its keypairs began.
+    begun: Now,
+    is_sealed: bool,
+}
+
+impl Sealing {
+    fn new(shared: Arc<Shared>, aead: &'static dyn BatchAead) -> Self {
+        Self {
+            shared,
+            aead,
+            arena: Arena::new(),
+            messages: ArrayVec::new(),
+            groups: ArrayVec::new(),
+            begun: Now::default(),
+            is_sealed: false,
+        }
+    }
+
+    /// Takes a batch, and gives its own arena for the batch's.
+    fn fill(
+        &mut self,
+        arena: &mut Arena,
+        messages: ArrayVec<Message, BATCH_LEN>,
+        groups: ArrayVec<Group, BATCH_LEN>,
+    ) {
+        std::mem::swap(arena, &mut self.arena);
+        self.messages.extend(messages);
+        self.groups.extend(groups);
+        let keypairs = self.groups.iter().filter_map(|group| group.keypair.as_ref());
+        self.begun = keypairs.map(|keypair| keypair.begun()).min().unwrap_or_default();
+    }
+
+    /// Why nothing of it is sent, if it is so: it was not sealed, or what sealed it has ended since.
+    fn refused(&self) -> Option<DropReason> {
+        let may_go = self.is_sealed && self.begun >= self.shared.keys_not_before();
+        (!may_go).then_some(DropReason::KeyExpired)
+    }
+
+    fn send(&mut self, counters: &Counters, socket: &impl DatagramSink, now: Now) {
+        send(&self.arena, &mut self.messages, &self.groups, counters, socket, now);
+    }
+}
+
+impl Bundle for Sealing {
+    fn len(&self) -> usize {
+        self.messages.len()
+    }
+
+    fn work(&mut self) {
+        if self.begun >= self.shared.keys_not_before() {
+            seal(self.aead, self.arena.bytes(), &self.messages, &self.groups);
+            self.is_sealed = true;
+        }
+        self.groups.iter_mut().for_each(|group| group.keypair = None);
+    }
+
+    fn clear(&mut self) {
+        self.messages.clear();
+        self.groups.clear();
+        self.is_sealed = false;
+    }
+}
+
+/// Seals messages, which are in the order in which they stand in the arena.
+fn seal(aead: &dyn BatchAead, arena: &mut [u8], messages: &[Message], groups: &[Group]) {
+    let mut jobs: ArrayVec<Job<'_>, BATCH_LEN> = ArrayVec::new();
+    let (mut rest, mut at) = (arena, 0);
+    for message in messages {
+        let keypair = groups[message.group].keypair.as_ref().expect("it reserved the counter");
+        let len = message.len - TRANSPORT_HEADER_LEN;
+        let (buffer, behind) = rest[message.start - at..].split_at_mut(len);
+        jobs.push(Job::new(keypair.seal_key(), message.counter, buffer));
+        (rest, at) = (behind, message.start + len);
+    }
+    aead.seal(&mut jobs);
+}
+
+/// Sends messages that are sealed.
+fn send(
+    arena: &Arena,
+    messages: &mut [Message],
+    groups: &[Group],
+    counters: &Counters,
+    socket: &impl DatagramSink,
+    now: Now,
+) {
+    // Those of one peer next to each other, each peer's in their order.
+    if !messages.is_sorted_by_key(|message| message.group) {
+        messages.sort_unstable_by_key(|message| (message.group, message.start));
+    }
+    let datagrams: ArrayVec<Outgoing<'_>, BATCH_LEN> = messages
+        .iter()
+        .map(|message| {
+            let start = message.start - TRANSPORT_HEADER_LEN;
+            let bytes = arena.packet(&Placed { start, len: message.len });
+            let endpoint = &groups[message.group].endpoint;
+            Outgoing { bytes, endpoint, tos: message.tos }
+        })
+        .collect();
+    let peers: ArrayVec<(&HotPeer, usize), BATCH_LEN> = messages
+        .chunk_by(|one, next| one.group == next.group)
+        .map(|its| (&*groups[its[0].group].peer, its.len()))
+        .collect();
+    let unsent = socket.send_to_peers(&datagrams, &peers, now);
+    let Unsent { failed, no_room, by_xsk, stale_sources } = unsent;
+    let lost = failed + no_room;
+    if lost > 0 {
+        counters.drop(DropReason::SocketSend, failed as u64);
+        counters.drop(DropReason::XskSend, no_room as u64);
+    }
+    counters.sent(Path::Xsk, by_xsk as u64);
+    counters.sent(Path::Socket, datagrams.len().saturating_sub(lost + by_xsk) as u64);
+    for (place, message) in messages.iter().enumerate() {
+        if stale_sources >> place & 1 != 0 {
+            groups[message.group].peer.forget_local_source();
+        }
+    }
+    if lost == datagrams.len() {
+        for group in groups.iter().filter(|group| group.sent_bytes > 0) {
+            group.peer.note_unsent(group.endpoint.remote, now);
+        }
+        return;
+    }
+    for group in groups.iter().filter(|group| group.sent_bytes > 0) {
+        group.peer.transfer.sent(group.sent_bytes);
+        group.peer.activity.data_sent(now);
+    }
 }
 
 fn counters(shared: &Shared, id: WorkerId) -> &Counters {

@@ -3,6 +3,8 @@
 
 mod back_ends;
 mod devices;
+mod fan_out;
+mod fan_out_sim;
 mod link;
 mod segments;
 mod size;

@@ -14,7 +14,8 @@ use wg_common::map::QUEUES_LEN;
 use wg_common::outcome::DropReason;
 use wg_common::time::{Now, Reading};
 
-use super::crew::{Crew, PortChange, PortId};
+use super::crew::{Crew, InFlight, PortChange, PortId};
+use super::fan_out::Duty;
 use super::inbound::Arrival;
 use super::spin::Spin;
 use super::transmit::{TX_CHUNKS, TxState};
@@ -32,6 +33,8 @@ pub(super) const SLEEP_MAX: Duration = Duration::from_millis(100);
 
 /// A NIC that has not taken all that is to be sent is told again after this time.
 const KICK_AGAIN: Duration = Duration::from_millis(1);
+/// A batch that a helper does not give back is given up about this late at most.
+const RELEASE_AGAIN: Duration = Duration::from_millis(10);
 /// The kernel is asked this often what it dropped before the XSKs and sockets.
 const ASK_INTERVAL: Duration = Duration::from_secs(1);
 /// Descriptors that one thread waits for: its wake-up, XSKs, and of each device three of each worker that
@@ -139,6 +142,7 @@ pub struct WorkerThread {
     /// When the kernel was last asked what it dropped before the XSKs and sockets.
     asked: Now,
     spin: Spin,
+    duty: Duty,
     #[cfg(debug_assertions)]
     stall: Option<Stall>,
 }
@@ -160,6 +164,7 @@ impl WorkerThread {
         pools.reserve_exact((QUEUES_LEN as usize).saturating_sub(pools.len()));
         Ok(Self {
             id,
+            duty: Duty::new(id, Arc::clone(&crew)),
             crew,
             ports,
             workers,
@@ -204,17 +209,19 @@ impl WorkerThread {
 
     /// One bounded round over everything that may have packets. Says whether there may be more.
     pub(super) fn turn(&mut self, read_clocks: impl FnOnce() -> Reading) -> bool {
-        self.crew.begin_turn(self.id);
+        let in_flight = self.workers.iter().map(Worker::in_flight);
+        let turn = self.duty.begin_turn(in_flight.fold(InFlight::default(), InFlight::with));
         // Before anything is sealed or opened.
         let reading = read_clocks();
         for worker in &mut self.workers {
-            worker.begin_turn(&reading);
+            worker.begin_turn(&reading, turn);
         }
         let now = reading.after;
         self.crew.beat(self.id, now);
         self.change_ports();
         let mut more = false;
         self.ports.each(|port, pool| port.reap(pool, now));
+        self.workers.iter_mut().for_each(|worker| worker.release(&mut self.ports, now));
         for port in 0..self.ports.ports.len() {
             more |= self.receive_frames(port, now);
         }
@@ -222,12 +229,23 @@ impl WorkerThread {
         let count = self.workers.len();
         self.first = if self.first + 1 < count { self.first + 1 } else { 0 };
         let (before, from) = self.workers.split_at_mut(self.first);
-        for worker in from.iter_mut().chain(before) {
+        for worker in from.iter_mut().chain(before.iter_mut()) {
             more |= worker.turn(&mut self.received, &mut self.ports, now);
         }
         self.ports.ports.iter_mut().for_each(XskPort::kick);
+        let mut budget = self.duty.budget(more);
+        let mut helped = false;
+        for worker in from.iter_mut().chain(before) {
+            helped |= worker.help(&mut budget);
+        }
         self.count_kernel_drops(now);
-        more
+        let awaits = self.workers.iter().any(|worker| worker.awaits(now));
+        self.duty.end_turn(more, helped, now) || awaits
+    }
+
+    /// Whether others have given something to do, or given it back.
+    fn is_called(&self) -> bool {
+        self.workers.iter().any(Worker::is_called)
     }
 
     /// Takes XSKs, and gives back those that are to be closed.
@@ -265,12 +283,21 @@ impl WorkerThread {
     /// to send.
     fn wait_for_more(&mut self) {
         while self.spin.looks_again(clock::boot_now()) {
-            if self.wait(Duration::ZERO) {
+            if self.wait(Duration::ZERO) || self.is_called() {
                 return self.spin.found(clock::boot_now());
             }
         }
-        let waits = self.ports.ports.iter_mut().any(XskPort::waits);
-        self.wait(if waits { KICK_AGAIN } else { SLEEP_MAX });
+        if self.duty.may_sleep(|| self.is_called()) {
+            let timeout = if self.ports.ports.iter_mut().any(XskPort::waits) {
+                KICK_AGAIN
+            } else if self.workers.iter().any(Worker::has_line) {
+                RELEASE_AGAIN
+            } else {
+                SLEEP_MAX
+            };
+            self.wait(timeout);
+            self.duty.wake();
+        }
         self.spin.found(clock::boot_now());
     }
 
@@ -319,6 +346,10 @@ impl WorkerThread {
         }
         let mut costly = 0;
         for _ in 0..BATCHES_MAX {
+            // For whom frames are is seen when they are taken.
+            if !self.workers.iter().all(Worker::has_room) {
+                return true;
+            }
             let (is_full, count) = self.receive_batch(port, now);
             costly += count;
             if !is_full || costly >= BATCH_LEN {

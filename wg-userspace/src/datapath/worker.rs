@@ -9,6 +9,8 @@ use wg_common::id::WorkerId;
 use wg_common::outcome::DropReason;
 use wg_common::time::{Now, Reading};
 
+use super::crew::InFlight;
+use super::fan_out::{Helping, Turn};
 use super::handoff::{Mesh, Parcel, ParcelReceiver};
 use super::inbound::{Arrival, Inbound};
 use super::outbound::Outbound;
@@ -30,6 +32,8 @@ pub struct Worker {
     shared: Arc<Shared>,
     inbound: Inbound,
     outbound: Outbound,
+    /// What it does for other workers of the device.
+    helping: Helping,
     from: Vec<Option<ParcelReceiver>>,
     /// The ring that went first in the latest turn.
     first_ring: usize,
@@ -81,11 +85,19 @@ impl Worker {
         aead: &'static dyn BatchAead,
     ) -> Self {
         let sockets = shared.sockets.load_full();
+        let Mesh { to, from, open, seal } = mesh;
+        let ((open_by, to_open), (seal_by, to_seal)) = (open.split(), seal.split());
+        let mut helping = Helping::default();
+        helping.add(to_open);
+        helping.add(to_seal);
+        let inbound = Inbound::new(id, Arc::clone(&shared), aead, to).with_helpers(open_by);
+        let outbound = Outbound::new(id, Arc::clone(&shared), aead).with_helpers(seal_by);
         Self {
             id,
-            inbound: Inbound::new(id, Arc::clone(&shared), aead, mesh.to),
-            outbound: Outbound::new(id, Arc::clone(&shared), aead),
-            from: mesh.from,
+            inbound,
+            outbound,
+            helping,
+            from,
             first_ring: 0,
             socket_drops: drops_before(&sockets, id, [0; 2]),
             sockets,
@@ -116,9 +128,48 @@ impl Worker {
     }
 
     /// Takes over what has changed since the last turn: the clocks, and what control writes.
-    pub(super) fn begin_turn(&mut self, reading: &Reading) {
+    pub(super) fn begin_turn(&mut self, reading: &Reading, turn: Turn) {
         self.shared.now_of(&mut self.continuity, reading);
         self.follow_control();
+        self.inbound.begin_turn(turn);
+        self.outbound.begin_turn(turn);
+    }
+
+    /// What is in flight from earlier turns.
+    pub(super) fn in_flight(&self) -> InFlight {
+        self.inbound.in_flight().with(self.outbound.in_flight())
+    }
+
+    /// Whether a batch that was given to a helper is to be back in a moment.
+    pub(super) fn awaits(&self, now: Now) -> bool {
+        self.inbound.awaits(now) || self.outbound.awaits(now)
+    }
+
+    /// Whether a batch waits to be released.
+    pub(super) fn has_line(&self) -> bool {
+        !self.inbound.is_empty() || !self.outbound.is_empty()
+    }
+
+    /// Whether another thread wants something sealed or opened, or has done so for this one.
+    pub(super) fn is_called(&self) -> bool {
+        self.helping.is_wanted() || self.inbound.is_answered() || self.outbound.is_answered()
+    }
+
+    /// Seals and opens for others, as many batches as `budget` says. Says whether there were any.
+    pub(super) fn help(&mut self, budget: &mut usize) -> bool {
+        self.helping.help(&self.shared.crew, budget)
+    }
+
+    /// Whether datagrams may be taken in.
+    pub(super) fn has_room(&self) -> bool {
+        self.inbound.has_room()
+    }
+
+    /// Lets go of what is sealed and opened and at the front of its line. To be done first in each turn.
+    pub(super) fn release(&mut self, ports: &mut Ports, now: Now) {
+        self.inbound.release(&self.shared.tun_queues[usize::from(self.id.0)], now);
+        let own = &self.sockets.of_worker[usize::from(self.id.0)];
+        self.outbound.release(&Exit::new(own, ports), now);
     }
 
     /// One bounded round over its device's own sources of packets. Says whether there may be more.
@@ -220,6 +271,9 @@ impl Worker {
     }
 
     fn receive_parcels(&mut self, now: Now) -> bool {
+        if !self.has_room() {
+            return true;
+        }
         let mut parcels: ArrayVec<Parcel, BATCH_LEN> = ArrayVec::new();
         // Another ring goes first each time, so that none starves.
         let count = self.from.len();
@@ -264,6 +318,9 @@ impl Worker {
     ) -> bool {
         let (mut costly, mut taken) = (0, 0);
         loop {
+            if !self.has_room() {
+                return true;
+            }
             if let Err(error) = socket.receive(received) {
                 tracing::debug!(%error, "receiving");
                 return false;

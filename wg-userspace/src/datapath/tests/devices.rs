@@ -40,12 +40,13 @@ struct Device {
     slot: usize,
 }
 
-/// The first thread of two, with the same two devices on both.
+/// Two threads, with the same two devices on both. Of the second, most tests have no use.
 struct Lab {
     crew: Arc<Crew>,
     heartbeats: Arc<SharedWords>,
     devices: [Device; 2],
     thread: WorkerThread,
+    second: WorkerThread,
     nic: KernelTwin,
     /// Where the peers of both are.
     far: std::net::UdpSocket,
@@ -58,16 +59,21 @@ impl Lab {
         let far = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
         far.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
         let devices = [0, 1].map(|number| Device::new(&crew, number, far.local_addr().unwrap()));
-        let workers = devices.iter().map(|device| {
-            let mesh = Mesh::between(2, 16).pop_front().unwrap();
-            Worker::new(WorkerId(0), Arc::clone(&device.shared), mesh, &AEAD)
+        let mut meshes = [0, 1].map(|_| Mesh::between(2, 16));
+        let [workers, others] = [0, 1].map(|number| {
+            let workers = devices.iter().zip(&mut meshes).map(|(device, meshes)| {
+                let mesh = meshes.pop_front().unwrap();
+                Worker::new(WorkerId(number), Arc::clone(&device.shared), mesh, &AEAD)
+            });
+            workers.collect()
         });
         let (pool, xsk, nic) = twin::pair(7, 0, XskOptions::default()).unwrap();
         let mut ports = Ports::default();
         ports.open(XskPort::new(xsk, 7, false), Some(pool));
-        let workers = workers.collect();
         let thread = WorkerThread::new(WorkerId(0), Arc::clone(&crew), ports, workers).unwrap();
-        Self { crew, heartbeats, devices, thread, nic, far }
+        let (id, ports) = (WorkerId(1), Ports::default());
+        let second = WorkerThread::new(id, Arc::clone(&crew), ports, others).unwrap();
+        Self { crew, heartbeats, devices, thread, second, nic, far }
     }
 
     fn port(&self, device: usize) -> u16 {
@@ -123,6 +129,12 @@ impl Lab {
     fn turn_at(&mut self, reading: Reading) -> bool {
         self.thread.wait(Duration::ZERO);
         self.thread.turn(|| reading)
+    }
+
+    /// The same with the second thread.
+    fn turn_second(&mut self) -> bool {
+        self.second.wait(Duration::ZERO);
+        self.second.turn(|| reading(START, Duration::ZERO, Duration::ZERO))
     }
 
     fn dropped(&self, reason: DropReason) -> u64 {
@@ -264,6 +276,54 @@ fn runs_are_opened_in_order_and_with_their_marks() {
 }
 
 #[test]
+fn a_thread_that_is_saturated_is_helped_by_one_that_has_time() {
+    let mut lab = Lab::new();
+    let port = lab.port(0);
+    let (mut counter, mut numbers) = (0, Vec::new());
+    let fanned_out = |lab: &Lab| {
+        let workers = &lab.devices[0].shared.workers;
+        Totals::sum(workers.iter().map(|worker| &worker.counters)).fanned_out()
+    };
+    let mut inner = packet(PEER_1, US, 64);
+    let mut full_turn = |lab: &mut Lab| {
+        for _ in 0..BATCH_LEN {
+            inner[20..24].copy_from_slice(&(counter as u32).to_le_bytes());
+            lab.deliver(port, &lab.devices[0].message(counter, &inner));
+            counter += 1;
+        }
+        assert!(lab.turn(), "there may be more");
+        let written = lab.devices[0].written(0).into_iter();
+        numbers.extend(written.map(|packet| packet[20..24].to_vec()));
+        (numbers.len(), counter as usize)
+    };
+    assert!(!lab.turn_second(), "it has nothing to do");
+    for _ in 0..8 {
+        let (written, sent) = full_turn(&mut lab);
+        assert_eq!(written, sent, "each batch at once");
+    }
+    assert_eq!(fanned_out(&lab), 0);
+    full_turn(&mut lab);
+    let given = fanned_out(&lab);
+    assert!(given > 0);
+    assert_eq!(full_turn(&mut lab).0, 8 * BATCH_LEN, "all wait for what is away");
+    assert!(lab.turn_second(), "it looks for more");
+    assert_eq!(full_turn(&mut lab).0, 10 * BATCH_LEN, "the last is away again");
+    // One that sleeps is woken.
+    lab.crew.set_asleep(WorkerId(1));
+    full_turn(&mut lab);
+    assert!(fanned_out(&lab) > given && lab.crew.wake(WorkerId(1)).drain());
+    lab.turn_second();
+    assert_eq!(full_turn(&mut lab).0, 12 * BATCH_LEN);
+    lab.turn_second();
+    lab.turn();
+    let last = lab.devices[0].written(0).into_iter().map(|packet| packet[20..24].to_vec());
+    numbers.extend(last);
+    let expected = (0..13 * BATCH_LEN as u32).map(|number| number.to_le_bytes().to_vec());
+    assert_eq!(numbers, expected.collect::<Vec<_>>());
+    assert_eq!(lab.devices[0].dropped(DropReason::HelperStuck), 0);
+}
+
+#[test]
 fn a_mark_on_a_frame_reaches_the_packet() {
     let mut lab = Lab::new();
     let mut inner = packet(PEER_1, US, 96);
@@ -322,7 +382,7 @@ fn a_device_that_is_over_leaves_the_other_running() {
             let mut lab = Lab::new();
             lab.turn();
             leave(&lab.devices[gone].shared);
-            assert!(lab.thread.any_left());
+            assert!(lab.thread.any_left() && lab.second.any_left());
             lab.devices.iter().for_each(|device| device.route(0, &packet(US, PEER_1, 64)));
             while lab.turn() {}
             let mut datagram = [0; 256];

@@ -12,7 +12,7 @@ use crate::segments::vnet::{PartialChecksum, SegmentKind, Segments};
 
 /// A socket that keeps what it is given, and how.
 #[derive(Default)]
-struct Post {
+pub(super) struct Post {
     sent: RefCell<Vec<(Vec<u8>, SocketAddr, u8)>>,
     /// Datagrams of each call.
     calls: RefCell<Vec<usize>>,
@@ -29,7 +29,7 @@ impl DatagramSink for Post {
 
 impl Post {
     /// What was sent, opened with the key of `id`. Counters follow each other.
-    fn opened(&self, id: u8) -> Vec<Vec<u8>> {
+    pub(super) fn opened(&self, id: u8) -> Vec<Vec<u8>> {
         let key = AeadKey::new(&[id; 32]);
         let sent = self.sent.take();
         let open = |(place, (mut bytes, ..)): (usize, (Vec<u8>, SocketAddr, u8))| {
@@ -46,7 +46,7 @@ impl Post {
 }
 
 /// A TCP packet of `payload_len` bytes to 10.0.0.*last*, its checksum left unfinished.
-fn tcp(last: u8, payload_len: usize) -> Vec<u8> {
+pub(super) fn tcp(last: u8, payload_len: usize) -> Vec<u8> {
     let mut bytes = packet(US, [10, 0, 0, last], 40 + payload_len);
     (bytes[1], bytes[9]) = (1, PROTOCOL_TCP);
     bytes[32..34].copy_from_slice(&[0x50, 0x18]);
@@ -61,14 +61,14 @@ fn tcp(last: u8, payload_len: usize) -> Vec<u8> {
 
 const PLACE: PartialChecksum = PartialChecksum { start: 20, offset: 16 };
 
-fn header(payload_len: u16) -> VnetHeader {
+pub(super) fn header(payload_len: u16) -> VnetHeader {
     let kind = SegmentKind::TcpV4;
     let segments = Segments { kind, has_cwr: false, headers_len: 40, payload_len };
     VnetHeader { checksum: Some(PLACE), segments: Some(segments) }
 }
 
 /// The segments of a super-packet, padded as they are sealed.
-fn segments_of(header: VnetHeader, bytes: &[u8]) -> Vec<Vec<u8>> {
+pub(super) fn segments_of(header: VnetHeader, bytes: &[u8]) -> Vec<Vec<u8>> {
     let cut = Cut::new(header.segments.unwrap(), header.checksum, bytes).unwrap();
     let segment = |index| {
         let mut segment = vec![0; cut.segment_len(index)];
