@@ -195,6 +195,8 @@ mod tests {
                             None => queue.sleep(Duration::from_secs(600)).unwrap(),
                         }
                     }
+                    // Who goes may have been the only one that knew of the others' ends.
+                    queue.wake();
                 });
             }
             for worker in 0..2 {

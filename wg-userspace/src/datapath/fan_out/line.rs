@@ -7,7 +7,7 @@ use std::time::Duration;
 use arrayvec::ArrayVec;
 use wg_common::time::Now;
 
-use super::{Bundle, DEPTH, LATE, Task, ToHelper, Turn, WORTHWHILE};
+use super::{Bundle, DEPTH, LATE, REST, SLOW, Task, ToHelper, Turn, WORTHWHILE};
 use crate::datapath::crew::{Crew, InFlight};
 
 /// For so long a thread looks whether a bundle is back, before it sleeps and is woken.
@@ -35,6 +35,8 @@ struct Helper<B> {
     away: ArrayVec<u64, DEPTH>,
     /// Those of them that were given up.
     lost: usize,
+    /// Until when it gets no more, since it was slow.
+    rests_until: Now,
 }
 
 enum Place<B> {
@@ -81,8 +83,10 @@ impl<B: Bundle> Line<B> {
         bundle: impl Fn() -> B,
         room: usize,
     ) -> Self {
-        let helpers: Vec<_> =
-            helpers.into_iter().map(|to| Helper { to, away: ArrayVec::new(), lost: 0 }).collect();
+        let helpers: Vec<_> = helpers
+            .into_iter()
+            .map(|to| Helper { to, away: ArrayVec::new(), lost: 0, rests_until: Now::default() })
+            .collect();
         let bundle_count = if helpers.is_empty() { 0 } else { bundle_count };
         Self {
             crew,
@@ -150,9 +154,14 @@ impl<B: Bundle> Line<B> {
     /// The front of the line, if it can be released.
     pub fn next(&mut self, now: Now) -> Option<Head<B>> {
         self.collect();
-        let front = self.queue.front()?;
-        if matches!(front, Place::Away { .. }) && now.since(front.since()) < LATE {
-            return None;
+        if let Place::Away { helper, since, .. } = *self.queue.front()? {
+            let away_for = now.since(since);
+            if away_for >= SLOW {
+                self.helpers[helper].rests_until = now + REST;
+            }
+            if away_for < LATE {
+                return None;
+            }
         }
         let front = self.queue.pop_front()?;
         self.first += 1;
@@ -203,9 +212,10 @@ impl<B: Bundle> Line<B> {
 
     /// The first helper that has time and room.
     fn free_helper(&self, now: Now) -> Option<usize> {
-        self.helpers.iter().position(|Helper { to, away, lost }| {
+        self.helpers.iter().position(|Helper { to, away, lost, rests_until }| {
             !away.is_full()
                 && *lost == 0
+                && now >= *rests_until
                 && self.crew.has_time(to.helper)
                 && self.crew.moves(to.helper, now)
         })

@@ -17,6 +17,8 @@
 //!   each is, and a bundle holds keys only while it is with a helper.
 //! - A bundle that does not come back for `LATE` is given up: its packets are counted as dropped, and the
 //!   helper gets no more until it has given back what it has.
+//! - A helper that keeps the front of the line for longer than `SLOW` gets no more for `REST`: its core is
+//!   shared with somebody, and one thread alone is faster than one that waits.
 //! - A helper takes few bundles a turn, and only one if its own packets leave no time; then nobody gives it more.
 //! - Who has time says so in [`Crew`]; who sleeps is woken, by who gives and by who gives back. A helper
 //!   looks for more for a little while before it sleeps again.
@@ -50,6 +52,12 @@ const WORTHWHILE: usize = 16;
 /// A bundle that is away for so long is given up. Longer than a scheduler takes a core away, much shorter than
 /// a stalled flow needs to recover.
 const LATE: Duration = Duration::from_millis(50);
+
+/// A bundle that is away for so long holds up the line: several times what a helper needs that has its core.
+const SLOW: Duration = Duration::from_millis(1);
+/// A helper that was slow gets nothing for so long. Its core is not its own at present, and whoever waits for it
+/// loses more than it gains.
+const REST: Duration = Duration::from_millis(100);
 
 /// The packets of a batch, with what has to be known to seal or open them.
 pub trait Bundle: Send {

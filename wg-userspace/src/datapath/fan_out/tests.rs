@@ -10,7 +10,7 @@ use wg_common::id::WorkerId;
 use wg_common::map::HEARTBEAT_STALE_NS;
 use wg_common::time::Now;
 
-use super::{Bundle, DEPTH, Duty, Head, Helping, LATE, Line, Rings, Turn, WORTHWHILE};
+use super::{Bundle, DEPTH, Duty, Head, Helping, LATE, Line, REST, Rings, Turn, WORTHWHILE};
 use crate::datapath::crew::{Crew, InFlight};
 use crate::sys::wait::{PollFd, PollFlags, poll};
 
@@ -194,6 +194,12 @@ fn what_a_helper_keeps_is_given_up_and_known_when_it_comes() {
     assert!(setting.help(2, 9));
     assert_eq!(setting.released(), done(8..11));
     assert_eq!(setting.free_count(), BUNDLES, "no memory is lost");
+    let given: Vec<bool> = (0..3).map(|_| setting.submit(20)).collect();
+    assert_eq!(given, [true, true, false], "one that was slow rests");
+    assert!(setting.help(2, 9));
+    assert_eq!(setting.released(), done(11..14));
+    setting.pass(REST);
+    setting.beat();
     let given: Vec<bool> = (0..4).map(|_| setting.submit(20)).collect();
     assert_eq!(given, [true; 4]);
 }
