@@ -27,6 +27,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::{
+    build_ebpf,
     lab::{self, GATEWAY_V4, HOST_V4, LAN, Lab, Process, Space},
     workspace::{cargo, succeed, target_dir},
 };
@@ -173,9 +174,10 @@ pub fn bench(options: &Options) -> Result<ExitCode> {
 }
 
 fn build() -> Result<PathBuf> {
+    build_ebpf::build(false)?;
     let mut build = cargo();
-    build.args(["build", "--locked", "--release", "-p", "wg-userspace", "--bin", "tidegate"]);
-    succeed(&mut build)?;
+    build.args(["build", "--locked", "--release", "-p", "wg-userspace", "-p", "benches"]);
+    succeed(build.args(["--bin", "tidegate", "--bin", "tidegate-load"]))?;
     Ok(target_dir().join("release"))
 }
 

@@ -35,7 +35,7 @@ use crate::bpf::{
 use crate::config;
 use crate::host::{AddressWatch, AnyLinkWatch, ForwardingLink, Host};
 use crate::nat::Lines;
-use crate::nat::ports::{FreePorts, Window};
+use crate::nat::ports::{BLOCK_LEN, FreePorts, Window};
 use crate::nat::rules::{Facts, Nic, RuleBook};
 use crate::nat::sweep::{Life, Next, Outside, Room, Scarce, Sweeper, Tables};
 use crate::sys::clock;
@@ -651,6 +651,16 @@ impl Running {
         self.sweeper.lend(&mut self.tables, ring, ports);
     }
 
+    /// Whether so little of a ring is left that a burst could take it all before the next look: another block is there
+    /// for the taking, and who needs few ports never asks for it.
+    fn is_low(&self) -> bool {
+        self.rings().any(|ring| {
+            let (head, tail) = self.tables.ring(ring);
+            let full = self.sweeper.lent(ring).min(BLOCK_LEN);
+            tail.wrapping_sub(head) < full / 4 * 3
+        })
+    }
+
     /// Takes another block, if there is one; says so.
     fn take_block(&mut self) -> anyhow::Result<bool> {
         if self.blocks.len() >= blocks_max() {
@@ -753,7 +763,7 @@ impl Running {
     fn tell_scarce(&mut self, interface: &str, now_ns: u64) {
         let Scarce { mut ports, ports_soon, flows, mappings } = self.sweeper.scarce();
         // Sooner another port than that of a flow that has just ended.
-        if (ports || ports_soon) && now_ns >= self.no_block_until_ns {
+        if (ports || ports_soon || self.is_low()) && now_ns >= self.no_block_until_ns {
             let has_more = self.take_block().unwrap_or_else(|error| {
                 tracing::debug!(error = format!("{error:#}"), "no more ports");
                 false
