@@ -22,7 +22,7 @@ use super::BATCH_LEN;
 use super::answers::Answers;
 use super::crew::InFlight;
 use super::encap::{outer_tos, padded_len, transport_header};
-use super::fan_out::{Bundle, Head, Line, ToHelper, Turn};
+use super::fan_out::{Bundle, DEPTH, Head, Line, ToHelper, Turn};
 use super::routing_loop::LoopedFragments;
 use super::shared::Shared;
 use super::staging::Staging;
@@ -135,7 +135,7 @@ const READ_BEGIN_MAX: usize = 128 << 10;
 const SEGMENTS_LEN: usize = 96 << 10;
 /// Bytes of the arena.
 const ARENA_LEN: usize = READ_BEGIN_MAX + slot_len(READ_LEN) + SEGMENTS_LEN;
-/// Most arenas that wait in line: those that ten helpers can have, which is more than one worker keeps busy.
+/// Most arenas that wait in line: those that several helpers can have, more than one worker keeps busy.
 const ARENAS_MAX: usize = 24;
 const _: () = assert!(HEADROOM >= TRANSPORT_HEADER_LEN && HEADROOM.is_multiple_of(64));
 // Behind a super-packet, wherever it stands, there is room for one of its segments at least.
@@ -315,7 +315,7 @@ impl Outbound {
     pub fn with_helpers(mut self, helpers: Vec<ToHelper<Sealing>>) -> Self {
         let crew = Arc::clone(&self.shared.crew);
         // As many as there can be away, and some that wait behind those.
-        let count = (2 * helpers.len() + 4).min(ARENAS_MAX);
+        let count = (DEPTH * helpers.len() + 4).min(ARENAS_MAX);
         let bundle = || Sealing::new(Arc::clone(&self.shared), self.aead);
         self.line = Line::new(crew, helpers, count, bundle, 1);
         self

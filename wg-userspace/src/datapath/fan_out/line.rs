@@ -7,7 +7,9 @@ use std::time::Duration;
 use arrayvec::ArrayVec;
 use wg_common::time::Now;
 
-use super::{Bundle, DEPTH, LATE, REST, SLOW, Task, ToHelper, Turn, WORTHWHILE};
+use super::{
+    Bundle, DEPTH, LATE, REST_MAX, REST_MIN, SLOW, STEADY, Task, ToHelper, Turn, WORTHWHILE,
+};
 use crate::datapath::crew::{Crew, InFlight};
 
 /// For so long a thread looks whether a bundle is back, before it sleeps and is woken.
@@ -35,8 +37,31 @@ struct Helper<B> {
     away: ArrayVec<u64, DEPTH>,
     /// Those of them that were given up.
     lost: usize,
+    /// When it last gave something back, or was given something and had nothing.
+    moved: Now,
+    /// How long it rests, or did last.
+    rest: Duration,
     /// Until when it gets no more, since it was slow.
     rests_until: Now,
+}
+
+impl<B> Helper<B> {
+    fn new(to: ToHelper<B>) -> Self {
+        let (moved, rests_until) = (Now::default(), Now::default());
+        Self { to, away: ArrayVec::new(), lost: 0, moved, rest: Duration::ZERO, rests_until }
+    }
+
+    /// Lets it rest if it holds up the line, for longer than last time unless that is long ago.
+    fn look_at_pace(&mut self, now: Now) {
+        if now.since(self.moved) < SLOW || now < self.rests_until {
+            return;
+        }
+        self.rest = match now.since(self.rests_until) < STEADY {
+            true => (2 * self.rest).clamp(REST_MIN, REST_MAX),
+            false => REST_MIN,
+        };
+        self.rests_until = now + self.rest;
+    }
 }
 
 enum Place<B> {
@@ -83,10 +108,7 @@ impl<B: Bundle> Line<B> {
         bundle: impl Fn() -> B,
         room: usize,
     ) -> Self {
-        let helpers: Vec<_> = helpers
-            .into_iter()
-            .map(|to| Helper { to, away: ArrayVec::new(), lost: 0, rests_until: Now::default() })
-            .collect();
+        let helpers: Vec<_> = helpers.into_iter().map(Helper::new).collect();
         let bundle_count = if helpers.is_empty() { 0 } else { bundle_count };
         Self {
             crew,
@@ -137,6 +159,9 @@ impl<B: Bundle> Line<B> {
             let helper = &mut self.helpers[at];
             match helper.to.tasks.push(Task { number, bundle }) {
                 Ok(()) => {
+                    if helper.away.is_empty() {
+                        helper.moved = now;
+                    }
                     helper.away.push(self.turn.number);
                     self.away += 1;
                     self.queue.push_back(Place::Away { helper: at, packet_count, since: now });
@@ -153,13 +178,10 @@ impl<B: Bundle> Line<B> {
 
     /// The front of the line, if it can be released.
     pub fn next(&mut self, now: Now) -> Option<Head<B>> {
-        self.collect();
+        self.collect(now);
         if let Place::Away { helper, since, .. } = *self.queue.front()? {
-            let away_for = now.since(since);
-            if away_for >= SLOW {
-                self.helpers[helper].rests_until = now + REST;
-            }
-            if away_for < LATE {
+            self.helpers[helper].look_at_pace(now);
+            if now.since(since) < LATE {
                 return None;
             }
         }
@@ -210,19 +232,21 @@ impl<B: Bundle> Line<B> {
         self.turn.is_saturated && packet_count >= WORTHWHILE
     }
 
-    /// The first helper that has time and room.
+    /// Of the helpers that have time and room, the first of those that have the least to do for this line.
     fn free_helper(&self, now: Now) -> Option<usize> {
-        self.helpers.iter().position(|Helper { to, away, lost, rests_until }| {
+        let may = |Helper { to, away, lost, rests_until, .. }: &Helper<B>| {
             !away.is_full()
                 && *lost == 0
                 && now >= *rests_until
                 && self.crew.has_time(to.helper)
                 && self.crew.moves(to.helper, now)
-        })
+        };
+        let helpers = self.helpers.iter().enumerate().filter(|(_, helper)| may(helper));
+        helpers.min_by_key(|(_, helper)| helper.away.len()).map(|(at, _)| at)
     }
 
     /// Takes what helpers have given back.
-    fn collect(&mut self) {
+    fn collect(&mut self, now: Now) {
         if self.away == 0 {
             return;
         }
@@ -231,6 +255,7 @@ impl<B: Bundle> Line<B> {
                 && let Ok(Task { number, mut bundle }) = helper.to.back.pop()
             {
                 helper.away.remove(0);
+                helper.moved = now;
                 self.away -= 1;
                 let place = number.checked_sub(self.first);
                 match place.and_then(|place| self.queue.get_mut(place as usize)) {

@@ -12,13 +12,13 @@
 //!
 //! - As long as the thread is not saturated, or nobody has time, or a batch is small, and the line is empty,
 //!   nothing of this happens: the batch is sealed or opened where it lies. So there is no latency at low load.
-//! - Otherwise a batch goes to the first thread that has time and room in its ring (`DEPTH`), or, if there
-//!   is none, is done by the worker itself, and takes its place in the line. So the work is shared by how fast
-//!   each is, and a bundle holds keys only while it is with a helper.
+//! - Otherwise a batch goes to a thread that has time and room in its ring (`DEPTH`), the one that has the least
+//!   to do, or, if there is none, is done by the worker itself, and takes its place in the line. So the work is
+//!   shared by how fast each is, and a bundle holds keys only while it is with a helper.
 //! - A bundle that does not come back for `LATE` is given up: its packets are counted as dropped, and the
 //!   helper gets no more until it has given back what it has.
-//! - A helper that keeps the front of the line for longer than `SLOW` gets no more for `REST`: its core is
-//!   shared with somebody, and one thread alone is faster than one that waits.
+//! - A helper that keeps the front of the line and gives nothing back for `SLOW` gets no more for a while, from
+//!   `REST_MIN` to `REST_MAX`: its core is shared with somebody, and one thread alone is faster than one that waits.
 //! - A helper takes few bundles a turn, and only one if its own packets leave no time; then nobody gives it more.
 //! - Who has time says so in [`Crew`]; who sleeps is woken, by who gives and by who gives back. A helper
 //!   looks for more for a little while before it sleeps again.
@@ -43,8 +43,9 @@ use super::crew::Crew;
 pub use duty::{Duty, Turn};
 pub use line::{Head, Line};
 
-/// Bundles that one line has with one helper: one in work, and the next.
-const DEPTH: usize = 2;
+/// Bundles that one line has with one helper: one in work, and so many that it has something to do while the
+/// worker opens or seals one itself and does the rest for several.
+pub(in crate::datapath) const DEPTH: usize = 3;
 /// Threads that may help one worker: so many that what is left to it takes all of its time.
 const HELPERS_MAX: usize = 15;
 /// Packets below which a batch is not given away: then the way there and back costs as much as it saves.
@@ -52,12 +53,16 @@ const WORTHWHILE: usize = 16;
 /// A bundle that is away for so long is given up. Longer than a scheduler takes a core away, much shorter than
 /// a stalled flow needs to recover.
 const LATE: Duration = Duration::from_millis(50);
-
-/// A bundle that is away for so long holds up the line: several times what a helper needs that has its core.
+/// A helper that gives nothing back for so long holds up the line: several times what a bundle takes it if it has
+/// its core.
 const SLOW: Duration = Duration::from_millis(1);
-/// A helper that was slow gets nothing for so long. Its core is not its own at present, and whoever waits for it
-/// loses more than it gains.
-const REST: Duration = Duration::from_millis(100);
+/// A helper that was slow gets nothing for a while. Its core is not its own at present, and whoever waits for it
+/// loses more than it gains. The first time it is as long as a scheduler takes the core away;
+const REST_MIN: Duration = Duration::from_millis(5);
+/// twice as long if it is slow again, until what is lost at each new try does not count;
+const REST_MAX: Duration = Duration::from_millis(320);
+/// and after so long without, as at first.
+const STEADY: Duration = Duration::from_secs(1);
 
 /// The packets of a batch, with what has to be known to seal or open them.
 pub trait Bundle: Send {

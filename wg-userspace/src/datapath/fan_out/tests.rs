@@ -10,7 +10,10 @@ use wg_common::id::WorkerId;
 use wg_common::map::HEARTBEAT_STALE_NS;
 use wg_common::time::Now;
 
-use super::{Bundle, DEPTH, Duty, Head, Helping, LATE, Line, REST, Rings, Turn, WORTHWHILE};
+use super::{
+    Bundle, DEPTH, Duty, Head, Helping, LATE, Line, REST_MAX, REST_MIN, Rings, SLOW, STEADY, Turn,
+    WORTHWHILE,
+};
 use crate::datapath::crew::{Crew, InFlight};
 use crate::sys::wait::{PollFd, PollFlags, poll};
 
@@ -126,15 +129,18 @@ fn done(numbers: impl IntoIterator<Item = u64>) -> Vec<Result<u64, usize>> {
 #[test]
 fn batches_leave_in_order_whoever_is_done_first() {
     let mut setting = Setting::new(3);
-    let given: Vec<bool> = (0..6).map(|_| setting.submit(64)).collect();
-    assert_eq!(given, [true, true, true, true, false, false], "two each, then none has room");
+    let given: Vec<bool> = (0..8).map(|_| setting.submit(64)).collect();
+    let expected = [true, true, true, true, true, true, false, false];
+    assert_eq!(given, expected, "three each, then none has room");
     assert!(setting.released().is_empty());
     assert!(setting.help(2, 9), "the second helper is faster");
     assert!(setting.released().is_empty());
     assert!(setting.help(1, 1));
-    assert_eq!(setting.released(), done([0]));
+    assert_eq!(setting.released(), done([0, 1]), "they had one each in turn");
     assert!(setting.help(1, 1));
-    assert_eq!(setting.released(), done(1..6));
+    assert_eq!(setting.released(), done([2, 3]));
+    assert!(setting.help(1, 1));
+    assert_eq!(setting.released(), done(4..8));
     assert!(setting.line.is_empty() && !setting.help(1, 9) && !setting.help(2, 9));
     assert_eq!(setting.free_count(), BUNDLES);
 }
@@ -174,34 +180,68 @@ fn what_follows_a_batch_that_is_away_waits_behind_it() {
 #[test]
 fn what_a_helper_keeps_is_given_up_and_known_when_it_comes() {
     let mut setting = Setting::new(3);
-    let given: Vec<bool> = (0..5).map(|_| setting.submit(20)).collect();
-    assert_eq!(given, [true, true, true, true, false]);
+    let given: Vec<bool> = (0..7).map(|_| setting.submit(20)).collect();
+    assert_eq!(given, [true, true, true, true, true, true, false]);
     assert!(setting.help(2, 9));
     setting.pass(LATE - Duration::from_nanos(1));
     assert!(setting.released().is_empty());
     setting.pass(Duration::from_nanos(1));
     setting.beat();
-    assert_eq!(setting.released(), [Err(20), Err(20), Ok(2), Ok(3), Ok(4)]);
+    assert_eq!(setting.released(), [Err(20), Ok(1), Err(20), Ok(3), Err(20), Ok(5), Ok(6)]);
     assert_eq!(setting.free_count(), BUNDLES - DEPTH);
     // The other one gets more, that one none, until it has given back what it has.
-    let given: Vec<bool> = (0..3).map(|_| setting.submit(20)).collect();
-    assert_eq!(given, [true, true, false]);
-    assert!(setting.help(1, 1));
-    assert!(setting.help(2, 9));
-    assert_eq!(setting.released(), done(5..8));
-    assert!(setting.submit(20) && setting.submit(20) && !setting.submit(20));
-    assert!(setting.help(1, 9));
-    assert!(setting.help(2, 9));
-    assert_eq!(setting.released(), done(8..11));
-    assert_eq!(setting.free_count(), BUNDLES, "no memory is lost");
-    let given: Vec<bool> = (0..3).map(|_| setting.submit(20)).collect();
-    assert_eq!(given, [true, true, false], "one that was slow rests");
-    assert!(setting.help(2, 9));
-    assert_eq!(setting.released(), done(11..14));
-    setting.pass(REST);
+    setting.pass(REST_MAX);
     setting.beat();
     let given: Vec<bool> = (0..4).map(|_| setting.submit(20)).collect();
-    assert_eq!(given, [true; 4]);
+    assert_eq!(given, [true, true, true, false]);
+    assert!(setting.help(1, 1));
+    assert!(setting.help(2, 9));
+    assert_eq!(setting.released(), done(7..11));
+    let given: Vec<bool> = (0..4).map(|_| setting.submit(20)).collect();
+    assert_eq!(given, [true, true, true, false]);
+    assert!(setting.help(1, 9));
+    assert!(setting.help(2, 9));
+    assert_eq!(setting.released(), done(11..15));
+    assert_eq!(setting.free_count(), BUNDLES, "no memory is lost");
+    let given: Vec<bool> = (0..6).map(|_| setting.submit(20)).collect();
+    assert_eq!(given, [true; 6]);
+}
+
+#[test]
+fn a_helper_that_holds_up_the_line_rests_each_time_for_longer() {
+    let mut setting = Setting::new(2);
+    let wants = |setting: &Setting| setting.line.wants(20, setting.now);
+    let ns = Duration::from_nanos(1);
+    let mut rest = REST_MIN;
+    for _ in 0..20 {
+        assert!(setting.submit(20) && setting.submit(20));
+        // What counts is how long nothing comes back, not how long one thing is away.
+        setting.pass(SLOW - ns);
+        assert!(setting.released().is_empty() && setting.help(1, 1));
+        assert_eq!(setting.released().len(), 1);
+        setting.pass(SLOW - ns);
+        assert!(setting.released().is_empty() && setting.submit(20));
+        setting.pass(ns);
+        assert!(setting.released().is_empty());
+        assert!(setting.help(1, 9));
+        assert_eq!(setting.released().len(), 2);
+        setting.pass(rest - ns);
+        setting.beat();
+        assert!(!wants(&setting), "it rests for {rest:?}");
+        setting.pass(ns);
+        assert!(wants(&setting));
+        rest = REST_MAX.min(2 * rest);
+    }
+    assert_eq!(rest, REST_MAX);
+    setting.pass(STEADY);
+    setting.beat();
+    assert!(setting.submit(20));
+    setting.pass(SLOW);
+    assert!(setting.released().is_empty() && setting.help(1, 9));
+    assert_eq!(setting.released().len(), 1);
+    setting.pass(REST_MIN);
+    setting.beat();
+    assert!(wants(&setting), "that was long ago");
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use super::segments::{Post, header, segments_of, tcp};
 use super::*;
-use crate::datapath::fan_out::{Helping, Rings, Turn};
+use crate::datapath::fan_out::{DEPTH, Helping, Rings, Turn};
 use crate::datapath::opening::Opening;
 use crate::datapath::outbound::Sealing;
 
@@ -114,7 +114,7 @@ fn what_comes_is_written_in_order_though_others_open_it() {
     for batch in &batches[..5] {
         fan.receive(batch, START);
     }
-    assert_eq!(fan.fanned_out(), 2, "as many as one helper takes");
+    assert_eq!(fan.fanned_out(), DEPTH as u64, "as many as one helper takes");
     assert!(fan.gateway.written().is_empty());
     assert_eq!(fan.gateway.peer(1).transfer.rx_bytes(), 0, "nothing is accepted");
     assert!(fan.help());
@@ -128,7 +128,7 @@ fn what_comes_is_written_in_order_though_others_open_it() {
     fan.receive(&batches[5], START);
     assert_eq!(numbers(&fan.gateway.written()), (100..120).collect::<Vec<_>>());
     assert!(!fan.help());
-    assert_eq!(fan.fanned_out(), 2);
+    assert_eq!(fan.fanned_out(), DEPTH as u64);
     // The window knows them all.
     fan.receive(&batches.concat()[..64], START);
     fan.receive(&batches.concat()[64..], START);
@@ -185,14 +185,15 @@ fn datagrams_of_any_size_find_room_in_bundles() {
 #[test]
 fn what_leaves_is_sent_in_order_though_others_seal_it() {
     let mut fan = Fan::new();
-    fan.send((0..3 * 64).map(|n| numbered(US, PEER_1, n)), START);
-    assert_eq!(fan.fanned_out(), 2);
+    let count = (DEPTH + 1) * 64;
+    fan.send((0..count).map(|n| numbered(US, PEER_1, n)), START);
+    assert_eq!(fan.fanned_out(), DEPTH as u64);
     assert!(fan.gateway.sent().is_empty());
     assert!(fan.help());
     assert!(fan.gateway.sent().is_empty(), "only its home sends it");
     fan.release(START);
     let sent = fan.gateway.sent();
-    assert_eq!(counters(&sent), (0..3 * 64).collect::<Vec<u64>>());
+    assert_eq!(counters(&sent), (0..count as u64).collect::<Vec<_>>());
     let tx = fan.gateway.peer(1).transfer.tx_bytes();
     assert_eq!(tx, sent.iter().map(|message| message.len() as u64).sum::<u64>());
     // They come back as they were.
@@ -201,7 +202,7 @@ fn what_leaves_is_sent_in_order_though_others_seal_it() {
     fan.gateway.shared.routing.store(all.snapshot());
     fan.turn(false);
     sent.chunks(64).for_each(|batch| fan.receive(batch, START));
-    assert_eq!(numbers(&fan.gateway.written()), (0..3 * 64).collect::<Vec<_>>());
+    assert_eq!(numbers(&fan.gateway.written()), (0..count).collect::<Vec<_>>());
 }
 
 #[test]
@@ -237,13 +238,13 @@ fn a_super_packet_is_cut_to_its_end_though_its_first_segments_are_away() {
 #[test]
 fn what_a_stuck_helper_has_is_counted_and_the_rest_goes_on() {
     let mut fan = Fan::new();
-    let batches = fan.batches(3, 20);
+    let batches = fan.batches(DEPTH + 1, 20);
     batches.iter().for_each(|batch| fan.receive(batch, START));
-    fan.send((0..3 * 64).map(|n| numbered(US, PEER_1, n)), START);
-    assert_eq!(fan.fanned_out(), 4);
+    fan.send((0..(DEPTH + 1) * 64).map(|n| numbered(US, PEER_1, n)), START);
+    assert_eq!(fan.fanned_out(), 2 * DEPTH as u64);
     fan.release(START + LATE);
-    assert_eq!(fan.dropped(DropReason::HelperStuck), 2 * 20 + 2 * 64);
-    assert_eq!(numbers(&fan.gateway.written()), (40..60).collect::<Vec<_>>());
+    assert_eq!(fan.dropped(DropReason::HelperStuck), (DEPTH * (20 + 64)) as u64);
+    assert_eq!(numbers(&fan.gateway.written()), (DEPTH * 20..(DEPTH + 1) * 20).collect::<Vec<_>>());
     let sent = fan.gateway.sent();
     let first = counters(&sent)[0];
     assert_eq!(counters(&sent), (first..first + 64).collect::<Vec<_>>());
@@ -330,12 +331,12 @@ fn a_keypair_that_is_replaced_meanwhile_is_dead_at_once() {
 #[test]
 fn nothing_holds_a_keypair_but_a_helper() {
     let mut fan = Fan::new();
-    let batches = fan.batches(4, 20);
+    let batches = fan.batches(DEPTH + 2, 20);
     let keypair = fan.gateway.peer(1).keypairs.load().current.clone().unwrap();
     let holders = Arc::strong_count(&keypair);
     batches.iter().for_each(|batch| fan.receive(batch, START));
-    fan.send((0..3 * 64).map(|n| numbered(US, PEER_1, n)), START);
-    assert_eq!(Arc::strong_count(&keypair), holders + 4, "two each are away");
+    fan.send((0..(DEPTH + 1) * 64).map(|n| numbered(US, PEER_1, n)), START);
+    assert_eq!(Arc::strong_count(&keypair), holders + 2 * DEPTH, "so many are away");
     assert!(fan.help());
     assert_eq!(Arc::strong_count(&keypair), holders, "and none is released yet");
 }

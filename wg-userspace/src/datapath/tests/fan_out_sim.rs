@@ -14,7 +14,7 @@ use crate::counters::Totals;
 use crate::datapath::BATCH_LEN;
 use crate::datapath::crew::InFlight;
 use crate::datapath::encap::transport_header;
-use crate::datapath::fan_out::{Duty, Helping};
+use crate::datapath::fan_out::{DEPTH, Duty, Helping};
 
 /// What things cost, in nanoseconds: a turn, a packet beside AEAD, and AEAD.
 const TURN: u64 = 1_000;
@@ -459,7 +459,7 @@ fn a_helper_that_stands_still_costs_what_it_has_and_no_more() {
         simulation.run(100 * MS);
         let dropped = Totals::sum(simulation.shared.workers.iter().map(|worker| &worker.counters))
             .dropped(DropReason::HelperStuck);
-        assert!((1..=2 * BATCH_LEN as u64).contains(&dropped), "{dropped}");
+        assert!((1..=(DEPTH * BATCH_LEN) as u64).contains(&dropped), "{dropped}");
         // For a while it waited; then the other one helped.
         let alone = 100 * MS / (PACKET + AEAD_COST);
         assert!(simulation.flows[0].delivered * 10 > alone * 8);
